@@ -1,0 +1,59 @@
+#pragma once
+// What every sub-command shares.
+
+#include <ATen/ATen.h>
+#include <headfold/base/error.h>
+#include <headfold/comm/communicator.h>
+
+#include <boost/program_options.hpp>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace headfold::jobs {
+
+namespace po = boost::program_options;
+
+struct Context {
+  const comm::Environment& environment;
+  comm::Communicator world;
+};
+
+/// A sub-command. `run` returns normally when done and throws otherwise.
+struct Job {
+  const char* name;
+  const char* summary;
+  void (*run)(const Context& context, const std::vector<std::string>& arguments);
+};
+
+void calibrate(const Context& context, const std::vector<std::string>& arguments);
+void convert(const Context& context, const std::vector<std::string>& arguments);
+void evaluate(const Context& context, const std::vector<std::string>& arguments);
+void generate(const Context& context, const std::vector<std::string>& arguments);
+void inspect(const Context& context, const std::vector<std::string>& arguments);
+void logits(const Context& context, const std::vector<std::string>& arguments);
+void report(const Context& context, const std::vector<std::string>& arguments);
+void synthesize(const Context& context, const std::vector<std::string>& arguments);
+
+/// Thrown after --help was printed; ends the job with exit code 0.
+struct HelpShown {};
+
+/// Options that every job has: --help, --threads, --log-dir, --verbose, --timeout.
+po::options_description common_options();
+
+/// Parses `arguments` against `own` plus the common options and applies the common ones (threads, logging, time-out; warns once when
+/// libtorch runs on reference BLAS). `usage` is the text above the options in --help. `positional` names an option that takes bare arguments.
+/// UsageError for unknown, repeated or malformed options; the hint names `headfold JOB --help`.
+po::variables_map parse(const Context& context, const std::string& job, const std::string& usage, const po::options_description& own,
+                        const std::vector<std::string>& arguments, const std::string& positional = {});
+
+/// float32 / bfloat16 from a --dtype value; "auto" gives bfloat16 for 16-bit checkpoints on CPUs with AMX, else float32. UsageError otherwise.
+at::ScalarType parse_dtype(const std::string& text, const std::string& checkpoint_dtype);
+
+/// The command line as one text, for provenance.
+std::string command_line(const std::string& job, const std::vector<std::string>& arguments);
+
+/// Refuses to write into a folder or file that exists and was not made by headfold. Creates nothing.
+void check_output_folder(const std::filesystem::path& folder);
+
+}  // namespace headfold::jobs

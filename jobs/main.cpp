@@ -1,0 +1,94 @@
+// headfold: dispatches to one job per sub-command and turns an error into one log line, a hint and a documented exit code.
+
+#include <headfold/base/log.h>
+#include <headfold/base/version.h>
+
+#include <chrono>
+#include <iostream>
+#include <thread>
+
+#include "job.h"
+
+namespace headfold::jobs {
+namespace {
+
+constexpr Job kJobs[] = {
+    {"calibrate", "collect calibration statistics of a model over a text", calibrate},
+    {"convert", "fold KV heads: statistics + model -> smaller model", convert},
+    {"evaluate", "perplexity, KL divergence and agreement of a model", evaluate},
+    {"report", "HTML, Markdown and CSV report of a run folder", report},
+    {"generate", "continue a prompt", generate},
+    {"logits", "logits for given token ids, for parity with any other engine", logits},
+    {"inspect", "say what a checkpoint, statistics file, plan or result is", inspect},
+    {"synthesize", "write a checkpoint of random weights at real shapes", synthesize},
+};
+
+std::string help_text() {
+  std::string text =
+      "headfold folds the key/value heads of a pretrained LLaMA or BLOOM checkpoint (MHA -> GQA).\n\n"
+      "usage: headfold JOB [options]      headfold JOB --help      headfold --version\n"
+      "       mpirun -np N headfold JOB [options]                  srun --mpi=pmix headfold JOB [options]\n\njobs:\n";
+  for (const Job& job : kJobs) text += fmt::format("  {:<12}{}\n", job.name, job.summary);
+  return text + "\nexit codes: 0 done, 64 usage, 65 bad input, 70 internal, 74 input/output, 75 stopped and resumable\n";
+}
+
+const Job& find_job(const std::string& name) {
+  for (const Job& job : kJobs)
+    if (name == job.name) return job;
+  std::string names;
+  for (const Job& job : kJobs) names += fmt::format("{}{}", names.empty() ? "" : ", ", job.name);
+  throw UsageError(fmt::format("there is no job '{}'; jobs are {}", name, names), "headfold --help");
+}
+
+/// The failed rank prints and ends the whole job. When every rank fails alike, rank 0 speaks for all: the others give it a moment.
+[[noreturn]] void fail(const comm::Environment& environment, const std::string& job, const std::exception& error) {
+  const comm::Communicator& world = environment.world();
+  if (!world.root()) std::this_thread::sleep_for(std::chrono::milliseconds(700));
+  const std::string where = world.size() > 1 ? fmt::format(" [rank {} on {}]", world.rank(), comm::Environment::host()) : "";
+  spdlog::error("{}{}: {}", job, where, describe(error));
+  spdlog::default_logger()->flush();
+  environment.abort(static_cast<int>(exit_code_of(error)));
+}
+
+int run(int argc, char** argv) {
+  start_logging(0, 1);
+  std::unique_ptr<comm::Environment> environment;
+  try {
+    environment = std::make_unique<comm::Environment>(&argc, &argv);
+  } catch (const std::exception& error) {
+    spdlog::error("{}", describe(error));
+    return static_cast<int>(exit_code_of(error));
+  }
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  const Context context{*environment, environment->world()};
+  start_logging(context.world.rank(), context.world.size());
+  const bool speaks = context.world.root();
+  std::string name = "headfold";
+  try {
+    if (arguments.empty() || arguments[0] == "--help" || arguments[0] == "-h" || arguments[0] == "help") {
+      if (speaks) std::cout << help_text();
+      return arguments.empty() ? static_cast<int>(ExitCode::usage) : 0;
+    }
+    if (arguments[0] == "--version") {
+      if (speaks) std::cout << build_description();
+      return 0;
+    }
+    const Job& job = find_job(arguments[0]);
+    name = job.name;
+    const at::NoGradGuard no_grad;
+    job.run(context, {arguments.begin() + 1, arguments.end()});
+    context.world.barrier("end of job");
+  } catch (const HelpShown&) {
+    return 0;
+  } catch (const std::bad_alloc&) {
+    fail(*environment, name, Error(ExitCode::internal, "out of memory", "use more ranks, smaller micro-batches, or --streamed where the job has it"));
+  } catch (const std::exception& error) {
+    fail(*environment, name, error);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace headfold::jobs
+
+int main(int argc, char** argv) { return headfold::jobs::run(argc, argv); }

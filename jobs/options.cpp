@@ -1,0 +1,75 @@
+#include <ATen/Parallel.h>
+#include <headfold/base/log.h>
+#include <headfold/device/device.h>
+
+#include <filesystem>
+#include <iostream>
+
+#include "job.h"
+
+namespace headfold::jobs {
+
+po::options_description common_options() {
+  po::options_description options("common options");
+  options.add_options()("help,h", "print this help")("threads", po::value<int>()->default_value(0),
+                                                     "threads per rank; 0 = the host's cores divided by its ranks")(
+      "log-dir", po::value<std::string>(), "folder for one log file per rank")("verbose", "log more")(
+      "timeout", po::value<double>()->default_value(1800), "seconds a rank waits for another before the job ends with an error; 0 = for ever");
+  return options;
+}
+
+po::variables_map parse(const Context& context, const std::string& job, const std::string& usage, const po::options_description& own,
+                        const std::vector<std::string>& arguments, const std::string& positional) {
+  po::options_description all(120, 60);
+  all.add(own).add(common_options());
+  po::variables_map values;
+  try {
+    po::positional_options_description bare;
+    if (!positional.empty()) bare.add(positional.c_str(), -1);
+    // Abbreviations are off: a script must not change its meaning when an option is added.
+    const int style = po::command_line_style::default_style & ~po::command_line_style::allow_guessing;
+    po::store(po::command_line_parser(arguments).options(all).positional(bare).style(style).run(), values);
+    if (values.count("help") > 0) {
+      if (context.world.root()) std::cout << "usage: " << usage << "\n\n" << all;
+      throw HelpShown{};
+    }
+    po::notify(values);
+  } catch (const po::error& error) {
+    throw UsageError(error.what(), fmt::format("headfold {} --help", job));
+  }
+  const auto threads = values["threads"].as<int>();
+  if (threads < 0) throw UsageError(fmt::format("--threads {}: must be 0 or more", threads));
+  comm::set_timeout_seconds(values["timeout"].as<double>());
+  start_logging(context.world.rank(), context.world.size(),
+                values.count("log-dir") > 0 ? values["log-dir"].as<std::string>() : std::string(), values.count("verbose") > 0);
+  device::use_threads(context.world, threads);
+  if (context.world.root()) device::warn_about_slow_blas();
+  return values;
+}
+
+at::ScalarType parse_dtype(const std::string& text, const std::string& checkpoint_dtype) {
+  if (text == "float32") return at::kFloat;
+  if (text == "bfloat16") return at::kBFloat16;
+  if (text == "auto") return checkpoint_dtype != "float32" && device::fast_bfloat16() ? at::kBFloat16 : at::kFloat;
+  throw UsageError(fmt::format("--dtype {}: choose float32, bfloat16 or auto", text));
+}
+
+std::string command_line(const std::string& job, const std::vector<std::string>& arguments) {
+  std::string text = "headfold " + job;
+  for (const std::string& argument : arguments) {
+    const bool plain = !argument.empty() && argument.find_first_of(" \t\n\"'$&|;<>*?()[]{}\\") == std::string::npos;
+    text += plain ? " " + argument : " '" + argument + "'";
+  }
+  return text;
+}
+
+void check_output_folder(const std::filesystem::path& folder) {
+  namespace fs = std::filesystem;
+  if (!fs::exists(folder)) return;
+  if (!fs::is_directory(folder)) throw UsageError(fmt::format("{} exists and is not a folder", folder.string()), "choose another --out");
+  if (fs::is_empty(folder) || fs::exists(folder / "headfold.json")) return;
+  throw UsageError(fmt::format("{} is not empty and was not written by headfold", folder.string()),
+                   "choose another --out, or empty that folder yourself: headfold does not overwrite foreign files");
+}
+
+}  // namespace headfold::jobs

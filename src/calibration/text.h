@@ -1,0 +1,26 @@
+#pragma once
+// Token sequences from text files: calibration samples and evaluation streams.
+
+#include <ATen/ATen.h>
+#include <headfold/tokenizer/tokenizer.h>
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace headfold::calibration {
+
+/// Documents of .txt (whole file = one document) and .jsonl (one per line, `field`) files in order. Throws IoError, CorruptFile (file, line).
+std::vector<std::string> read_documents(const std::vector<std::filesystem::path>& files, const std::string& field = "text");
+/// SHA-256 over the files' names-free content and the field name.
+std::string data_hash(const std::vector<std::filesystem::path>& files, const std::string& field);
+
+/// All documents tokenised one after the other, each preceded by BOS where the policy says so and followed by EOS where the tokenizer has one.
+std::vector<std::int64_t> token_stream(const tokenizer::Tokenizer& tokenizer, const std::vector<std::string>& documents,
+                                       tokenizer::Bos bos = tokenizer::Bos::model_default);
+
+/// `samples` sequences of `length` tokens [samples, length] int64: the stream is cut into windows of `length`, and windows are drawn without
+/// replacement by `seed` (std::mt19937_64, own Fisher-Yates; the same on every machine). InputError when the text has fewer windows, with both numbers.
+at::Tensor draw_sequences(const std::vector<std::int64_t>& stream, std::int64_t samples, std::int64_t length, std::uint64_t seed);
+
+}  // namespace headfold::calibration

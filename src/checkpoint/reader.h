@@ -1,0 +1,45 @@
+#pragma once
+// A Hugging Face model folder: config, one or many safetensors shards, tensors by name.
+
+#include <headfold/checkpoint/config.h>
+#include <headfold/checkpoint/safetensors.h>
+
+#include <memory>
+#include <set>
+
+namespace headfold::checkpoint {
+
+/// Opens a folder with config.json and model.safetensors, or model.safetensors.index.json and its shards. Shards are mapped on first
+/// use. Throws IoError (missing folder, file or shard), CorruptFile (index and shard disagree, path traversal in the index).
+/// A name is looked up as given, then with and without the family's prefix ("model." / "transformer.").
+class Reader {
+ public:
+  explicit Reader(const std::filesystem::path& folder);
+  const std::filesystem::path& folder() const { return folder_; }
+  const ModelConfig& config() const { return config_; }
+  /// Stored names of all tensors, sorted, without ignorable ones (rotary_emb.inv_freq).
+  std::vector<std::string> names() const;
+  bool has(const std::string& name) const;
+  const TensorInfo& info(const std::string& name) const;
+  /// Stored name for a canonical one, or empty when absent.
+  std::string resolve(const std::string& name) const;
+  /// View of the mapped data in the stored dtype.
+  at::Tensor view(const std::string& name) const;
+  /// A copy in `dtype`, checked against `shape` (InputError naming file, tensor, both shapes).
+  at::Tensor load(const std::string& name, const std::vector<std::int64_t>& shape, at::ScalarType dtype) const;
+  /// Tells the kernel that a tensor's pages are no longer needed (streaming through models larger than memory).
+  void done_with(const std::string& name) const;
+  /// Total bytes of all tensors.
+  std::uint64_t total_bytes() const;
+  /// SHA-256 over config.json, and of each shard its size, header and evenly spaced samples (whole content up to 64 MiB):
+  /// identifies a checkpoint in seconds even on a network file system.
+  std::string fingerprint() const;
+
+ private:
+  struct State;
+  std::filesystem::path folder_;
+  ModelConfig config_;
+  std::shared_ptr<State> state_;
+};
+
+}  // namespace headfold::checkpoint

@@ -1,0 +1,36 @@
+#pragma once
+// Writing a Hugging Face model folder from many ranks at once.
+
+#include <headfold/base/json.h>
+#include <headfold/checkpoint/safetensors.h>
+#include <headfold/comm/communicator.h>
+
+#include <memory>
+
+namespace headfold::checkpoint {
+
+/// Every rank constructs it with the same list (collective). Shards, their headers and all offsets follow from the list alone, so any
+/// rank can write any tensor at its place, in any order, at the same time. Shard files appear as *.tmp and are renamed in finish();
+/// the index comes last. One shard gives "model.safetensors" without an index. Bytes do not depend on the number of ranks.
+/// Throws IoError (also when the free space does not suffice, before anything is written).
+class ParallelWriter {
+ public:
+  ParallelWriter(const comm::Communicator& world, const std::filesystem::path& folder, std::vector<TensorSpec> tensors,
+                 std::uint64_t max_shard_bytes = std::uint64_t{5} << 30);
+  ~ParallelWriter();  ///< removes the temporaries of a write that was not finished
+  /// Writes one tensor; dtype and shape must be those of its spec (InternalError otherwise). Not collective.
+  void write(const std::string& name, const at::Tensor& tensor);
+  /// Collective: checks that every tensor was written exactly once over all ranks, fsyncs, renames, then rank 0 writes
+  /// `config` as config.json, the files of `copies` (absolute source paths, same file name; missing ones are skipped), `headfold.json`, and
+  /// the index last. Stale shards and index of an earlier run in the folder are removed.
+  void finish(const Json& config, const OrderedJson& headfold, const std::vector<std::filesystem::path>& copies);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+/// Tokenizer and generation files that a model folder may hold, as paths in `folder`; only those that exist.
+std::vector<std::filesystem::path> companion_files(const std::filesystem::path& folder);
+
+}  // namespace headfold::checkpoint

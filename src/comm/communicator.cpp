@@ -1,0 +1,170 @@
+#include <headfold/base/error.h>
+#include <headfold/comm/communicator.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <thread>
+
+#include "mpi_backend.h"
+
+namespace headfold::comm {
+namespace {
+
+std::atomic<double> timeout{1800.0};
+
+/// The group of one process. Messages to itself are queued by tag.
+class SelfBackend : public Backend, public std::enable_shared_from_this<SelfBackend> {
+ public:
+  std::string_view name() const override { return "self"; }
+  int rank() const override { return 0; }
+  int size() const override { return 1; }
+  void barrier(std::string_view) override {}
+  void all_reduce(std::span<double>, Reduce) override {}
+  void all_reduce(std::span<std::int64_t>, Reduce) override {}
+  void broadcast(std::span<std::byte>, int) override {}
+  std::vector<std::string> all_gather(std::string_view text) override { return {std::string(text)}; }
+  std::unique_ptr<Request::State> isend(std::span<const std::byte> bytes, int, int tag) override {
+    queues_[tag].emplace_back(bytes.begin(), bytes.end());
+    return std::make_unique<Done>();
+  }
+  std::unique_ptr<Request::State> irecv(std::span<std::byte> bytes, int, int tag) override {
+    return std::make_unique<Receive>(shared_from_this(), bytes, tag);
+  }
+  std::shared_ptr<Backend> split(int, int) override { return std::make_shared<SelfBackend>(); }
+  std::shared_ptr<Backend> split_by_host() override { return std::make_shared<SelfBackend>(); }
+  const void* mpi_comm() const override { return nullptr; }
+
+ private:
+  struct Done : Request::State {
+    void wait() override {}
+  };
+  struct Receive : Request::State {
+    Receive(std::shared_ptr<SelfBackend> backend, std::span<std::byte> bytes, int tag)
+        : backend_(std::move(backend)), bytes_(bytes), tag_(tag) {}
+    void wait() override {
+      auto& queue = backend_->queues_[tag_];
+      if (queue.empty()) throw MpiFailure("a process waits for a message from itself that was never sent");
+      if (queue.front().size() != bytes_.size()) throw MpiFailure("a message to oneself has another size than expected");
+      std::memcpy(bytes_.data(), queue.front().data(), bytes_.size());
+      queue.pop_front();
+    }
+    std::shared_ptr<SelfBackend> backend_;
+    std::span<std::byte> bytes_;
+    int tag_;
+  };
+  std::map<int, std::deque<std::vector<std::byte>>> queues_;
+};
+
+bool started_by_launcher() {
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE"})
+    if (std::getenv(name) != nullptr) return true;
+  return false;
+}
+
+}  // namespace
+
+Request& Request::operator=(Request&& other) {
+  if (this != &other) {
+    wait();
+    state_ = std::move(other.state_);
+  }
+  return *this;
+}
+Request::~Request() {
+  try {
+    wait();
+  } catch (...) {  // a destructor may not throw; the next operation on the communicator reports the failure
+  }
+}
+void Request::wait() {
+  if (state_ == nullptr) return;
+  const std::unique_ptr<State> state = std::move(state_);
+  state->wait();
+}
+
+Communicator Communicator::self() { return Communicator(std::make_shared<SelfBackend>()); }
+
+double Communicator::all_reduce(double value, Reduce op) const {
+  all_reduce(std::span(&value, 1), op);
+  return value;
+}
+std::int64_t Communicator::all_reduce(std::int64_t value, Reduce op) const {
+  all_reduce(std::span(&value, 1), op);
+  return value;
+}
+
+void Communicator::broadcast(std::string& text, int root) const {
+  std::int64_t length = rank() == root ? static_cast<std::int64_t>(text.size()) : 0;
+  broadcast(std::as_writable_bytes(std::span(&length, 1)), root);
+  text.resize(static_cast<std::size_t>(length));
+  broadcast(std::as_writable_bytes(std::span(text.data(), text.size())), root);
+}
+
+void Communicator::require_equal(std::string_view text, std::string_view what) const {
+  const std::vector<std::string> all = all_gather(text);
+  for (std::size_t r = 1; r < all.size(); ++r) {
+    if (all[r] != all[0])
+      throw InputError(fmt::format("{} differs between ranks: rank 0 has '{}', rank {} has '{}'", what, all[0], r, all[r]),
+                       "every rank must run the same build on the same files; check the module environment and the file system of each node");
+  }
+}
+
+void Communicator::on_root(const std::function<void()>& work) const {
+  // The failure travels as (code, message, hint): a typed error must stay typed on every rank.
+  std::string failure;
+  std::exception_ptr own;
+  if (root()) {
+    try {
+      work();
+    } catch (const Error& error) {
+      failure = fmt::format("{}\n{}\x1f{}", static_cast<int>(error.code()), error.what(), error.hint());
+      own = std::current_exception();
+    } catch (const std::exception& error) {
+      failure = fmt::format("{}\n{}\x1f", static_cast<int>(ExitCode::internal), error.what());
+      own = std::current_exception();
+    }
+  }
+  broadcast(failure);
+  if (own) std::rethrow_exception(own);
+  if (failure.empty()) return;
+  const std::size_t line = failure.find('\n');
+  const std::size_t mark = failure.rfind('\x1f');
+  throw Error(static_cast<ExitCode>(std::stoi(failure.substr(0, line))), failure.substr(line + 1, mark - line - 1), failure.substr(mark + 1));
+}
+
+double timeout_seconds() { return timeout.load(); }
+void set_timeout_seconds(double seconds) { timeout.store(seconds); }
+
+Environment::Environment(int* argc, char*** argv) {
+  if (!started_by_launcher()) {
+    const char* tasks = std::getenv("SLURM_STEP_NUM_TASKS");
+    if (tasks != nullptr && std::atoi(tasks) > 1)
+      throw UsageError(fmt::format("this Slurm step has {} tasks, but no PMI: each of them would run the whole job alone", tasks),
+                       "start the program with srun --mpi=pmix");
+    return;
+  }
+  world_ = Communicator(start_mpi(argc, argv));
+  mpi_ = true;
+}
+
+Environment::~Environment() {
+  world_ = Communicator::self();  // frees the duplicate before MPI ends
+  if (mpi_) stop_mpi();
+}
+
+void Environment::abort(int exit_code) const {
+  if (mpi_) abort_mpi(exit_code);
+  std::_Exit(exit_code);
+}
+
+std::string Environment::host() {
+  // Two virtual nodes of a test cluster share one host name; Slurm's node name tells them apart.
+  if (const char* node = std::getenv("SLURMD_NODENAME")) return node;
+  char name[256] = {};
+  return ::gethostname(name, sizeof(name) - 1) == 0 ? name : "unknown-host";
+}
+
+}  // namespace headfold::comm

@@ -1,0 +1,184 @@
+#include "mpi_backend.h"
+
+#include <headfold/base/error.h>
+#include <mpi.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <thread>
+
+namespace headfold::comm {
+namespace {
+
+void check(int code, std::string_view operation) {
+  if (code == MPI_SUCCESS) return;
+  char text[MPI_MAX_ERROR_STRING] = {};
+  int length = 0;
+  MPI_Error_string(code, text, &length);
+  throw MpiFailure(fmt::format("MPI {} failed on {}: {}", operation, Environment::host(), std::string_view(text, static_cast<std::size_t>(length))));
+}
+
+MPI_Op op_of(Reduce op) {
+  switch (op) {
+    case Reduce::sum: return MPI_SUM;
+    case Reduce::min: return MPI_MIN;
+    case Reduce::max: return MPI_MAX;
+  }
+  throw InternalError("unknown reduction");
+}
+
+/// Largest number of elements in one MPI call: Open MPI 4.1 has no large-count interface.
+constexpr std::size_t kChunk = std::size_t{1} << 27;
+constexpr std::size_t kByteChunk = std::size_t{1} << 30;
+
+class MpiBackend : public Backend {
+ public:
+  /// Takes ownership of `comm`.
+  explicit MpiBackend(MPI_Comm comm) : comm_(comm) {
+    check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "Comm_set_errhandler");
+    check(MPI_Comm_rank(comm_, &rank_), "Comm_rank");
+    check(MPI_Comm_size(comm_, &size_), "Comm_size");
+  }
+  ~MpiBackend() override {
+    int finished = 0;
+    MPI_Finalized(&finished);
+    if (finished == 0) MPI_Comm_free(&comm_);
+  }
+  MpiBackend(const MpiBackend&) = delete;
+  MpiBackend& operator=(const MpiBackend&) = delete;
+
+  std::string_view name() const override { return "mpi"; }
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  const void* mpi_comm() const override { return &comm_; }
+
+  void barrier(std::string_view what) override {
+    MPI_Request request = MPI_REQUEST_NULL;
+    check(MPI_Ibarrier(comm_, &request), "barrier");
+    finish(request, fmt::format("barrier '{}'", what));
+  }
+  void all_reduce(std::span<double> values, Reduce op) override { reduce_any(values, MPI_DOUBLE, op); }
+  void all_reduce(std::span<std::int64_t> values, Reduce op) override { reduce_any(values, MPI_INT64_T, op); }
+  void broadcast(std::span<std::byte> bytes, int root) override {
+    for (std::size_t at = 0; at < bytes.size(); at += kByteChunk) {
+      const std::size_t n = std::min(kByteChunk, bytes.size() - at);
+      MPI_Request request = MPI_REQUEST_NULL;
+      check(MPI_Ibcast(bytes.data() + at, static_cast<int>(n), MPI_BYTE, root, comm_, &request), "broadcast");
+      finish(request, "broadcast");
+    }
+  }
+  std::vector<std::string> all_gather(std::string_view text) override {
+    const auto own = static_cast<std::int64_t>(text.size());
+    std::vector<std::int64_t> lengths(static_cast<std::size_t>(size_));
+    MPI_Request request = MPI_REQUEST_NULL;
+    check(MPI_Iallgather(&own, 1, MPI_INT64_T, lengths.data(), 1, MPI_INT64_T, comm_, &request), "all-gather");
+    finish(request, "all-gather");
+    std::vector<std::string> all(lengths.size());
+    for (std::size_t r = 0; r < all.size(); ++r) {
+      all[r].resize(static_cast<std::size_t>(lengths[r]));
+      if (static_cast<int>(r) == rank_) all[r] = text;
+      broadcast(std::as_writable_bytes(std::span(all[r].data(), all[r].size())), static_cast<int>(r));
+    }
+    return all;
+  }
+  std::unique_ptr<Request::State> isend(std::span<const std::byte> bytes, int to, int tag) override {
+    auto state = std::make_unique<Pending>("send", rank_, to);
+    for (std::size_t at = 0; at < bytes.size() || at == 0; at += kByteChunk) {
+      const std::size_t n = std::min(kByteChunk, bytes.size() - at);
+      state->requests.emplace_back(MPI_REQUEST_NULL);
+      check(MPI_Isend(bytes.data() + at, static_cast<int>(n), MPI_BYTE, to, tag, comm_, &state->requests.back()), "send");
+    }
+    return state;
+  }
+  std::unique_ptr<Request::State> irecv(std::span<std::byte> bytes, int from, int tag) override {
+    auto state = std::make_unique<Pending>("receive", rank_, from);
+    for (std::size_t at = 0; at < bytes.size() || at == 0; at += kByteChunk) {
+      const std::size_t n = std::min(kByteChunk, bytes.size() - at);
+      state->requests.emplace_back(MPI_REQUEST_NULL);
+      check(MPI_Irecv(bytes.data() + at, static_cast<int>(n), MPI_BYTE, from, tag, comm_, &state->requests.back()), "receive");
+    }
+    return state;
+  }
+  std::shared_ptr<Backend> split(int color, int key) override {
+    MPI_Comm out = MPI_COMM_NULL;
+    check(MPI_Comm_split(comm_, color, key, &out), "Comm_split");
+    return std::make_shared<MpiBackend>(out);
+  }
+  std::shared_ptr<Backend> split_by_host() override {
+    MPI_Comm out = MPI_COMM_NULL;
+    check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &out), "Comm_split_type");
+    return std::make_shared<MpiBackend>(out);
+  }
+
+ private:
+  /// Polls with growing sleeps: a blocking MPI call would spin at full load beside the ranks that still compute.
+  static void poll(MPI_Request& request, const std::string& operation, int rank) {
+    using Clock = std::chrono::steady_clock;
+    const auto start = Clock::now();
+    for (int turn = 0;; ++turn) {
+      int done = 0;
+      check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), operation);
+      if (done != 0) return;
+      if (turn < 200) continue;
+      std::this_thread::sleep_for(std::chrono::microseconds(turn < 2000 ? 20 : 200));
+      const double waited = std::chrono::duration<double>(Clock::now() - start).count();
+      if (timeout_seconds() > 0 && waited > timeout_seconds())
+        throw MpiFailure(fmt::format("rank {} on {} waited {:.0f} s in {}: another rank died or hangs", rank, Environment::host(), waited, operation),
+                         "look at the logs of the other ranks; --timeout sets the limit in seconds");
+    }
+  }
+  void finish(MPI_Request& request, const std::string& operation) const { poll(request, operation, rank_); }
+
+  template <class T>
+  void reduce_any(std::span<T> values, MPI_Datatype type, Reduce op) {
+    for (std::size_t at = 0; at < values.size(); at += kChunk) {
+      const std::size_t n = std::min(kChunk, values.size() - at);
+      MPI_Request request = MPI_REQUEST_NULL;
+      check(MPI_Iallreduce(MPI_IN_PLACE, values.data() + at, static_cast<int>(n), type, op_of(op), comm_, &request), "all-reduce");
+      finish(request, "all-reduce");
+    }
+  }
+
+  struct Pending : Request::State {
+    Pending(const char* operation, int own, int peer) : operation_(operation), own_(own), peer_(peer) {}
+    void wait() override {
+      for (MPI_Request& request : requests) poll(request, fmt::format("{} with rank {}", operation_, peer_), own_);
+    }
+    std::vector<MPI_Request> requests;
+    const char* operation_;
+    int own_;
+    int peer_;
+  };
+
+  MPI_Comm comm_;
+  int rank_ = 0;
+  int size_ = 1;
+};
+
+}  // namespace
+
+std::shared_ptr<Backend> start_mpi(int* argc, char*** argv) {
+  int already = 0;
+  MPI_Initialized(&already);
+  if (already == 0) {
+    int provided = MPI_THREAD_SINGLE;
+    check(MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided), "Init_thread");
+    if (provided < MPI_THREAD_SERIALIZED) throw MpiFailure("this MPI library offers no thread support (MPI_THREAD_SERIALIZED is needed)");
+  }
+  MPI_Comm world = MPI_COMM_NULL;
+  check(MPI_Comm_dup(MPI_COMM_WORLD, &world), "Comm_dup");
+  return std::make_shared<MpiBackend>(world);
+}
+
+void stop_mpi() {
+  int finished = 0;
+  MPI_Finalized(&finished);
+  if (finished == 0) MPI_Finalize();
+}
+
+void abort_mpi(int exit_code) {
+  MPI_Abort(MPI_COMM_WORLD, exit_code);
+  std::_Exit(exit_code);
+}
+
+}  // namespace headfold::comm

@@ -1,0 +1,65 @@
+#include <ATen/Parallel.h>
+#include <dlfcn.h>
+#include <headfold/base/files.h>
+#include <headfold/base/log.h>
+#include <headfold/device/device.h>
+#include <sched.h>
+
+#include <filesystem>
+#include <fstream>
+#include <thread>
+
+namespace headfold::device {
+
+int usable_cores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (::sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
+  return std::max(1, CPU_COUNT(&set));
+}
+
+int use_threads(const comm::Communicator& world, int threads) {
+  if (threads == 0) {
+    const comm::Communicator host = world.split_by_host();
+    // Under a launcher that binds ranks to cores the affinity mask is already this rank's own share.
+    const int cores = usable_cores();
+    const auto widest = static_cast<int>(host.all_reduce(static_cast<std::int64_t>(cores), comm::Reduce::max));
+    const bool bound = host.size() > 1 && widest * host.size() <= static_cast<int>(std::thread::hardware_concurrency());
+    threads = std::max(1, bound ? cores : cores / host.size());
+  }
+  at::set_num_threads(threads);
+  return threads;
+}
+
+std::string blas_library() {
+  // The loader's own answer to "whose sgemm is this?"; the file behind the link names the vendor.
+  void* symbol = ::dlsym(RTLD_DEFAULT, "sgemm_");
+  Dl_info info{};
+  if (symbol == nullptr || ::dladdr(symbol, &info) == 0 || info.dli_fname == nullptr) return "unknown";
+  std::error_code code;
+  const fs::path real = fs::canonical(info.dli_fname, code);
+  return code ? std::string(info.dli_fname) : real.string();
+}
+
+void warn_about_slow_blas() {
+  const std::string library = blas_library();
+  for (const char* fast : {"openblas", "mkl", "blis", "atlas", "nvpl", "armpl"})
+    if (library.find(fast) != std::string::npos) return;
+  if (library == "unknown" || library.find("libblas") == std::string::npos) return;  // built into libtorch
+  spdlog::warn("libtorch runs on the reference BLAS ({}), tens of times slower than OpenBLAS; install libopenblas-openmp-dev", library);
+}
+
+bool fast_bfloat16() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);)
+    if (line.rfind("flags", 0) == 0)
+      return line.find(" amx_bf16") != std::string::npos || line.find(" avx512_bf16") != std::string::npos;
+  return false;
+}
+
+std::string describe_device() {
+  return fmt::format("{}: {} thread(s), {} memory available, BLAS {}", comm::Environment::host(), at::get_num_threads(),
+                     human_bytes(static_cast<double>(available_memory_bytes())), fs::path(blas_library()).filename().string());
+}
+
+}  // namespace headfold::device

@@ -1,0 +1,115 @@
+#pragma once
+// LLaMA and BLOOM decoders for inference, layer by layer, with explicit KV layouts. Names and shapes follow docs/formats.md.
+
+#include <ATen/ATen.h>
+#include <headfold/checkpoint/reader.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace headfold::model {
+
+using checkpoint::ModelConfig;
+
+/// Sees intermediate values of a layer while it runs (calibration). Called once per forward.
+class LayerObserver {
+ public:
+  virtual ~LayerObserver() = default;
+  /// Attention input after the norm, [batch, tokens, hidden], compute dtype.
+  virtual void attention_input(const at::Tensor& x) = 0;
+  /// Keys as they enter the scores: rotated for RoPE models, [batch, tokens, source_kv_heads, head_dim], compute dtype.
+  virtual void rotated_keys(const at::Tensor& keys) = 0;
+  virtual bool wants_rotated_keys() const = 0;
+};
+
+/// Keys and values of one layer for a batch of sequences of equal length.
+struct LayerCache {
+  at::Tensor keys;    ///< [batch, capacity, kv_heads, head_dim]: what the layout caches (projected keys for `projected`)
+  at::Tensor values;  ///< [batch, capacity, kv_heads, head_dim]
+  std::int64_t length = 0;
+};
+
+/// One decoder layer with its weights in the compute dtype.
+class Layer {
+ public:
+  virtual ~Layer() = default;
+  /// hidden [batch, tokens, hidden] -> same shape. Tokens stand at positions start .. start+tokens-1 where start = cache ? cache->length : 0; with a
+  /// cache the new keys and values are appended (InputError when its capacity does not suffice). Causal. Scores are formed in bounded blocks:
+  /// memory stays below `attention_block_bytes()` whatever the length.
+  virtual at::Tensor forward(const at::Tensor& hidden, LayerCache* cache = nullptr, LayerObserver* observer = nullptr) const = 0;
+  /// Bytes of its weights.
+  virtual std::int64_t bytes() const = 0;
+};
+
+/// Scratch memory attention may use for scores, in bytes (default 256 MiB); process-wide.
+std::int64_t attention_block_bytes();
+void set_attention_block_bytes(std::int64_t bytes);
+
+/// Names, dtypes-free shapes of all tensors of one layer / of the whole model in canonical order (with "model." or "transformer." prefix).
+struct NamedShape {
+  std::string name;
+  std::vector<std::int64_t> shape;
+};
+std::vector<NamedShape> layer_tensors(const ModelConfig& config, std::int64_t layer);
+/// Embedding, all layers, final norm, head (absent when tied).
+std::vector<NamedShape> model_tensors(const ModelConfig& config);
+
+/// Loads layer `layer` (0-based) in `dtype` (float32 or bfloat16).
+std::unique_ptr<Layer> load_layer(const checkpoint::Reader& reader, std::int64_t layer, at::ScalarType dtype);
+
+/// Token embedding (BLOOM: with its LayerNorm).
+class Embedding {
+ public:
+  Embedding(const checkpoint::Reader& reader, at::ScalarType dtype);
+  /// ids [batch, tokens] int64 -> [batch, tokens, hidden]. InputError for ids outside the vocabulary.
+  at::Tensor forward(const at::Tensor& ids) const;
+
+ private:
+  ModelConfig config_;
+  at::Tensor table_, norm_weight_, norm_bias_;
+};
+
+/// Final norm and output projection.
+class Head {
+ public:
+  Head(const checkpoint::Reader& reader, at::ScalarType dtype);
+  /// hidden [..., hidden] -> logits [..., vocab], compute dtype.
+  at::Tensor logits(const at::Tensor& hidden) const;
+
+ private:
+  ModelConfig config_;
+  at::Tensor norm_weight_, norm_bias_, projection_;
+};
+
+/// RoPE inverse frequencies [head_dim / 2], float64, with rope_scaling applied (docs/formats.md).
+at::Tensor rope_inverse_frequencies(const ModelConfig& config);
+/// ALiBi slopes per query head [heads], float32.
+at::Tensor alibi_slopes(std::int64_t heads);
+/// In-place-free rotation of x [batch, tokens, heads, head_dim] at positions start.. : rotate_half layout, cos and sin in float32, cast to x's dtype.
+at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& inverse_frequencies, std::int64_t start);
+
+/// A whole model in one process: for tests, generation and small evaluations.
+class Decoder {
+ public:
+  Decoder(const checkpoint::Reader& reader, at::ScalarType dtype);
+  const ModelConfig& config() const { return config_; }
+  /// ids [batch, tokens] -> logits [batch, tokens, vocab].
+  at::Tensor logits(const at::Tensor& ids) const;
+  /// Caches for `batch` sequences of up to `capacity` tokens.
+  std::vector<LayerCache> make_cache(std::int64_t batch, std::int64_t capacity) const;
+  /// Appends ids [batch, tokens] to the caches; logits of the last position only, [batch, vocab].
+  at::Tensor step(const at::Tensor& ids, std::vector<LayerCache>& caches) const;
+  const std::vector<std::unique_ptr<Layer>>& layers() const { return layers_; }
+
+ private:
+  ModelConfig config_;
+  at::ScalarType dtype_;
+  Embedding embedding_;
+  std::vector<std::unique_ptr<Layer>> layers_;
+  Head head_;
+};
+
+}  // namespace headfold::model

@@ -1,0 +1,61 @@
+#pragma once
+// Micro-batches through the layers that a pipeline of ranks shares, or through layers streamed from disk.
+
+#include <headfold/comm/grid.h>
+#include <headfold/model/model.h>
+
+#include <functional>
+
+namespace headfold::model {
+
+enum class Residency {
+  resident,  ///< this rank's layers stay in memory; micro-batches stream through them
+  streamed,  ///< one layer at a time from the mapped file, all micro-batches of this replica through it before the next
+};
+
+struct PipelineOptions {
+  at::ScalarType dtype = at::kFloat;
+  Residency residency = Residency::resident;
+  bool head = true;  ///< load the head on the last stage (calibration does without)
+};
+
+/// What a run calls back. All callbacks run on the rank that owns the thing they concern.
+struct PipelineHooks {
+  /// Observer of global layer index `layer`, or nullptr; asked once per layer before its first micro-batch.
+  std::function<LayerObserver*(std::int64_t layer)> observer;
+  /// Micro-batch `index` (index into this replica's list) is about to enter layer `layer`.
+  std::function<void(std::int64_t layer, std::int64_t index)> before_layer;
+  /// Last stage only: final hidden states (before the final norm) of micro-batch `index`; use head() for logits.
+  std::function<void(std::int64_t index, const at::Tensor& hidden)> output;
+  /// Called on every stage after micro-batch `index` has left it (streamed: after every layer x micro-batch, with fraction of a micro-batch done).
+  std::function<void(double micro_batches_done)> progress;
+};
+
+/// The share of one rank: its stage's layers of one model.
+class Pipeline {
+ public:
+  /// Loads this stage's weights (resident) or only opens the file (streamed). Collective over grid.world.
+  Pipeline(const checkpoint::Reader& reader, const comm::Grid& grid, PipelineOptions options);
+  ~Pipeline();
+  /// Pushes this replica's micro-batches (ids [batch, tokens] each, the same list on every stage of the replica) through all stages. Receives are
+  /// posted ahead and sends are asynchronous, so that all stages are busy in steady state.
+  void run(const std::vector<at::Tensor>& micro_batches, const PipelineHooks& hooks) const;
+  const comm::LayerRange& layers() const { return range_; }
+  const ModelConfig& config() const;
+  /// Last stage only (options.head).
+  const Head& head() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+  comm::LayerRange range_;
+};
+
+/// Layers of each stage, balanced by parameters (embedding and head counted).
+std::vector<comm::LayerRange> stage_layers(const ModelConfig& config, int stages);
+/// Bytes of weights of one stage in `dtype`.
+std::int64_t stage_weight_bytes(const ModelConfig& config, int stages, int stage, at::ScalarType dtype);
+/// Fewest stages whose weights plus `extra_bytes_per_layer` per layer fit `budget` bytes per rank; at most config.layers.
+int fewest_stages(const ModelConfig& config, at::ScalarType dtype, std::int64_t extra_bytes_per_layer, std::int64_t budget, int max_stages);
+
+}  // namespace headfold::model
