@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <headfold/base/error.h>
+#include <headfold/base/json.h>
 #include <headfold/comm/communicator.h>
 
 #include <boost/program_options.hpp>
@@ -34,6 +35,7 @@ void inspect(const Context& context, const std::vector<std::string>& arguments);
 void logits(const Context& context, const std::vector<std::string>& arguments);
 void report(const Context& context, const std::vector<std::string>& arguments);
 void synthesize(const Context& context, const std::vector<std::string>& arguments);
+void verify(const Context& context, const std::vector<std::string>& arguments);
 
 /// Thrown after --help was printed; ends the job with exit code 0.
 struct HelpShown {};
@@ -52,6 +54,10 @@ at::ScalarType parse_dtype(const std::string& text, const std::string& checkpoin
 
 /// The command line as one text, for provenance.
 std::string command_line(const std::string& job, const std::vector<std::string>& arguments);
+
+/// What a job says about its own run, for the report: job, command, date (UNIX seconds), seconds, ranks, hosts, threads_per_rank,
+/// peak_resident_bytes (largest over ranks), headfold_version. Collective. Callers add their own keys.
+OrderedJson run_record(const Context& context, const std::string& job, const std::vector<std::string>& arguments, double seconds);
 
 /// Refuses to write into a folder or file that exists and was not made by headfold. Creates nothing.
 void check_output_folder(const std::filesystem::path& folder);

@@ -16,6 +16,7 @@ constexpr Job kJobs[] = {
     {"calibrate", "collect calibration statistics of a model over a text", calibrate},
     {"convert", "fold KV heads: statistics + model -> smaller model", convert},
     {"evaluate", "perplexity, KL divergence and agreement of a model", evaluate},
+    {"verify", "measure what a fold changed, layer by layer, against what was predicted", verify},
     {"report", "HTML, Markdown and CSV report of a run folder", report},
     {"generate", "continue a prompt", generate},
     {"logits", "logits for given token ids, for parity with any other engine", logits},

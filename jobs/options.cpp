@@ -1,9 +1,13 @@
 #include <ATen/Parallel.h>
+#include <headfold/base/files.h>
 #include <headfold/base/log.h>
+#include <headfold/base/version.h>
 #include <headfold/device/device.h>
 
+#include <chrono>
 #include <filesystem>
 #include <iostream>
+#include <set>
 
 #include "job.h"
 
@@ -61,6 +65,22 @@ std::string command_line(const std::string& job, const std::vector<std::string>&
     text += plain ? " " + argument : " '" + argument + "'";
   }
   return text;
+}
+
+OrderedJson run_record(const Context& context, const std::string& job, const std::vector<std::string>& arguments, double seconds) {
+  const std::vector<std::string> hosts = context.world.all_gather(comm::Environment::host());
+  const auto peak = context.world.all_reduce(static_cast<std::int64_t>(peak_resident_bytes()), comm::Reduce::max);
+  OrderedJson record;
+  record["job"] = job;
+  record["command"] = command_line(job, arguments);
+  record["date"] = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+  record["seconds"] = seconds;
+  record["ranks"] = context.world.size();
+  record["hosts"] = std::set<std::string>(hosts.begin(), hosts.end()).size();
+  record["threads_per_rank"] = at::get_num_threads();
+  record["peak_resident_bytes"] = peak;
+  record["headfold_version"] = version();
+  return record;
 }
 
 void check_output_folder(const std::filesystem::path& folder) {
