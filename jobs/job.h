@@ -43,21 +43,26 @@ struct HelpShown {};
 /// Options that every job has: --help, --threads, --log-dir, --verbose, --timeout.
 po::options_description common_options();
 
-/// Parses `arguments` against `own` plus the common options and applies the common ones (threads, logging, time-out; warns once when
-/// libtorch runs on reference BLAS). `usage` is the text above the options in --help. `positional` names an option that takes bare arguments.
-/// UsageError for unknown, repeated or malformed options; the hint names `headfold JOB --help`.
-po::variables_map parse(const Context& context, const std::string& job, const std::string& usage, const po::options_description& own,
-                        const std::vector<std::string>& arguments, const std::string& positional = {});
+/// Parses `arguments` against `own` plus the common options and applies the common ones (threads, logging, time-out;
+/// warns once when libtorch runs on reference BLAS). `usage` is the text above the options in --help. `positional`
+/// names an option that takes bare arguments. UsageError for unknown, repeated or malformed options; the hint names
+/// `headfold JOB --help`.
+po::variables_map parse(const Context& context, const std::string& job, const std::string& usage,
+                        const po::options_description& own, const std::vector<std::string>& arguments,
+                        const std::string& positional = {});
 
-/// float32 / bfloat16 from a --dtype value; "auto" gives bfloat16 for 16-bit checkpoints on CPUs with AMX, else float32. UsageError otherwise.
+/// float32 / bfloat16 from a --dtype value; "auto" gives bfloat16 for 16-bit checkpoints on CPUs with AMX, else
+/// float32. UsageError otherwise.
 at::ScalarType parse_dtype(const std::string& text, const std::string& checkpoint_dtype);
 
 /// The command line as one text, for provenance.
 std::string command_line(const std::string& job, const std::vector<std::string>& arguments);
 
-/// What a job says about its own run, for the report: job, command, date (UNIX seconds), seconds, ranks, hosts, threads_per_rank,
-/// peak_resident_bytes (largest over ranks), headfold_version. Collective. Callers add their own keys.
-OrderedJson run_record(const Context& context, const std::string& job, const std::vector<std::string>& arguments, double seconds);
+/// What a job says about its own run, for the report: job, command, date (UNIX seconds), seconds, ranks, hosts,
+/// threads_per_rank, peak_resident_bytes (largest over ranks), headfold_version. Collective. Callers add their own
+/// keys.
+OrderedJson run_record(const Context& context, const std::string& job, const std::vector<std::string>& arguments,
+                       double seconds);
 
 /// Refuses to write into a folder or file that exists and was not made by headfold. Creates nothing.
 void check_output_folder(const std::filesystem::path& folder);

@@ -1,4 +1,5 @@
-// headfold: dispatches to one job per sub-command and turns an error into one log line, a hint and a documented exit code.
+// headfold: dispatches to one job per sub-command and turns an error into one log line, a hint and a documented exit
+// code.
 
 #include <headfold/base/log.h>
 #include <headfold/base/version.h>
@@ -30,7 +31,8 @@ std::string help_text() {
       "usage: headfold JOB [options]      headfold JOB --help      headfold --version\n"
       "       mpirun -np N headfold JOB [options]                  srun --mpi=pmix headfold JOB [options]\n\njobs:\n";
   for (const Job& job : kJobs) text += fmt::format("  {:<12}{}\n", job.name, job.summary);
-  return text + "\nexit codes: 0 done, 64 usage, 65 bad input, 70 internal, 74 input/output, 75 stopped and resumable\n";
+  return text +
+         "\nexit codes: 0 done, 64 usage, 65 bad input, 70 internal, 74 input/output, 75 stopped and resumable\n";
 }
 
 const Job& find_job(const std::string& name) {
@@ -41,11 +43,13 @@ const Job& find_job(const std::string& name) {
   throw UsageError(fmt::format("there is no job '{}'; jobs are {}", name, names), "headfold --help");
 }
 
-/// The failed rank prints and ends the whole job. When every rank fails alike, rank 0 speaks for all: the others give it a moment.
+/// The failed rank prints and ends the whole job. When every rank fails alike, rank 0 speaks for all: the others give
+/// it a moment.
 [[noreturn]] void fail(const comm::Environment& environment, const std::string& job, const std::exception& error) {
   const comm::Communicator& world = environment.world();
   if (!world.root()) std::this_thread::sleep_for(std::chrono::milliseconds(700));
-  const std::string where = world.size() > 1 ? fmt::format(" [rank {} on {}]", world.rank(), comm::Environment::host()) : "";
+  const std::string where =
+      world.size() > 1 ? fmt::format(" [rank {} on {}]", world.rank(), comm::Environment::host()) : "";
   spdlog::error("{}{}: {}", job, where, describe(error));
   spdlog::default_logger()->flush();
   environment.abort(static_cast<int>(exit_code_of(error)));
@@ -82,7 +86,9 @@ int run(int argc, char** argv) {
   } catch (const HelpShown&) {
     return 0;
   } catch (const std::bad_alloc&) {
-    fail(*environment, name, Error(ExitCode::internal, "out of memory", "use more ranks, smaller micro-batches, or --streamed where the job has it"));
+    fail(*environment, name,
+         Error(ExitCode::internal, "out of memory",
+               "use more ranks, smaller micro-batches, or --streamed where the job has it"));
   } catch (const std::exception& error) {
     fail(*environment, name, error);
   }
@@ -92,4 +98,6 @@ int run(int argc, char** argv) {
 }  // namespace
 }  // namespace headfold::jobs
 
-int main(int argc, char** argv) { return headfold::jobs::run(argc, argv); }
+int main(int argc, char** argv) {
+  return headfold::jobs::run(argc, argv);
+}

@@ -18,12 +18,14 @@ po::options_description common_options() {
   options.add_options()("help,h", "print this help")("threads", po::value<int>()->default_value(0),
                                                      "threads per rank; 0 = the host's cores divided by its ranks")(
       "log-dir", po::value<std::string>(), "folder for one log file per rank")("verbose", "log more")(
-      "timeout", po::value<double>()->default_value(1800), "seconds a rank waits for another before the job ends with an error; 0 = for ever");
+      "timeout", po::value<double>()->default_value(1800),
+      "seconds a rank waits for another before the job ends with an error; 0 = for ever");
   return options;
 }
 
-po::variables_map parse(const Context& context, const std::string& job, const std::string& usage, const po::options_description& own,
-                        const std::vector<std::string>& arguments, const std::string& positional) {
+po::variables_map parse(const Context& context, const std::string& job, const std::string& usage,
+                        const po::options_description& own, const std::vector<std::string>& arguments,
+                        const std::string& positional) {
   po::options_description all(120, 60);
   all.add(own).add(common_options());
   po::variables_map values;
@@ -45,7 +47,8 @@ po::variables_map parse(const Context& context, const std::string& job, const st
   if (threads < 0) throw UsageError(fmt::format("--threads {}: must be 0 or more", threads));
   comm::set_timeout_seconds(values["timeout"].as<double>());
   start_logging(context.world.rank(), context.world.size(),
-                values.count("log-dir") > 0 ? values["log-dir"].as<std::string>() : std::string(), values.count("verbose") > 0);
+                values.count("log-dir") > 0 ? values["log-dir"].as<std::string>() : std::string(),
+                values.count("verbose") > 0);
   device::use_threads(context.world, threads);
   if (context.world.root()) device::warn_about_slow_blas();
   return values;
@@ -67,13 +70,15 @@ std::string command_line(const std::string& job, const std::vector<std::string>&
   return text;
 }
 
-OrderedJson run_record(const Context& context, const std::string& job, const std::vector<std::string>& arguments, double seconds) {
+OrderedJson run_record(const Context& context, const std::string& job, const std::vector<std::string>& arguments,
+                       double seconds) {
   const std::vector<std::string> hosts = context.world.all_gather(comm::Environment::host());
   const auto peak = context.world.all_reduce(static_cast<std::int64_t>(peak_resident_bytes()), comm::Reduce::max);
   OrderedJson record;
   record["job"] = job;
   record["command"] = command_line(job, arguments);
-  record["date"] = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+  record["date"] =
+      std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
   record["seconds"] = seconds;
   record["ranks"] = context.world.size();
   record["hosts"] = std::set<std::string>(hosts.begin(), hosts.end()).size();
@@ -86,7 +91,8 @@ OrderedJson run_record(const Context& context, const std::string& job, const std
 void check_output_folder(const std::filesystem::path& folder) {
   namespace fs = std::filesystem;
   if (!fs::exists(folder)) return;
-  if (!fs::is_directory(folder)) throw UsageError(fmt::format("{} exists and is not a folder", folder.string()), "choose another --out");
+  if (!fs::is_directory(folder))
+    throw UsageError(fmt::format("{} exists and is not a folder", folder.string()), "choose another --out");
   if (fs::is_empty(folder) || fs::exists(folder / "headfold.json")) return;
   throw UsageError(fmt::format("{} is not empty and was not written by headfold", folder.string()),
                    "choose another --out, or empty that folder yourself: headfold does not overwrite foreign files");

@@ -16,7 +16,9 @@
 namespace headfold {
 namespace {
 
-std::string reason() { return std::strerror(errno); }
+std::string reason() {
+  return std::strerror(errno);
+}
 
 /// Owns a file descriptor.
 class Descriptor {
@@ -71,7 +73,8 @@ std::string read_file(const fs::path& path, std::uint64_t max_bytes) {
   if (::fstat(fd.get(), &info) != 0) throw IoError(path.string(), "cannot be read: " + reason());
   if (!S_ISREG(info.st_mode)) throw IoError(path.string(), "is not a regular file");
   if (static_cast<std::uint64_t>(info.st_size) > max_bytes)
-    throw InputError(fmt::format("{}: has {} bytes, more than the {} that can be right here", path.string(), info.st_size, max_bytes));
+    throw InputError(fmt::format("{}: has {} bytes, more than the {} that can be right here", path.string(),
+                                 info.st_size, max_bytes));
   std::string content(static_cast<std::size_t>(info.st_size), '\0');
   std::size_t got = 0;
   while (got < content.size()) {
@@ -106,7 +109,9 @@ void write_file(const fs::path& path, std::string_view content) {
   publish(temporary, path);
 }
 
-void copy_file(const fs::path& from, const fs::path& to) { write_file(to, read_file(from)); }
+void copy_file(const fs::path& from, const fs::path& to) {
+  write_file(to, read_file(from));
+}
 
 void publish(const fs::path& temporary, const fs::path& final_path) {
   fsync_path(temporary, O_RDONLY);
@@ -132,8 +137,12 @@ std::uint64_t free_bytes(const fs::path& path) {
   return static_cast<std::uint64_t>(info.f_bavail) * info.f_frsize;
 }
 
-std::uint64_t peak_resident_bytes() { return proc_value("/proc/self/status", "VmHWM"); }
-std::uint64_t resident_anonymous_bytes() { return proc_value("/proc/self/status", "RssAnon"); }
+std::uint64_t peak_resident_bytes() {
+  return proc_value("/proc/self/status", "VmHWM");
+}
+std::uint64_t resident_anonymous_bytes() {
+  return proc_value("/proc/self/status", "RssAnon");
+}
 
 std::uint64_t available_memory_bytes() {
   std::uint64_t available = proc_value("/proc/meminfo", "MemAvailable");
@@ -172,8 +181,12 @@ MappedFile::MappedFile(const fs::path& path) {
 std::span<const std::byte> MappedFile::bytes() const {
   return {static_cast<const std::byte*>(state_->data), state_->size};
 }
-std::uint64_t MappedFile::size() const { return state_->size; }
-const fs::path& MappedFile::path() const { return state_->path; }
+std::uint64_t MappedFile::size() const {
+  return state_->size;
+}
+const fs::path& MappedFile::path() const {
+  return state_->path;
+}
 
 void MappedFile::will_need(std::uint64_t begin, std::uint64_t end) const {
   const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
@@ -190,6 +203,8 @@ void MappedFile::done_with(std::uint64_t begin, std::uint64_t end) const {
   if (begin < end) ::madvise(static_cast<char*>(state_->data) + begin, end - begin, MADV_DONTNEED);
 }
 
-std::shared_ptr<const void> MappedFile::owner() const { return state_; }
+std::shared_ptr<const void> MappedFile::owner() const {
+  return state_;
+}
 
 }  // namespace headfold

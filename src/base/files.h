@@ -16,8 +16,8 @@ namespace fs = std::filesystem;
 /// Whole content of a file. Throws IoError (missing, unreadable), InputError when it is larger than `max_bytes`.
 std::string read_file(const fs::path& path, std::uint64_t max_bytes = std::uint64_t{1} << 32);
 
-/// Writes `content` to a temporary beside `path`, fsyncs, renames and fsyncs the folder: a reader sees the old file or the whole
-/// new one. Creates missing parent folders. Throws IoError.
+/// Writes `content` to a temporary beside `path`, fsyncs, renames and fsyncs the folder: a reader sees the old file or
+/// the whole new one. Creates missing parent folders. Throws IoError.
 void write_file(const fs::path& path, std::string_view content);
 
 /// Copies a file byte for byte through the same atomic path.

@@ -6,7 +6,8 @@
 namespace headfold {
 
 Json parse_json(std::string_view text, const std::string& name) {
-  // The parser keeps the last of two equal keys without a word; a checkpoint header with two tensors of one name must be refused.
+  // The parser keeps the last of two equal keys without a word; a checkpoint header with two tensors of one name must
+  // be refused.
   std::vector<std::set<std::string>> keys;
   std::string duplicate;
   const nlohmann::json::parser_callback_t watch = [&](int depth, nlohmann::json::parse_event_t event, Json& parsed) {
@@ -14,7 +15,8 @@ Json parse_json(std::string_view text, const std::string& name) {
     if (depth > 200) throw CorruptFile(name, "JSON is nested more than 200 levels deep");
     if (event == Event::object_start) keys.emplace_back();
     if (event == Event::object_end && !keys.empty()) keys.pop_back();
-    if (event == Event::key && !keys.empty() && !keys.back().insert(parsed.get<std::string>()).second && duplicate.empty())
+    if (event == Event::key && !keys.empty() && !keys.back().insert(parsed.get<std::string>()).second &&
+        duplicate.empty())
       duplicate = parsed.get<std::string>();
     return true;
   };
@@ -39,7 +41,11 @@ void write_any(const std::filesystem::path& path, const J& value) {
 }
 }  // namespace
 
-void write_json(const std::filesystem::path& path, const Json& value) { write_any(path, value); }
-void write_json(const std::filesystem::path& path, const OrderedJson& value) { write_any(path, value); }
+void write_json(const std::filesystem::path& path, const Json& value) {
+  write_any(path, value);
+}
+void write_json(const std::filesystem::path& path, const OrderedJson& value) {
+  write_any(path, value);
+}
 
 }  // namespace headfold

@@ -3,8 +3,8 @@
 
 #include <fmt/format.h>
 
-#include <filesystem>
 #include <headfold/base/error.h>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -13,7 +13,8 @@ namespace headfold {
 using Json = nlohmann::json;
 using OrderedJson = nlohmann::ordered_json;
 
-/// Parses text; duplicate keys, trailing bytes and invalid UTF-8 are errors. `name` stands for the file in messages. Throws CorruptFile.
+/// Parses text; duplicate keys, trailing bytes and invalid UTF-8 are errors. `name` stands for the file in messages.
+/// Throws CorruptFile.
 Json parse_json(std::string_view text, const std::string& name);
 /// Reads and parses a file of at most `max_bytes`. Throws IoError, CorruptFile.
 Json read_json(const std::filesystem::path& path, std::uint64_t max_bytes = std::uint64_t{1} << 30);

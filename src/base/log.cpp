@@ -17,7 +17,8 @@ void start_logging(int rank, int size, const std::filesystem::path& folder, bool
   sinks.push_back(console);
   if (!folder.empty()) {
     make_folder(folder);
-    auto file = std::make_shared<spdlog::sinks::basic_file_sink_mt>((folder / fmt::format("rank-{:04d}.log", rank)).string());
+    auto file =
+        std::make_shared<spdlog::sinks::basic_file_sink_mt>((folder / fmt::format("rank-{:04d}.log", rank)).string());
     file->set_level(spdlog::level::debug);
     file->set_pattern("%Y-%m-%dT%H:%M:%S.%e " + who + "%l %v");
     sinks.push_back(file);

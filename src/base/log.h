@@ -1,5 +1,6 @@
 #pragma once
-// Logging: rank 0 speaks on the terminal, every rank may keep a file. Use spdlog's own functions (spdlog::info, …) everywhere.
+// Logging: rank 0 speaks on the terminal, every rank may keep a file. Use spdlog's own functions (spdlog::info, …)
+// everywhere.
 
 #include <spdlog/spdlog.h>
 
@@ -8,8 +9,8 @@
 
 namespace headfold {
 
-/// Sets up the default logger. Rank 0 logs at info to standard error, other ranks at error only; with `folder` every rank also
-/// appends to `folder/rank-NNNN.log`. `verbose` lowers the level to debug.
+/// Sets up the default logger. Rank 0 logs at info to standard error, other ranks at error only; with `folder` every
+/// rank also appends to `folder/rank-NNNN.log`. `verbose` lowers the level to debug.
 void start_logging(int rank, int size, const std::filesystem::path& folder = {}, bool verbose = false);
 
 /// "1.5 GiB", "640 KiB", … for a number of bytes.

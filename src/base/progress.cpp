@@ -6,7 +6,9 @@ namespace headfold {
 Progress::Progress(std::string what, std::string unit, double total, bool active, double every_seconds)
     : what_(std::move(what)), unit_(std::move(unit)), total_(total), active_(active), every_seconds_(every_seconds) {}
 
-double Progress::seconds() const { return std::chrono::duration<double>(Clock::now() - start_).count(); }
+double Progress::seconds() const {
+  return std::chrono::duration<double>(Clock::now() - start_).count();
+}
 
 void Progress::advance(double amount) {
   done_ += amount;

@@ -9,12 +9,14 @@ namespace {
 
 /// Terminal columns of a UTF-8 text: its code points (all symbols used here are one column wide).
 std::size_t columns_of(const std::string& text) {
-  return static_cast<std::size_t>(std::count_if(text.begin(), text.end(), [](unsigned char c) { return (c & 0xC0) != 0x80; }));
+  return static_cast<std::size_t>(
+      std::count_if(text.begin(), text.end(), [](unsigned char c) { return (c & 0xC0) != 0x80; }));
 }
 
 bool numeric(const std::string& cell) {
   return cell.empty() || cell == "-" || std::isdigit(static_cast<unsigned char>(cell[0])) != 0 ||
-         ((cell[0] == '-' || cell[0] == '+') && cell.size() > 1 && std::isdigit(static_cast<unsigned char>(cell[1])) != 0);
+         ((cell[0] == '-' || cell[0] == '+') && cell.size() > 1 &&
+          std::isdigit(static_cast<unsigned char>(cell[1])) != 0);
 }
 
 std::string csv_cell(const std::string& cell) {

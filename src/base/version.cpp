@@ -5,7 +5,9 @@
 
 namespace headfold {
 
-std::string version() { return HEADFOLD_VERSION; }
+std::string version() {
+  return HEADFOLD_VERSION;
+}
 
 std::string build_description() {
   return fmt::format(

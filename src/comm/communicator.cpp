@@ -47,7 +47,8 @@ class SelfBackend : public Backend, public std::enable_shared_from_this<SelfBack
     void wait() override {
       auto& queue = backend_->queues_[tag_];
       if (queue.empty()) throw MpiFailure("a process waits for a message from itself that was never sent");
-      if (queue.front().size() != bytes_.size()) throw MpiFailure("a message to oneself has another size than expected");
+      if (queue.front().size() != bytes_.size())
+        throw MpiFailure("a message to oneself has another size than expected");
       std::memcpy(bytes_.data(), queue.front().data(), bytes_.size());
       queue.pop_front();
     }
@@ -85,7 +86,9 @@ void Request::wait() {
   state->wait();
 }
 
-Communicator Communicator::self() { return Communicator(std::make_shared<SelfBackend>()); }
+Communicator Communicator::self() {
+  return Communicator(std::make_shared<SelfBackend>());
+}
 
 double Communicator::all_reduce(double value, Reduce op) const {
   all_reduce(std::span(&value, 1), op);
@@ -107,8 +110,10 @@ void Communicator::require_equal(std::string_view text, std::string_view what) c
   const std::vector<std::string> all = all_gather(text);
   for (std::size_t r = 1; r < all.size(); ++r) {
     if (all[r] != all[0])
-      throw InputError(fmt::format("{} differs between ranks: rank 0 has '{}', rank {} has '{}'", what, all[0], r, all[r]),
-                       "every rank must run the same build on the same files; check the module environment and the file system of each node");
+      throw InputError(
+          fmt::format("{} differs between ranks: rank 0 has '{}', rank {} has '{}'", what, all[0], r, all[r]),
+          "every rank must run the same build on the same files; check the module environment and the file system of "
+          "each node");
   }
 }
 
@@ -132,18 +137,24 @@ void Communicator::on_root(const std::function<void()>& work) const {
   if (failure.empty()) return;
   const std::size_t line = failure.find('\n');
   const std::size_t mark = failure.rfind('\x1f');
-  throw Error(static_cast<ExitCode>(std::stoi(failure.substr(0, line))), failure.substr(line + 1, mark - line - 1), failure.substr(mark + 1));
+  throw Error(static_cast<ExitCode>(std::stoi(failure.substr(0, line))), failure.substr(line + 1, mark - line - 1),
+              failure.substr(mark + 1));
 }
 
-double timeout_seconds() { return timeout.load(); }
-void set_timeout_seconds(double seconds) { timeout.store(seconds); }
+double timeout_seconds() {
+  return timeout.load();
+}
+void set_timeout_seconds(double seconds) {
+  timeout.store(seconds);
+}
 
 Environment::Environment(int* argc, char*** argv) {
   if (!started_by_launcher()) {
     const char* tasks = std::getenv("SLURM_STEP_NUM_TASKS");
     if (tasks != nullptr && std::atoi(tasks) > 1)
-      throw UsageError(fmt::format("this Slurm step has {} tasks, but no PMI: each of them would run the whole job alone", tasks),
-                       "start the program with srun --mpi=pmix");
+      throw UsageError(
+          fmt::format("this Slurm step has {} tasks, but no PMI: each of them would run the whole job alone", tasks),
+          "start the program with srun --mpi=pmix");
     return;
   }
   world_ = Communicator(start_mpi(argc, argv));

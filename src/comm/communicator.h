@@ -14,7 +14,8 @@ namespace headfold::comm {
 
 enum class Reduce { sum, min, max };
 
-/// A started non-blocking transfer. wait() must be called before the buffer is touched or freed; the destructor waits too.
+/// A started non-blocking transfer. wait() must be called before the buffer is touched or freed; the destructor waits
+/// too.
 class Request {
  public:
   class State {
@@ -56,8 +57,8 @@ class Backend {
 };
 
 /// A group of ranks. A small value: copies share one underlying communicator, which is freed with the last copy.
-/// All calls but rank/size/host are collective over the group unless said otherwise. While a call waits it polls with short
-/// sleeps, so that waiting ranks leave the cores to working ones, and throws MpiFailure naming the operation when
+/// All calls but rank/size/host are collective over the group unless said otherwise. While a call waits it polls with
+/// short sleeps, so that waiting ranks leave the cores to working ones, and throws MpiFailure naming the operation when
 /// `timeout_seconds()` pass.
 class Communicator {
  public:
@@ -84,8 +85,12 @@ class Communicator {
   std::vector<std::string> all_gather(std::string_view text) const { return backend_->all_gather(text); }
 
   /// Point to point (not collective).
-  Request isend(std::span<const std::byte> bytes, int to, int tag) const { return Request(backend_->isend(bytes, to, tag)); }
-  Request irecv(std::span<std::byte> bytes, int from, int tag) const { return Request(backend_->irecv(bytes, from, tag)); }
+  Request isend(std::span<const std::byte> bytes, int to, int tag) const {
+    return Request(backend_->isend(bytes, to, tag));
+  }
+  Request irecv(std::span<std::byte> bytes, int from, int tag) const {
+    return Request(backend_->irecv(bytes, from, tag));
+  }
   void send(std::span<const std::byte> bytes, int to, int tag) const { isend(bytes, to, tag).wait(); }
   void recv(std::span<std::byte> bytes, int from, int tag) const { irecv(bytes, from, tag).wait(); }
 
@@ -107,7 +112,8 @@ class Communicator {
 double timeout_seconds();
 void set_timeout_seconds(double seconds);
 
-/// Starts MPI when the process was started by mpirun or srun (asks for MPI_THREAD_MULTIPLE), otherwise nothing, and ends it.
+/// Starts MPI when the process was started by mpirun or srun (asks for MPI_THREAD_MULTIPLE), otherwise nothing, and
+/// ends it.
 class Environment {
  public:
   Environment(int* argc, char*** argv);

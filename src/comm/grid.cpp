@@ -24,8 +24,10 @@ Grid make_grid(const Communicator& world, int stages) {
 
 std::vector<LayerRange> split_layers(std::int64_t layers, int stages, double first_extra, double last_extra) {
   if (stages < 1 || stages > layers)
-    throw UsageError(fmt::format("{} layers cannot be spread over {} pipeline ranks: every rank needs at least one layer", layers, stages),
-                     fmt::format("use at most {} pipeline ranks; more ranks than that can only work as replicas", layers));
+    throw UsageError(
+        fmt::format("{} layers cannot be spread over {} pipeline ranks: every rank needs at least one layer", layers,
+                    stages),
+        fmt::format("use at most {} pipeline ranks; more ranks than that can only work as replicas", layers));
   // Minimise the heaviest stage exactly by dynamic programming; both numbers are small.
   const auto n = static_cast<std::size_t>(layers);
   const auto s = static_cast<std::size_t>(stages);

@@ -1,5 +1,6 @@
 #pragma once
-// The process grid: world = stages x replicas. A replica is a pipeline of `stages` ranks that share the layers of one model copy.
+// The process grid: world = stages x replicas. A replica is a pipeline of `stages` ranks that share the layers of one
+// model copy.
 
 #include <headfold/comm/communicator.h>
 
@@ -16,7 +17,8 @@ struct LayerRange {
   bool contains(std::int64_t layer) const { return layer >= begin && layer < end; }
 };
 
-/// Where this rank stands. World rank = replica * stages + stage, so that neighbours of a pipeline are neighbours in rank.
+/// Where this rank stands. World rank = replica * stages + stage, so that neighbours of a pipeline are neighbours in
+/// rank.
 struct Grid {
   Communicator world = Communicator::self();
   Communicator pipeline = Communicator::self();  ///< the stages of this replica; its rank is `stage`
@@ -32,8 +34,9 @@ struct Grid {
 /// Splits `world` into pipelines of `stages` ranks. Throws UsageError when the world size is no multiple of `stages`.
 Grid make_grid(const Communicator& world, int stages);
 
-/// Contiguous ranges of `layers` layers over `stages` stages, sizes differing by at most one, with `first_extra` and `last_extra`
-/// (weight of embedding and head in units of one layer) taken into account. Throws UsageError when stages > layers.
+/// Contiguous ranges of `layers` layers over `stages` stages, sizes differing by at most one, with `first_extra` and
+/// `last_extra` (weight of embedding and head in units of one layer) taken into account. Throws UsageError when stages
+/// > layers.
 std::vector<LayerRange> split_layers(std::int64_t layers, int stages, double first_extra = 0, double last_extra = 0);
 
 /// Share of rank-time lost while a pipeline fills and drains: (stages - 1) / (micro_batches + stages - 1).

@@ -15,14 +15,18 @@ void check(int code, std::string_view operation) {
   char text[MPI_MAX_ERROR_STRING] = {};
   int length = 0;
   MPI_Error_string(code, text, &length);
-  throw MpiFailure(fmt::format("MPI {} failed on {}: {}", operation, Environment::host(), std::string_view(text, static_cast<std::size_t>(length))));
+  throw MpiFailure(fmt::format("MPI {} failed on {}: {}", operation, Environment::host(),
+                               std::string_view(text, static_cast<std::size_t>(length))));
 }
 
 MPI_Op op_of(Reduce op) {
   switch (op) {
-    case Reduce::sum: return MPI_SUM;
-    case Reduce::min: return MPI_MIN;
-    case Reduce::max: return MPI_MAX;
+    case Reduce::sum:
+      return MPI_SUM;
+    case Reduce::min:
+      return MPI_MIN;
+    case Reduce::max:
+      return MPI_MAX;
   }
   throw InternalError("unknown reduction");
 }
@@ -86,7 +90,8 @@ class MpiBackend : public Backend {
     for (std::size_t at = 0; at < bytes.size() || at == 0; at += kByteChunk) {
       const std::size_t n = std::min(kByteChunk, bytes.size() - at);
       state->requests.emplace_back(MPI_REQUEST_NULL);
-      check(MPI_Isend(bytes.data() + at, static_cast<int>(n), MPI_BYTE, to, tag, comm_, &state->requests.back()), "send");
+      check(MPI_Isend(bytes.data() + at, static_cast<int>(n), MPI_BYTE, to, tag, comm_, &state->requests.back()),
+            "send");
     }
     return state;
   }
@@ -95,7 +100,8 @@ class MpiBackend : public Backend {
     for (std::size_t at = 0; at < bytes.size() || at == 0; at += kByteChunk) {
       const std::size_t n = std::min(kByteChunk, bytes.size() - at);
       state->requests.emplace_back(MPI_REQUEST_NULL);
-      check(MPI_Irecv(bytes.data() + at, static_cast<int>(n), MPI_BYTE, from, tag, comm_, &state->requests.back()), "receive");
+      check(MPI_Irecv(bytes.data() + at, static_cast<int>(n), MPI_BYTE, from, tag, comm_, &state->requests.back()),
+            "receive");
     }
     return state;
   }
@@ -123,7 +129,8 @@ class MpiBackend : public Backend {
       std::this_thread::sleep_for(std::chrono::microseconds(turn < 2000 ? 20 : 200));
       const double waited = std::chrono::duration<double>(Clock::now() - start).count();
       if (timeout_seconds() > 0 && waited > timeout_seconds())
-        throw MpiFailure(fmt::format("rank {} on {} waited {:.0f} s in {}: another rank died or hangs", rank, Environment::host(), waited, operation),
+        throw MpiFailure(fmt::format("rank {} on {} waited {:.0f} s in {}: another rank died or hangs", rank,
+                                     Environment::host(), waited, operation),
                          "look at the logs of the other ranks; --timeout sets the limit in seconds");
     }
   }
@@ -134,7 +141,8 @@ class MpiBackend : public Backend {
     for (std::size_t at = 0; at < values.size(); at += kChunk) {
       const std::size_t n = std::min(kChunk, values.size() - at);
       MPI_Request request = MPI_REQUEST_NULL;
-      check(MPI_Iallreduce(MPI_IN_PLACE, values.data() + at, static_cast<int>(n), type, op_of(op), comm_, &request), "all-reduce");
+      check(MPI_Iallreduce(MPI_IN_PLACE, values.data() + at, static_cast<int>(n), type, op_of(op), comm_, &request),
+            "all-reduce");
       finish(request, "all-reduce");
     }
   }
@@ -163,7 +171,8 @@ std::shared_ptr<Backend> start_mpi(int* argc, char*** argv) {
   if (already == 0) {
     int provided = MPI_THREAD_SINGLE;
     check(MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided), "Init_thread");
-    if (provided < MPI_THREAD_SERIALIZED) throw MpiFailure("this MPI library offers no thread support (MPI_THREAD_SERIALIZED is needed)");
+    if (provided < MPI_THREAD_SERIALIZED)
+      throw MpiFailure("this MPI library offers no thread support (MPI_THREAD_SERIALIZED is needed)");
   }
   MPI_Comm world = MPI_COMM_NULL;
   check(MPI_Comm_dup(MPI_COMM_WORLD, &world), "Comm_dup");

@@ -46,7 +46,9 @@ void warn_about_slow_blas() {
   for (const char* fast : {"openblas", "mkl", "blis", "atlas", "nvpl", "armpl"})
     if (library.find(fast) != std::string::npos) return;
   if (library == "unknown" || library.find("libblas") == std::string::npos) return;  // built into libtorch
-  spdlog::warn("libtorch runs on the reference BLAS ({}), tens of times slower than OpenBLAS; install libopenblas-openmp-dev", library);
+  spdlog::warn(
+      "libtorch runs on the reference BLAS ({}), tens of times slower than OpenBLAS; install libopenblas-openmp-dev",
+      library);
 }
 
 bool fast_bfloat16() {
@@ -59,7 +61,8 @@ bool fast_bfloat16() {
 
 std::string describe_device() {
   return fmt::format("{}: {} thread(s), {} memory available, BLAS {}", comm::Environment::host(), at::get_num_threads(),
-                     human_bytes(static_cast<double>(available_memory_bytes())), fs::path(blas_library()).filename().string());
+                     human_bytes(static_cast<double>(available_memory_bytes())),
+                     fs::path(blas_library()).filename().string());
 }
 
 }  // namespace headfold::device

@@ -1,18 +1,19 @@
 #pragma once
 // Where a rank computes: its share of the host's cores, memory figures, the BLAS underneath.
 
-#include <cstdint>
 #include <headfold/comm/communicator.h>
+#include <cstdint>
 #include <string>
 
 namespace headfold::device {
 
-/// Sets the threads of this rank: `threads`, or when 0 the cores this process may use divided by the ranks on this host (at least 1).
-/// Collective over `world`. Returns the number.
+/// Sets the threads of this rank: `threads`, or when 0 the cores this process may use divided by the ranks on this host
+/// (at least 1). Collective over `world`. Returns the number.
 int use_threads(const comm::Communicator& world, int threads);
 /// Cores this process may run on (its affinity mask).
 int usable_cores();
-/// File name of the BLAS library this process has loaded ("libopenblas.so.0", "libmkl_rt.so.2", "libblas.so.3", …), or "unknown".
+/// File name of the BLAS library this process has loaded ("libopenblas.so.0", "libmkl_rt.so.2", "libblas.so.3", …), or
+/// "unknown".
 std::string blas_library();
 /// Logs a warning that names the package to install when the BLAS is the reference one (tens of times slower).
 void warn_about_slow_blas();

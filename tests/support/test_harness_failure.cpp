@@ -4,7 +4,9 @@
 namespace headfold::testing_support {
 namespace {
 
-TEST(HarnessTest, fails_on_last_rank) { EXPECT_NE(world().rank(), world().size() - 1) << "failing on purpose"; }
+TEST(HarnessTest, fails_on_last_rank) {
+  EXPECT_NE(world().rank(), world().size() - 1) << "failing on purpose";
+}
 
 }  // namespace
 }  // namespace headfold::testing_support

@@ -51,11 +51,17 @@ class ScratchFolder {
 };
 
 /// tests/ folder of the source tree.
-inline std::filesystem::path tests_folder() { return HEADFOLD_TESTS_FOLDER; }
+inline std::filesystem::path tests_folder() {
+  return HEADFOLD_TESTS_FOLDER;
+}
 /// Root of the source tree.
-inline std::filesystem::path source_folder() { return tests_folder().parent_path(); }
+inline std::filesystem::path source_folder() {
+  return tests_folder().parent_path();
+}
 /// tests/golden: checkpoints whose logits Hugging Face transformers computed.
-inline std::filesystem::path golden_folder() { return tests_folder() / "golden"; }
+inline std::filesystem::path golden_folder() {
+  return tests_folder() / "golden";
+}
 
 /// Real benchmark files that are not part of the repository: $HEADFOLD_DATA or ../shared/data. Empty when absent.
 inline std::filesystem::path data_folder() {

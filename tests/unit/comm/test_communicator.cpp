@@ -14,7 +14,8 @@ TEST(CommunicatorTest, all_reduce_sums_and_takes_extremes) {
   std::vector<double> values(1000);
   std::iota(values.begin(), values.end(), world().rank());
   world().all_reduce(values);
-  for (std::size_t i = 0; i < values.size(); ++i) ASSERT_DOUBLE_EQ(values[i], n * static_cast<double>(i) + n * (n - 1) / 2);
+  for (std::size_t i = 0; i < values.size(); ++i)
+    ASSERT_DOUBLE_EQ(values[i], n * static_cast<double>(i) + n * (n - 1) / 2);
   EXPECT_EQ(world().all_reduce(std::int64_t{world().rank()}, Reduce::max), world().size() - 1);
   EXPECT_EQ(world().all_reduce(std::int64_t{world().rank()}, Reduce::min), 0);
 }
@@ -46,7 +47,8 @@ TEST(CommunicatorTest, split_groups_by_color) {
   const int members = (world().size() + (world().rank() % 2 == 0 ? 1 : 0)) / 2;
   EXPECT_EQ(half.size(), members);
   // Ordered by key: the highest world rank of a colour comes first.
-  EXPECT_EQ(half.all_reduce(std::int64_t{half.root() ? world().rank() : 0}), ((world().size() - 1 - world().rank() % 2) / 2) * 2 + world().rank() % 2);
+  EXPECT_EQ(half.all_reduce(std::int64_t{half.root() ? world().rank() : 0}),
+            ((world().size() - 1 - world().rank() % 2) / 2) * 2 + world().rank() % 2);
 }
 
 TEST(CommunicatorTest, difference_between_ranks_is_named) {
