@@ -1,9 +1,9 @@
 #pragma once
 // config.json of a Hugging Face model folder, understood. Keys and defaults: docs/formats.md, section "Models".
 
+#include <headfold/base/json.h>
 #include <cstdint>
 #include <filesystem>
-#include <headfold/base/json.h>
 #include <string>
 
 namespace headfold::checkpoint {
@@ -13,7 +13,8 @@ enum class Family { llama, bloom };
 /// What a layer caches per token, and how scores are formed from it.
 enum class KvLayout {
   gqa,        ///< kv_heads keys and values of head_dim each: stock grouped-query attention (MHA when kv_heads == heads)
-  projected,  ///< arXiv 2406.07056 section 3.4: full keys, rotated, projected to kv_heads x head_dim before they are cached
+  projected,  ///< arXiv 2406.07056 section 3.4: full keys, rotated, projected to kv_heads x head_dim before they are
+              ///< cached
 };
 
 /// RoPE frequency rule; type is "default", "linear" or "llama3".
@@ -34,20 +35,21 @@ struct ModelConfig {
   std::int64_t kv_heads = 0;         ///< KV heads that are cached
   std::int64_t source_kv_heads = 0;  ///< `projected`: heads of the full key projection; otherwise == kv_heads
   std::int64_t head_dim = 0;
-  std::int64_t ffn = 0;              ///< inner width of the MLP
+  std::int64_t ffn = 0;  ///< inner width of the MLP
   std::int64_t vocab = 0;
-  std::int64_t max_positions = 0;    ///< longest sequence; BLOOM: seq_length, else 2048
+  std::int64_t max_positions = 0;  ///< longest sequence; BLOOM: seq_length, else 2048
   double norm_eps = 1e-5;
   double rope_theta = 10000.0;
   RopeScaling rope_scaling;
   bool tied_embeddings = false;
-  bool attention_bias = false;       ///< LLaMA: biases on q, k, v and o; BLOOM: always true
+  bool attention_bias = false;  ///< LLaMA: biases on q, k, v and o; BLOOM: always true
   bool mlp_bias = false;
   bool post_layernorm_residual = false;  ///< BLOOM apply_residual_connection_post_layernorm
-  /// BLOOM: K and V stored apart from Q because their head count differs (native grouped BLOOM, key num_key_value_heads).
+  /// BLOOM: K and V stored apart from Q because their head count differs (native grouped BLOOM, key
+  /// num_key_value_heads).
   bool split_qkv = false;
-  std::int64_t bos = -1;  ///< -1: none
-  std::int64_t eos = -1;  ///< first one when the file gives a list; -1: none
+  std::int64_t bos = -1;          ///< -1: none
+  std::int64_t eos = -1;          ///< first one when the file gives a list; -1: none
   std::string dtype = "float32";  ///< torch_dtype / dtype of the file: "float32", "float16", "bfloat16"
   Json raw;                       ///< the whole file, unknown keys included
   std::string file;               ///< where it came from, for messages
@@ -57,15 +59,15 @@ struct ModelConfig {
   std::int64_t cache_bytes_per_token(std::int64_t element_size) const;
 };
 
-/// Parses and validates. Throws CorruptFile / InputError naming the file and the key; unsupported architectures, rope types
-/// (dynamic, yarn, longrope), activations and per-head QK-norm are refused with the reason.
+/// Parses and validates. Throws CorruptFile / InputError naming the file and the key; unsupported architectures, rope
+/// types (dynamic, yarn, longrope), activations and per-head QK-norm are refused with the reason.
 ModelConfig parse_config(const Json& json, const std::string& file);
 /// Reads `folder`/config.json. Throws IoError when it is absent (hint: is this a model folder?).
 ModelConfig read_config(const std::filesystem::path& folder);
 
 /// config.json of `source` with its KV heads changed to `kv_heads` and `layout`; every other key is kept as it stands.
-/// LLaMA + gqa gives a stock file. `projected` renames architecture and model_type ("headfold_llama") so that stock loaders refuse it.
-/// Grouped BLOOM becomes "headfold_bloom" with num_key_value_heads.
+/// LLaMA + gqa gives a stock file. `projected` renames architecture and model_type ("headfold_llama") so that stock
+/// loaders refuse it. Grouped BLOOM becomes "headfold_bloom" with num_key_value_heads.
 Json folded_config(const ModelConfig& source, std::int64_t kv_heads, KvLayout layout);
 
 const char* name_of(Family family);

@@ -5,13 +5,16 @@
 #include <headfold/checkpoint/safetensors.h>
 
 #include <memory>
-#include <set>
+#include <string>
+#include <vector>
 
 namespace headfold::checkpoint {
 
-/// Opens a folder with config.json and model.safetensors, or model.safetensors.index.json and its shards. Shards are mapped on first
-/// use. Throws IoError (missing folder, file or shard), CorruptFile (index and shard disagree, path traversal in the index).
-/// A name is looked up as given, then with and without the family's prefix ("model." / "transformer.").
+/// Opens a folder with config.json and model.safetensors, or else model.safetensors.index.json and its shards. All
+/// shards are mapped and their headers checked at once (pages are read on use). Throws IoError (missing folder, file or
+/// shard), CorruptFile (index and shard disagree, path traversal in the index). A name is looked up as given, then with
+/// and without the family's prefix ("model." / "transformer."), and with tied embeddings the other one of the two tied
+/// tables stands in for an absent one. Safe for many threads.
 class Reader {
  public:
   explicit Reader(const std::filesystem::path& folder);
@@ -25,14 +28,18 @@ class Reader {
   std::string resolve(const std::string& name) const;
   /// View of the mapped data in the stored dtype.
   at::Tensor view(const std::string& name) const;
+  /// File that holds a tensor.
+  const std::filesystem::path& file_of(const std::string& name) const;
+  /// The files that hold tensors, in order of name.
+  std::vector<std::filesystem::path> files() const;
   /// A copy in `dtype`, checked against `shape` (InputError naming file, tensor, both shapes).
   at::Tensor load(const std::string& name, const std::vector<std::int64_t>& shape, at::ScalarType dtype) const;
   /// Tells the kernel that a tensor's pages are no longer needed (streaming through models larger than memory).
   void done_with(const std::string& name) const;
   /// Total bytes of all tensors.
   std::uint64_t total_bytes() const;
-  /// SHA-256 over config.json, and of each shard its size, header and evenly spaced samples (whole content up to 64 MiB):
-  /// identifies a checkpoint in seconds even on a network file system.
+  /// SHA-256 over config.json, and of each shard its size, header and evenly spaced samples (whole content up to 64
+  /// MiB): identifies a checkpoint in seconds even on a network file system.
   std::string fingerprint() const;
 
  private:

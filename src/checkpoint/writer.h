@@ -5,14 +5,19 @@
 #include <headfold/checkpoint/safetensors.h>
 #include <headfold/comm/communicator.h>
 
+#include <cstdint>
+#include <filesystem>
 #include <memory>
+#include <string>
+#include <vector>
 
 namespace headfold::checkpoint {
 
-/// Every rank constructs it with the same list (collective). Shards, their headers and all offsets follow from the list alone, so any
-/// rank can write any tensor at its place, in any order, at the same time. Shard files appear as *.tmp and are renamed in finish();
-/// the index comes last. One shard gives "model.safetensors" without an index. Bytes do not depend on the number of ranks.
-/// Throws IoError (also when the free space does not suffice, before anything is written).
+/// Every rank constructs it with the same list (collective). Shards, their headers and all offsets follow from the list
+/// alone, so any rank can write any tensor at its place, in any order, at the same time. Shard files appear as *.tmp
+/// and are renamed in finish(); the index comes last. One shard gives "model.safetensors" without an index. Bytes do
+/// not depend on the number of ranks. Throws IoError (also when the free space does not suffice, before anything is
+/// written).
 class ParallelWriter {
  public:
   ParallelWriter(const comm::Communicator& world, const std::filesystem::path& folder, std::vector<TensorSpec> tensors,
@@ -20,15 +25,31 @@ class ParallelWriter {
   ~ParallelWriter();  ///< removes the temporaries of a write that was not finished
   /// Writes one tensor; dtype and shape must be those of its spec (InternalError otherwise). Not collective.
   void write(const std::string& name, const at::Tensor& tensor);
+  /// Writes elements `[first, first + part.numel())` (row-major) of a tensor, for tensors too large for one rank or for
+  /// memory. Every element must be written once over all ranks.
+  void write_part(const std::string& name, std::int64_t first, const at::Tensor& part);
+  /// Bytes of all files, headers included.
+  std::uint64_t total_bytes() const;
   /// Collective: checks that every tensor was written exactly once over all ranks, fsyncs, renames, then rank 0 writes
-  /// `config` as config.json, the files of `copies` (absolute source paths, same file name; missing ones are skipped), `headfold.json`, and
-  /// the index last. Stale shards and index of an earlier run in the folder are removed.
+  /// `config` as config.json, the files of `copies` (absolute source paths, same file name; missing ones are skipped),
+  /// `headfold.json` (unless null), and the index last. Stale shards and index of an earlier run in the folder are
+  /// removed first, so that the folder never holds a mixture that loads.
   void finish(const Json& config, const OrderedJson& headfold, const std::vector<std::filesystem::path>& copies);
 
  private:
   struct State;
   std::unique_ptr<State> state_;
 };
+
+/// How tensors are cut into shards: file names in order, and for every tensor of the list its shard. Shards are filled
+/// in the order of the list; one that would exceed `max_shard_bytes` of tensor data begins the next (a larger tensor
+/// stands alone).
+struct ShardPlan {
+  std::vector<std::string> files;
+  std::vector<std::size_t> shard_of;
+  std::uint64_t tensor_bytes = 0;
+};
+ShardPlan plan_shards(const std::vector<TensorSpec>& tensors, std::uint64_t max_shard_bytes);
 
 /// Tokenizer and generation files that a model folder may hold, as paths in `folder`; only those that exist.
 std::vector<std::filesystem::path> companion_files(const std::filesystem::path& folder);

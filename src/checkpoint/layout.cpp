@@ -1,0 +1,128 @@
+#include <headfold/base/error.h>
+#include <headfold/checkpoint/layout.h>
+#include <headfold/checkpoint/reader.h>
+
+namespace headfold::checkpoint {
+namespace {
+
+/// Appends tensors of one module path.
+class List {
+ public:
+  explicit List(std::string path) : path_(std::move(path)) {}
+  void weight(const std::string& module, std::vector<std::int64_t> shape) {
+    list_.push_back({path_ + module + ".weight", std::move(shape)});
+  }
+  /// Weight [out, in] and, on demand, bias [out].
+  void linear(const std::string& module, std::int64_t out, std::int64_t in, bool bias) {
+    weight(module, {out, in});
+    if (bias) list_.push_back({path_ + module + ".bias", {out}});
+  }
+  void norm(const std::string& module, std::int64_t width, bool bias) {
+    weight(module, {width});
+    if (bias) list_.push_back({path_ + module + ".bias", {width}});
+  }
+  std::vector<TensorShape> take() { return std::move(list_); }
+
+ private:
+  std::string path_;
+  std::vector<TensorShape> list_;
+};
+
+std::vector<TensorShape> llama_layer(const ModelConfig& c, std::int64_t layer) {
+  List list(fmt::format("model.layers.{}.", layer));
+  const std::int64_t query_width = c.heads * c.head_dim;
+  const bool projected = c.layout == KvLayout::projected;
+  const std::int64_t key_width = (projected ? c.source_kv_heads : c.kv_heads) * c.head_dim;
+  list.norm("input_layernorm", c.hidden, false);
+  list.linear("self_attn.q_proj", query_width, c.hidden, c.attention_bias);
+  list.linear("self_attn.k_proj", key_width, c.hidden, c.attention_bias);
+  list.linear("self_attn.v_proj", c.kv_heads * c.head_dim, c.hidden, c.attention_bias);
+  list.linear("self_attn.o_proj", c.hidden, query_width, c.attention_bias);
+  if (projected) {
+    list.weight("self_attn.key_fold", {c.kv_heads, c.head_dim, c.source_kv_heads / c.kv_heads * c.head_dim});
+    list.weight("self_attn.query_fold", {c.source_kv_heads, c.head_dim, c.head_dim});
+  }
+  list.norm("post_attention_layernorm", c.hidden, false);
+  list.linear("mlp.gate_proj", c.ffn, c.hidden, c.mlp_bias);
+  list.linear("mlp.up_proj", c.ffn, c.hidden, c.mlp_bias);
+  list.linear("mlp.down_proj", c.hidden, c.ffn, c.mlp_bias);
+  return list.take();
+}
+
+std::vector<TensorShape> bloom_layer(const ModelConfig& c, std::int64_t layer) {
+  List list(fmt::format("transformer.h.{}.", layer));
+  const std::int64_t query_width = c.heads * c.head_dim;
+  list.norm("input_layernorm", c.hidden, true);
+  if (c.split_qkv) {
+    list.linear("self_attention.query", query_width, c.hidden, true);
+    list.linear("self_attention.key", c.kv_width(), c.hidden, true);
+    list.linear("self_attention.value", c.kv_width(), c.hidden, true);
+  } else {
+    list.linear("self_attention.query_key_value", 3 * query_width, c.hidden, true);
+  }
+  list.linear("self_attention.dense", c.hidden, query_width, true);
+  list.norm("post_attention_layernorm", c.hidden, true);
+  list.linear("mlp.dense_h_to_4h", c.ffn, c.hidden, true);
+  list.linear("mlp.dense_4h_to_h", c.hidden, c.ffn, true);
+  return list.take();
+}
+
+}  // namespace
+
+std::int64_t TensorShape::elements() const {
+  std::int64_t product = 1;
+  for (const std::int64_t extent : shape) product *= extent;
+  return product;
+}
+
+std::string tensor_prefix(Family family) {
+  return family == Family::llama ? "model." : "transformer.";
+}
+
+std::vector<TensorShape> layer_tensors(const ModelConfig& config, std::int64_t layer) {
+  if (layer < 0 || layer >= config.layers)
+    throw InternalError(fmt::format("layer {} was asked for, the model has layers 0 to {}", layer, config.layers - 1));
+  return config.family == Family::llama ? llama_layer(config, layer) : bloom_layer(config, layer);
+}
+
+std::vector<TensorShape> model_tensors(const ModelConfig& config) {
+  const bool bloom = config.family == Family::bloom;
+  List first(tensor_prefix(config.family));
+  first.weight(bloom ? "word_embeddings" : "embed_tokens", {config.vocab, config.hidden});
+  if (bloom) first.norm("word_embeddings_layernorm", config.hidden, true);
+  std::vector<TensorShape> all = first.take();
+  for (std::int64_t layer = 0; layer < config.layers; ++layer) {
+    std::vector<TensorShape> one = layer_tensors(config, layer);
+    all.insert(all.end(), std::make_move_iterator(one.begin()), std::make_move_iterator(one.end()));
+  }
+  List last(tensor_prefix(config.family));
+  last.norm(bloom ? "ln_f" : "norm", config.hidden, bloom);
+  std::vector<TensorShape> norm = last.take();
+  all.insert(all.end(), norm.begin(), norm.end());
+  if (!config.tied_embeddings) all.push_back({"lm_head.weight", {config.vocab, config.hidden}});
+  return all;
+}
+
+std::int64_t parameter_count(const ModelConfig& config) {
+  std::int64_t count = 0;
+  for (const TensorShape& tensor : model_tensors(config)) count += tensor.elements();
+  return count;
+}
+
+std::vector<std::string> layout_problems(const Reader& reader) {
+  std::vector<std::string> problems;
+  for (const TensorShape& tensor : model_tensors(reader.config())) {
+    const std::string stored = reader.resolve(tensor.name);
+    if (stored.empty()) {
+      problems.push_back(fmt::format("tensor {} {} is missing", tensor.name, shape_text(tensor.shape)));
+      continue;
+    }
+    const TensorInfo& info = reader.info(stored);
+    if (info.shape != tensor.shape)
+      problems.push_back(fmt::format("tensor {} has shape {}, config.json asks for {}", stored, shape_text(info.shape),
+                                     shape_text(tensor.shape)));
+  }
+  return problems;
+}
+
+}  // namespace headfold::checkpoint

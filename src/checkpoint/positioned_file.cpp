@@ -1,0 +1,74 @@
+#include "positioned_file.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <headfold/base/error.h>
+
+#include <cerrno>
+#include <cstring>
+
+namespace headfold::checkpoint {
+namespace {
+constexpr const char* kFull = "check the free space and quota of that file system";
+std::string reason() {
+  return std::strerror(errno);
+}
+}  // namespace
+
+PositionedFile PositionedFile::create(const std::filesystem::path& path, std::uint64_t bytes) {
+  ::unlink(path.c_str());
+  const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+  if (fd < 0) throw IoError(path.string(), "cannot be created: " + reason());
+  PositionedFile file(path, fd);
+  if (::ftruncate(fd, static_cast<off_t>(bytes)) != 0)
+    throw IoError(path.string(), "cannot be given its size: " + reason(), kFull);
+  // Reserving makes a full disk fail now, not after hours; a file system that cannot do it says EOPNOTSUPP.
+  if (bytes > 0 && ::fallocate(fd, 0, 0, static_cast<off_t>(bytes)) != 0 &&
+      (errno == ENOSPC || errno == EDQUOT || errno == EFBIG))
+    throw IoError(path.string(), fmt::format("{} bytes cannot be reserved: {}", bytes, reason()), kFull);
+  return file;
+}
+
+PositionedFile PositionedFile::open(const std::filesystem::path& path) {
+  const int fd = ::open(path.c_str(), O_WRONLY | O_CLOEXEC);
+  if (fd < 0) throw IoError(path.string(), "cannot be written: " + reason());
+  return {path, fd};
+}
+
+PositionedFile::PositionedFile(PositionedFile&& other) noexcept : path_(std::move(other.path_)), fd_(other.fd_) {
+  other.fd_ = -1;
+}
+
+PositionedFile::~PositionedFile() {
+  if (fd_ >= 0) ::close(fd_);
+}
+
+void PositionedFile::write(const void* data, std::uint64_t bytes, std::uint64_t offset) const {
+  constexpr std::uint64_t kMost = std::uint64_t{1} << 30;  // one call of the system writes less than 2 GiB
+  const char* from = static_cast<const char*>(data);
+  while (bytes > 0) {
+    const ssize_t n = ::pwrite(fd_, from, static_cast<std::size_t>(std::min(bytes, kMost)), static_cast<off_t>(offset));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) throw IoError(path_.string(), "writing failed: " + reason(), kFull);
+    from += n;
+    bytes -= static_cast<std::uint64_t>(n);
+    offset += static_cast<std::uint64_t>(n);
+  }
+}
+
+void PositionedFile::sync() const {
+  if (::fsync(fd_) != 0) throw IoError(path_.string(), "fsync failed: " + reason(), kFull);
+}
+
+void PositionedFile::close() {
+  const int fd = fd_;
+  fd_ = -1;
+  if (fd >= 0 && ::close(fd) != 0) throw IoError(path_.string(), "closing failed: " + reason(), kFull);
+}
+
+int process_id() {
+  return ::getpid();
+}
+
+}  // namespace headfold::checkpoint

@@ -1,0 +1,34 @@
+#pragma once
+// A file that is written at given offsets. Private to this folder.
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+
+namespace headfold::checkpoint {
+
+class PositionedFile {
+ public:
+  /// Creates `path` (an older file of that name is removed first) with `bytes` bytes; takes the space from the file
+  /// system where that is cheap. Throws IoError, also when the space does not suffice.
+  static PositionedFile create(const std::filesystem::path& path, std::uint64_t bytes);
+  /// Opens an existing file for writing.
+  static PositionedFile open(const std::filesystem::path& path);
+  PositionedFile(PositionedFile&& other) noexcept;
+  PositionedFile& operator=(PositionedFile&&) = delete;
+  ~PositionedFile();
+  /// Writes all of `[data, data + bytes)` at `offset`. Many threads may write at once.
+  void write(const void* data, std::uint64_t bytes, std::uint64_t offset) const;
+  void sync() const;
+  /// Throws IoError: some file systems report a full disk only here.
+  void close();
+
+ private:
+  PositionedFile(std::filesystem::path path, int fd) : path_(std::move(path)), fd_(fd) {}
+  std::filesystem::path path_;
+  int fd_;
+};
+
+int process_id();
+
+}  // namespace headfold::checkpoint
