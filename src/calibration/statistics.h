@@ -14,14 +14,25 @@ namespace headfold::calibration {
 /// Sums over calibration tokens, float64. Position 0 of every sequence (the attention sink) is kept apart (suffix _0).
 /// The rotated-key Gram of position 0 needs no storage: rotation is the identity there, so it is W_K S2_0 W_K^T.
 struct LayerStatistics {
-  double count = 0, count_0 = 0;   ///< tokens
-  at::Tensor sum, sum_0;           ///< S1 [hidden]
-  at::Tensor moment, moment_0;     ///< S2 = sum x x^T [hidden, hidden], full symmetric
-  at::Tensor rotated_keys;         ///< sum (R(n)k)(R(n)k)^T [kv_heads*head_dim, same], positions > 0; undefined for models without RoPE
-  /// Cx(w) = (S2 + w S2_0) / (N + w N_0)  (methods.md 2.1)
+  double count = 0, count_0 = 0;  ///< tokens
+  at::Tensor sum, sum_0;          ///< S1 [hidden]
+  at::Tensor moment, moment_0;    ///< S2 = sum x x^T [hidden, hidden], full symmetric
+  at::Tensor rotated_keys;  ///< sum (R(n)k)(R(n)k)^T [kv_heads*head_dim, same], positions > 0; undefined for models
+                            ///< without RoPE
+  /// Cx(w) = (S2 + w S2_0) / (N + w N_0)  (methods.md 2.1). InputError when no token is left.
   at::Tensor second_moment(double sink_weight) const;
   /// mu(w) [hidden]
   at::Tensor mean(double sink_weight) const;
+};
+
+/// The same sums as they are accumulated, reduced and stored: symmetric matrices as packed lower triangles
+/// (linalg::GramAccumulator).
+struct PackedStatistics {
+  double count = 0, count_0 = 0;
+  at::Tensor sum, sum_0;        ///< [hidden]
+  at::Tensor moment, moment_0;  ///< [hidden (hidden + 1) / 2]
+  at::Tensor rotated_keys;      ///< [k (k + 1) / 2], k = kv_heads*head_dim; undefined when not collected
+  LayerStatistics full() const;
 };
 
 /// What a statistics file says about itself.
@@ -35,22 +46,44 @@ struct StatisticsHeader {
   std::string dtype;    ///< compute dtype
   std::string options;  ///< JSON text of the options
   bool has_rotated_keys = false;
+  std::int64_t key_width() const { return kv_heads * head_dim; }
 };
 
-/// Opens and validates a statistics file; layers are read on demand, so a rank reads only what it needs. Throws IoError, CorruptFile.
+/// Opens and validates a statistics file; layers are read on demand, so a rank reads only what it needs. Throws
+/// IoError, CorruptFile. No handle stays open between calls.
 class StatisticsFile {
  public:
   explicit StatisticsFile(const std::filesystem::path& path);
   ~StatisticsFile();
   const StatisticsHeader& header() const { return header_; }
+  /// InputError for an index outside the file; CorruptFile naming the dataset for NaN, Inf or sums that contradict each
+  /// other.
   LayerStatistics layer(std::int64_t index) const;
   const std::filesystem::path& path() const { return path_; }
-  /// SHA-256 of header and of every layer's traces: identifies the content.
+  /// SHA-256 of header and of every layer's counts and traces (to 9 digits, so that it does not depend on the number of
+  /// ranks): identifies the content.
   std::string content_hash() const;
 
  private:
   std::filesystem::path path_;
   StatisticsHeader header_;
 };
+
+/// One layer that this rank writes.
+struct OwnedLayer {
+  std::int64_t layer = 0;
+  const PackedStatistics* statistics = nullptr;
+};
+
+/// Collective: every rank passes the same header and its own layers; together they must name every layer once
+/// (InternalError). Written through parallel HDF5 (one rank: serial) to `path`.tmp, then fsync and rename by rank 0.
+/// Throws IoError, also when the free space does not suffice.
+void write_statistics(const std::filesystem::path& path, const StatisticsHeader& header,
+                      const comm::Communicator& world, const std::vector<OwnedLayer>& own);
+
+/// Bytes of the file that write_statistics() makes, without HDF5's own few KiB per layer.
+std::uint64_t statistics_file_bytes(const StatisticsHeader& header);
+/// Bytes of one layer's packed statistics.
+std::uint64_t layer_statistics_bytes(std::int64_t hidden, std::int64_t key_width, bool rotated_keys);
 
 }  // namespace headfold::calibration

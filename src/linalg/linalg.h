@@ -1,5 +1,6 @@
 #pragma once
-// Dense float64 / complex128 factorisations on Hermitian positive semi-definite matrices, and the one low-rank kernel every fold uses.
+// Dense float64 / complex128 factorisations on Hermitian positive semi-definite matrices, the one low-rank kernel every
+// fold uses, and Grams.
 
 #include <ATen/ATen.h>
 
@@ -8,24 +9,38 @@
 
 namespace headfold::linalg {
 
-/// Eigen-decomposition of a Hermitian matrix: values [n] descending float64; vectors [n, n], columns, same dtype as the input.
+/// Which library factorises. `cusolver` falls back to LAPACK, with one warning, where no device is usable or its
+/// residual is too large.
+enum class Backend { lapack, cusolver };
+/// Process-wide choice; the default is LAPACK. Throws NotCompiled for `cusolver` in a build without CUDA.
+void set_backend(Backend backend);
+Backend backend();
+
+/// Eigen-decomposition of a Hermitian matrix: values [n] descending float64; vectors [n, n], columns, same dtype as the
+/// input.
 struct Eigen {
   at::Tensor values;
   at::Tensor vectors;
 };
 
-/// `matrix` [n, n] float64 or complex128, Hermitian. Symmetrised and divided by its largest absolute entry before LAPACK; the result's residual
-/// ||A V - V L|| <= 1e-10 ||A|| is checked (NumericalError). Each column's phase is fixed: its entry of largest modulus (first among equals
-/// within 1e-9) is real and positive, so that results do not depend on rank or thread count. NaN or Inf input: NumericalError.
+/// `matrix` [n, n] float64 or complex128, Hermitian. Symmetrised and divided by its largest absolute entry before
+/// LAPACK; the result's residual
+/// ||A V - V L|| <= 1e-10 ||A|| (Frobenius) is checked (NumericalError). Each column's phase is fixed: its entry of
+/// largest modulus (first among equals within 1e-9) is real and positive, and runs of equal eigenvalues (within 1e-12
+/// of the largest; at most 1024 of them) get the basis that follows from their projector alone, so that results do not
+/// depend on rank or thread count. A zero matrix gives the identity. NaN or Inf input: NumericalError. Another dtype or
+/// shape: InternalError.
 Eigen eigh(const at::Tensor& matrix);
 
-/// Symmetric root L (L^H L = M) of a PSD matrix and its pseudo-inverse; eigenvalues <= tau * max are dropped (methods.md 3, 12.1).
+/// Symmetric root L (L^H L = M) of a PSD matrix and its pseudo-inverse; eigenvalues <= tau * max are dropped
+/// (methods.md 3, 12.1).
 struct PsdRoot {
   at::Tensor root;          ///< [n, n]
   at::Tensor inverse_root;  ///< [n, n], pseudo-inverse
   std::int64_t width = 0;   ///< numerical rank
 };
-PsdRoot psd_root(const at::Tensor& matrix, double tau = 1e-10);
+/// Eigenvalues <= `floor` (absolute) are dropped too. Errors as eigh().
+PsdRoot psd_root(const at::Tensor& matrix, double tau = 1e-10, double floor = 0.0);
 
 /// Result of weighted_low_rank. p = rows of the stacked map, r = width.
 struct LowRank {
@@ -37,28 +52,43 @@ struct LowRank {
   double relative_loss() const { return total > 0 ? loss / total : 0; }
 };
 
-/// methods.md section 3: minimise E || Lw (T x - B A T x) ||^2 over A [r, p], B [p, r], given Sigma = T M T^H [p, p] and the diagonal blocks of
-/// Lambda = Lw^H Lw (square, sizes summing to p; an empty list means the identity). Real or complex. A zero Sigma gives zero loss and the
-/// first r unit vectors. `weight_ridge` adds weight_ridge * tr(Lambda)/p to the diagonal of Lambda.
+/// methods.md section 3: minimise E || Lw (T x - B A T x) ||^2 over A [r, p], B [p, r], given Sigma = T M T^H [p, p]
+/// and the diagonal blocks of Lambda = Lw^H Lw (square, sizes summing to p; an empty list means the identity; real
+/// blocks may weigh a complex Sigma). Real or complex. A zero Sigma gives zero loss and the first r unit vectors.
+/// `weight_ridge` adds weight_ridge * tr(Lambda)/p to the diagonal of Lambda. Directions whose weight is below tau of
+/// their block's largest, or below tau^2 of the largest of all, count as weight zero: they are not reproduced (a dead
+/// head must not divide rounding errors by its tiny weight). NaN or Inf: NumericalError; shapes that disagree:
+/// InternalError.
 LowRank weighted_low_rank(const at::Tensor& sigma, const std::vector<at::Tensor>& lambda_blocks, std::int64_t width,
                           double weight_ridge = 0.0, double tau = 1e-10);
 
-/// C += X^T X for X [tokens, n] float32 or bfloat16, C [n, n] float64: only the lower triangle of C is kept up to date.
-/// Products are accumulated in float32 over at most `tokens` rows (one call), then added in float64.
+/// C += X^T X for X [tokens, n] float32, bfloat16 or float64, C symmetric [n, n] float64 of which only the lower
+/// triangle is kept, packed by rows (entry (i, j), j <= i, at i (i + 1) / 2 + j): half the memory, and one contiguous
+/// span to reduce over ranks and to write. float32: products accumulated in float32 over at most `tokens` rows (one
+/// call), then added in float64. bfloat16: products are exact, accumulated in float32 likewise (oneDNN; without it,
+/// upcast to float32). float64: all in float64.
 class GramAccumulator {
  public:
   explicit GramAccumulator(std::int64_t n);
+  /// InternalError unless x is [tokens, n] of one of the three dtypes.
   void add(const at::Tensor& x);
   /// Full symmetric matrix, float64 [n, n].
   at::Tensor full() const;
-  /// The lower-triangular accumulator itself; the strict upper triangle is unspecified.
-  at::Tensor& lower() { return lower_; }
+  /// The accumulator itself, float64 [n (n + 1) / 2].
+  at::Tensor& packed() { return packed_; }
+  const at::Tensor& packed() const { return packed_; }
   std::int64_t size() const { return n_; }
 
  private:
   std::int64_t n_;
-  at::Tensor lower_;
-  at::Tensor scratch_;
+  at::Tensor packed_;
 };
+
+/// Entries of the packed lower triangle of an n x n matrix: n (n + 1) / 2.
+std::int64_t packed_size(std::int64_t n);
+/// Packed lower triangle [n (n + 1) / 2] float64 -> full symmetric [n, n].
+at::Tensor unpack_lower(const at::Tensor& packed, std::int64_t n);
+/// [n, n] float64 -> packed lower triangle.
+at::Tensor pack_lower(const at::Tensor& matrix);
 
 }  // namespace headfold::linalg

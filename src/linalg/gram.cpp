@@ -1,0 +1,178 @@
+#include <ATen/Parallel.h>
+#include <headfold/base/error.h>
+#include <headfold/linalg/linalg.h>
+
+#ifdef HEADFOLD_WITH_CBLAS
+#include <cblas.h>
+#endif
+#ifdef HEADFOLD_WITH_ONEDNN
+#include <oneapi/dnnl/dnnl.hpp>
+#endif
+
+namespace headfold::linalg {
+namespace {
+
+/// packed rows [first, last) += scratch [last - first, at least last] (row-major, leading dimension `stride`), lower
+/// triangle only.
+template <class T>
+void add_rows(double* packed, const T* scratch, std::int64_t stride, std::int64_t first, std::int64_t last) {
+  const std::int64_t grain = std::max<std::int64_t>(1, 65536 / std::max<std::int64_t>(last, 1));
+  at::parallel_for(first, last, grain, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      double* to = packed + i * (i + 1) / 2;
+      const T* from = scratch + (i - first) * stride;
+#pragma omp simd
+      for (std::int64_t j = 0; j <= i; ++j) to[j] += static_cast<double>(from[j]);
+    }
+  });
+}
+
+/// Scratch that all accumulators of a thread share: one Gram is formed at a time.
+at::Tensor scratch(std::int64_t elements, at::ScalarType dtype) {
+  thread_local at::Tensor buffer;
+  if (!buffer.defined() || buffer.scalar_type() != dtype || buffer.numel() < elements)
+    buffer = at::empty({elements}, dtype);
+  return buffer;
+}
+
+/// Rows per block of the lower triangle: blocks on the diagonal waste half their products, small ones waste the pace of
+/// the product.
+std::int64_t block_rows(std::int64_t n, std::int64_t wanted) {
+  return std::min(n, wanted);
+}
+
+void add_product(at::Tensor& packed, const at::Tensor& x, std::int64_t rows) {
+  const std::int64_t n = x.size(1);
+  for (std::int64_t first = 0; first < n; first += rows) {
+    const std::int64_t last = std::min(n, first + rows);
+    const at::Tensor block = at::matmul(x.narrow(1, first, last - first).transpose(0, 1), x.narrow(1, 0, last));
+    if (x.scalar_type() == at::kDouble)
+      add_rows(packed.data_ptr<double>(), block.data_ptr<double>(), last, first, last);
+    else
+      add_rows(packed.data_ptr<double>(), block.data_ptr<float>(), last, first, last);
+  }
+}
+
+void add_float(at::Tensor& packed, const at::Tensor& x) {
+#ifdef HEADFOLD_WITH_CBLAS
+  const std::int64_t n = x.size(1);
+  const auto rows = static_cast<int>(x.size(0));
+  const std::int64_t step = block_rows(n, 1024);
+  at::Tensor buffer = scratch(step * n, at::kFloat);
+  float* out = buffer.data_ptr<float>();
+  const float* in = x.data_ptr<float>();
+  const auto stride = static_cast<int>(n);
+  for (std::int64_t first = 0; first < n; first += step) {
+    const std::int64_t last = std::min(n, first + step);
+    const auto height = static_cast<int>(last - first);
+    if (first > 0)
+      cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, height, static_cast<int>(first), rows, 1.0F, in + first,
+                  stride, in, stride, 0.0F, out, stride);
+    cblas_ssyrk(CblasRowMajor, CblasLower, CblasTrans, height, rows, 1.0F, in + first, stride, 0.0F, out + first,
+                stride);
+    add_rows(packed.data_ptr<double>(), out, n, first, last);
+  }
+#else
+  add_product(packed, x, block_rows(x.size(1), 256));
+#endif
+}
+
+#ifdef HEADFOLD_WITH_ONEDNN
+void add_bfloat16(at::Tensor& packed, const at::Tensor& x) {
+  using dnnl::memory;
+  static dnnl::engine engine(dnnl::engine::kind::cpu, 0);
+  thread_local dnnl::stream stream(engine);
+  const std::int64_t n = x.size(1);
+  const std::int64_t tokens = x.size(0);
+  const std::int64_t step = block_rows(n, std::max<std::int64_t>(256, (n / 8 + 63) / 64 * 64));
+  const at::Tensor turned = x.transpose(0, 1).contiguous();  // the products run fastest along contiguous rows
+  at::Tensor buffer = scratch(step * n, at::kFloat);
+  try {
+    for (std::int64_t first = 0; first < n; first += step) {
+      const std::int64_t last = std::min(n, first + step);
+      const memory::desc left({last - first, tokens}, memory::data_type::bf16, memory::dims{tokens, 1});
+      const memory::desc right({tokens, last}, memory::data_type::bf16, memory::dims{n, 1});
+      const memory::desc out({last - first, last}, memory::data_type::f32, memory::dims{n, 1});
+#if DNNL_VERSION_MAJOR >= 3
+      const dnnl::matmul::primitive_desc description(engine, left, right, out);
+#else
+      const dnnl::matmul::primitive_desc description(dnnl::matmul::desc(left, right, out), engine);
+#endif
+      memory a(left, engine, static_cast<at::BFloat16*>(turned.data_ptr()) + first * tokens);
+      memory b(right, engine, x.data_ptr());
+      memory c(out, engine, buffer.data_ptr());
+      dnnl::matmul(description).execute(stream, {{DNNL_ARG_SRC, a}, {DNNL_ARG_WEIGHTS, b}, {DNNL_ARG_DST, c}});
+      stream.wait();
+      add_rows(packed.data_ptr<double>(), buffer.data_ptr<float>(), n, first, last);
+    }
+  } catch (const dnnl::error& error) {
+    throw InternalError(fmt::format("oneDNN: {} (Gram of {} x {} bfloat16)", error.what(), tokens, n));
+  }
+}
+#endif
+
+}  // namespace
+
+std::int64_t packed_size(std::int64_t n) {
+  return n * (n + 1) / 2;
+}
+
+at::Tensor unpack_lower(const at::Tensor& packed, std::int64_t n) {
+  if (packed.numel() != packed_size(n))
+    throw InternalError(fmt::format("{} packed entries do not make a {} x {} matrix", packed.numel(), n, n));
+  const at::Tensor source = packed.contiguous();
+  at::Tensor full = at::empty({n, n}, at::kDouble);
+  const double* from = source.data_ptr<double>();
+  double* to = full.data_ptr<double>();
+  // Tiles keep the transposed writes within cache.
+  constexpr std::int64_t tile = 64;
+  at::parallel_for(0, (n + tile - 1) / tile, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i0 = begin * tile; i0 < std::min(n, end * tile); i0 += tile)
+      for (std::int64_t j0 = 0; j0 <= i0; j0 += tile)
+        for (std::int64_t i = i0; i < std::min(n, i0 + tile); ++i)
+          for (std::int64_t j = j0; j < std::min(j0 + tile, i + 1); ++j)
+            to[i * n + j] = to[j * n + i] = from[i * (i + 1) / 2 + j];
+  });
+  return full;
+}
+
+at::Tensor pack_lower(const at::Tensor& matrix) {
+  if (matrix.dim() != 2 || matrix.size(0) != matrix.size(1) || matrix.scalar_type() != at::kDouble)
+    throw InternalError("pack_lower wants a square float64 matrix");
+  const at::Tensor source = matrix.contiguous();
+  const std::int64_t n = source.size(0);
+  at::Tensor packed = at::empty({packed_size(n)}, at::kDouble);
+  for (std::int64_t i = 0; i < n; ++i)
+    std::copy_n(source.data_ptr<double>() + i * n, i + 1, packed.data_ptr<double>() + i * (i + 1) / 2);
+  return packed;
+}
+
+GramAccumulator::GramAccumulator(std::int64_t n) : n_(n), packed_(at::zeros({packed_size(n)}, at::kDouble)) {}
+
+void GramAccumulator::add(const at::Tensor& x) {
+  if (x.dim() != 2 || x.size(1) != n_)
+    throw InternalError(
+        fmt::format("a Gram of width {} cannot take rows of shape {}", n_, fmt::join(x.sizes(), " x ")));
+  if (x.size(0) == 0 || n_ == 0) return;
+  const at::Tensor rows = x.contiguous();
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return add_float(packed_, rows);
+    case at::kBFloat16:
+#ifdef HEADFOLD_WITH_ONEDNN
+      return add_bfloat16(packed_, rows);
+#else
+      return add_float(packed_, rows.to(at::kFloat));
+#endif
+    case at::kDouble:
+      return add_product(packed_, rows, block_rows(n_, 256));
+    default:
+      throw InternalError(fmt::format("no Gram of {} rows", c10::toString(x.scalar_type())));
+  }
+}
+
+at::Tensor GramAccumulator::full() const {
+  return unpack_lower(packed_, n_);
+}
+
+}  // namespace headfold::linalg

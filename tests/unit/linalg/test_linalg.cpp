@@ -1,0 +1,329 @@
+#include <ATen/Parallel.h>
+#include <gmock/gmock.h>
+#include <headfold/base/error.h>
+#include <headfold/linalg/linalg.h>
+
+#include <limits>
+
+#include "world.h"
+
+namespace headfold::linalg {
+namespace {
+
+at::Tensor random_matrix(std::int64_t rows, std::int64_t columns, at::ScalarType dtype, std::int64_t seed) {
+  at::manual_seed(static_cast<std::uint64_t>(seed));
+  return at::randn({rows, columns}, at::TensorOptions().dtype(dtype));
+}
+at::Tensor hermitian(const at::Tensor& x) {
+  return x.transpose(-2, -1).conj().resolve_conj();
+}
+double largest(const at::Tensor& x) {
+  return x.numel() == 0 ? 0 : x.abs().max().item<double>();
+}
+double relative(const at::Tensor& a, const at::Tensor& b) {
+  return largest(a - b) / std::max(largest(b), std::numeric_limits<double>::min());
+}
+/// A random PSD matrix of numerical rank `rank`.
+at::Tensor random_psd(std::int64_t n, std::int64_t rank, at::ScalarType dtype, std::int64_t seed) {
+  const at::Tensor x = random_matrix(n, rank, dtype, seed);
+  return at::matmul(x, hermitian(x));
+}
+at::Tensor block_diagonal(const std::vector<at::Tensor>& blocks, at::ScalarType dtype) {
+  std::int64_t n = 0;
+  for (const auto& block : blocks) n += block.size(0);
+  at::Tensor all = at::zeros({n, n}, at::TensorOptions().dtype(dtype));
+  std::int64_t row = 0;
+  for (const auto& block : blocks) {
+    all.narrow(0, row, block.size(0)).narrow(1, row, block.size(0)).copy_(block);
+    row += block.size(0);
+  }
+  return all;
+}
+
+class EighTest : public testing::TestWithParam<at::ScalarType> {};
+INSTANTIATE_TEST_SUITE_P(Types, EighTest, testing::Values(at::kDouble, at::kComplexDouble),
+                         [](const auto& test) { return test.param == at::kDouble ? "real" : "complex"; });
+
+TEST_P(EighTest, decomposes_and_orders) {
+  for (const double scale : {1.0, 1e-200, 1e200}) {
+    const at::Tensor m = random_psd(37, 50, GetParam(), 1) * scale;
+    const Eigen eigen = eigh(m);
+    EXPECT_EQ(eigen.vectors.scalar_type(), GetParam());
+    EXPECT_LT(relative(at::matmul(eigen.vectors * eigen.values, hermitian(eigen.vectors)), m), 1e-13);
+    EXPECT_LT(largest(at::matmul(hermitian(eigen.vectors), eigen.vectors) - at::eye(37, m.options())), 1e-13);
+    for (std::int64_t i = 1; i < 37; ++i) EXPECT_GE(eigen.values[i - 1].item<double>(), eigen.values[i].item<double>());
+  }
+}
+
+TEST_P(EighTest, phases_are_fixed) {
+  const at::Tensor m = random_psd(24, 30, GetParam(), 2);
+  const Eigen eigen = eigh(m);
+  for (std::int64_t j = 0; j < 24; ++j) {
+    const at::Tensor column = eigen.vectors.select(1, j);
+    const at::Tensor entry = column[column.abs().argmax().item<std::int64_t>()];
+    EXPECT_GT(at::real(entry).item<double>(), 0);
+    if (entry.is_complex()) EXPECT_LT(std::abs(at::imag(entry).item<double>()), 1e-15);
+  }
+  // A diagonal change of phase S conjugates the matrix: vectors become S v up to the gauge, which only depends on |v|.
+  at::Tensor phases = at::ones({24}, m.options());
+  for (std::int64_t i = 0; i < 24; i += 3) phases[i].mul_(-1);
+  const Eigen turned = eigh(phases.unsqueeze(1) * m * phases);
+  EXPECT_LT(relative(turned.vectors.abs(), eigen.vectors.abs()), 1e-10);
+  EXPECT_LT(relative(turned.values, eigen.values), 1e-12);
+}
+
+TEST_P(EighTest, equal_eigenvalues_give_one_basis_whatever_the_path) {
+  // Three eigenspaces of several dimensions; the same operator reached through two factorisations that differ in
+  // rounding.
+  const at::Tensor q = std::get<0>(at::linalg_qr(random_matrix(30, 30, GetParam(), 3)));
+  at::Tensor values = at::zeros({30}, at::kDouble);
+  values.narrow(0, 0, 4).fill_(5);
+  values.narrow(0, 4, 6).fill_(2);
+  const at::Tensor a = at::matmul(q * values, hermitian(q));
+  at::Tensor b = at::zeros_like(a);
+  for (std::int64_t j = 29; j >= 0; --j) {
+    const at::Tensor column = q.narrow(1, j, 1);
+    b += values[j] * at::matmul(column, hermitian(column));
+  }
+  at::set_num_threads(2);
+  const Eigen first = eigh(a);
+  at::set_num_threads(1);
+  const Eigen second = eigh(b);
+  EXPECT_LT(largest(first.vectors - second.vectors), 1e-9);
+}
+
+TEST_P(EighTest, zero_and_empty_and_single) {
+  const auto options = at::TensorOptions().dtype(GetParam());
+  const Eigen zero = eigh(at::zeros({5, 5}, options));
+  EXPECT_EQ(largest(zero.values), 0);
+  EXPECT_EQ(largest(zero.vectors - at::eye(5, options)), 0);
+  EXPECT_EQ(eigh(at::zeros({0, 0}, options)).values.numel(), 0);
+  EXPECT_DOUBLE_EQ(eigh(at::full({1, 1}, 3.5, options)).values.item<double>(), 3.5);
+}
+
+TEST_P(EighTest, nan_inf_and_wrong_shapes_are_refused) {
+  for (const double bad : {std::nan(""), std::numeric_limits<double>::infinity()}) {
+    at::Tensor m = random_psd(8, 8, GetParam(), 4);
+    m[2][3].fill_(bad);
+    EXPECT_THROW(eigh(m), NumericalError);
+    EXPECT_THROW(weighted_low_rank(m, {}, 2), NumericalError);
+    EXPECT_THROW(weighted_low_rank(random_psd(8, 8, GetParam(), 4), {m}, 2), NumericalError);
+  }
+  EXPECT_THROW(eigh(at::zeros({3, 4}, at::kDouble)), InternalError);
+  EXPECT_THROW(eigh(at::zeros({3, 3}, at::kFloat)), InternalError);
+}
+
+TEST(BackendTest, falls_back_to_lapack_or_names_the_option) {
+  const at::Tensor m = random_psd(12, 12, at::kComplexDouble, 5);
+  const Eigen expected = eigh(m);
+  try {
+    set_backend(Backend::cusolver);
+    EXPECT_LT(relative(eigh(m).vectors, expected.vectors), 1e-9);
+  } catch (const NotCompiled& error) {
+    EXPECT_THAT(error.hint(), testing::HasSubstr("HEADFOLD_CUDA=ON"));
+  }
+  set_backend(Backend::lapack);
+  EXPECT_EQ(backend(), Backend::lapack);
+}
+
+TEST(PsdRootTest, squares_to_the_matrix_and_drops_small_directions) {
+  for (const auto dtype : {at::kDouble, at::kComplexDouble}) {
+    const at::Tensor m = random_psd(20, 7, dtype, 6);
+    const PsdRoot root = psd_root(m);
+    EXPECT_EQ(root.width, 7);
+    EXPECT_LT(relative(at::matmul(hermitian(root.root), root.root), m), 1e-12);
+    // Moore-Penrose: R R^+ R = R, and R R^+ is Hermitian.
+    EXPECT_LT(relative(at::matmul(at::matmul(root.root, root.inverse_root), root.root), root.root), 1e-10);
+    const at::Tensor projector = at::matmul(root.root, root.inverse_root);
+    EXPECT_LT(largest(projector - hermitian(projector)), 1e-10);
+  }
+  EXPECT_EQ(psd_root(at::zeros({4, 4}, at::kDouble)).width, 0);
+  EXPECT_EQ(psd_root(at::eye(4, at::kDouble), 1e-10, 2.0).width, 0);
+}
+
+/// The oracle: SVD of Lw T M^{1/2}, no squaring of the condition number.
+struct Problem {
+  at::Tensor t, moment_root, sigma, lambda;
+  std::vector<at::Tensor> blocks;
+};
+Problem random_problem(at::ScalarType dtype, std::int64_t seed) {
+  Problem problem;
+  const std::int64_t p = 24, d = 40;
+  problem.t = random_matrix(p, d, dtype, seed);
+  problem.moment_root = random_matrix(d, d, dtype, seed + 1);  // M = R R^H
+  const at::Tensor map = at::matmul(problem.t, problem.moment_root);
+  problem.sigma = at::matmul(map, hermitian(map));
+  for (std::int64_t block = 0; block < 3; ++block) problem.blocks.push_back(random_psd(8, 12, dtype, seed + 2 + block));
+  problem.lambda = block_diagonal(problem.blocks, dtype);
+  return problem;
+}
+
+class LowRankTest : public testing::TestWithParam<at::ScalarType> {};
+INSTANTIATE_TEST_SUITE_P(Types, LowRankTest, testing::Values(at::kDouble, at::kComplexDouble),
+                         [](const auto& test) { return test.param == at::kDouble ? "real" : "complex"; });
+
+TEST_P(LowRankTest, agrees_with_the_svd) {
+  for (std::int64_t seed = 10; seed < 40; seed += 10) {
+    const Problem problem = random_problem(GetParam(), seed);
+    const std::int64_t width = 5 + seed / 10;
+    const LowRank found = weighted_low_rank(problem.sigma, problem.blocks, width);
+    const at::Tensor root = psd_root(problem.lambda).root;
+    const auto [u, s, v] = at::linalg_svd(at::matmul(at::matmul(root, problem.t), problem.moment_root), false);
+    EXPECT_LT(relative(found.energies, s * s), 1e-10);
+    const at::Tensor best = u.narrow(1, 0, width);
+    // B A is unique: Lw^+ U_r U_r^H Lw.
+    const at::Tensor expected =
+        at::matmul(psd_root(problem.lambda).inverse_root, at::matmul(at::matmul(best, hermitian(best)), root));
+    EXPECT_LT(relative(at::matmul(found.decoder, found.encoder), expected), 1e-8);
+    EXPECT_NEAR(found.loss / (s * s).narrow(0, width, 24 - width).sum().item<double>(), 1, 1e-10);
+    EXPECT_NEAR(found.total / (s * s).sum().item<double>(), 1, 1e-12);
+  }
+}
+
+TEST_P(LowRankTest, loss_is_the_measured_one_and_channels_are_decorrelated) {
+  const Problem problem = random_problem(GetParam(), 50);
+  // The fitting sample: columns x with (1/N) sum x x^H = R R^H.
+  const at::Tensor x = problem.moment_root * std::sqrt(40.0);
+  const LowRank found = weighted_low_rank(problem.sigma, problem.blocks, 6);
+  const at::Tensor root = psd_root(problem.lambda).root;
+  const at::Tensor mapped = at::matmul(problem.t, x);
+  const at::Tensor merged = at::matmul(found.encoder, mapped);
+  const at::Tensor error = at::matmul(root, mapped - at::matmul(found.decoder, merged));
+  const double measured = (error.abs() * error.abs()).sum().item<double>() / 40;
+  EXPECT_NEAR(measured / found.loss, 1, 1e-10);
+  const at::Tensor second = at::matmul(merged, hermitian(merged)) / 40;
+  EXPECT_LT(
+      largest(second - at::diag(found.energies.narrow(0, 0, 6)).to(GetParam())) / found.energies[0].item<double>(),
+      1e-10);
+  EXPECT_NEAR(found.relative_loss(), found.loss / found.total, 1e-15);
+}
+
+TEST_P(LowRankTest, singular_and_nearly_singular_covariances) {
+  const Problem problem = random_problem(GetParam(), 60);
+  const at::Tensor sigma = random_psd(24, 5, GetParam(), 61);
+  const LowRank exact = weighted_low_rank(sigma, problem.blocks, 5);
+  EXPECT_LT(exact.relative_loss(), 1e-13);
+  EXPECT_LT(relative(at::matmul(at::matmul(exact.decoder, exact.encoder), sigma), sigma), 1e-8);
+  // Far more channels than directions: still finite, and no worse.
+  const LowRank wide = weighted_low_rank(sigma, problem.blocks, 24);
+  EXPECT_TRUE(at::isfinite(at::abs(wide.decoder)).all().item<bool>());
+  EXPECT_EQ(wide.loss, 0);
+  const LowRank near = weighted_low_rank(sigma + at::eye(24, sigma.options()) * 1e-12, {}, 5);
+  EXPECT_LT(near.relative_loss(), 1e-11);
+  // One channel 1e4 times as loud as the others takes the first width and leaves the others right.
+  at::Tensor loud = at::ones({24}, sigma.options());
+  loud[7].fill_(1e4);
+  const at::Tensor outlier = loud.unsqueeze(1) * problem.sigma * loud;
+  const LowRank kept = weighted_low_rank(outlier, {}, 1);
+  EXPECT_GT(kept.encoder.select(1, 7).abs().item<double>(), 0.999);
+  const at::Tensor map = at::matmul(at::diag(loud), at::matmul(problem.t, problem.moment_root));
+  const at::Tensor s = std::get<1>(at::linalg_svd(map, false));
+  EXPECT_LT(largest((weighted_low_rank(outlier, {}, 3).energies - s * s) / (s[0] * s[0])), 1e-12);
+}
+
+TEST_P(LowRankTest, zero_covariance_gives_unit_vectors) {
+  const auto options = at::TensorOptions().dtype(GetParam());
+  const LowRank found = weighted_low_rank(at::zeros({6, 6}, options), {at::eye(6, options) * 3}, 2);
+  EXPECT_EQ(found.loss, 0);
+  EXPECT_EQ(found.relative_loss(), 0);
+  EXPECT_EQ(largest(found.encoder - at::eye(2, 6, options)), 0);
+  EXPECT_EQ(largest(found.decoder - at::eye(6, 2, options)), 0);
+}
+
+TEST_P(LowRankTest, dead_heads_are_left_out_without_division) {
+  const Problem problem = random_problem(GetParam(), 70);
+  for (const double weight : {0.0, 1e-40}) {
+    std::vector<at::Tensor> blocks = problem.blocks;
+    blocks[1] = blocks[1] * weight;
+    const LowRank found = weighted_low_rank(problem.sigma, blocks, 16);
+    EXPECT_LT(found.relative_loss(), 1e-12);
+    EXPECT_EQ(largest(found.decoder.narrow(0, 8, 8)), 0);
+    EXPECT_EQ(largest(found.encoder.narrow(1, 8, 8)), 0);
+  }
+  const LowRank none = weighted_low_rank(problem.sigma, {at::zeros_like(problem.sigma)}, 3);
+  EXPECT_EQ(none.total, 0);
+  EXPECT_EQ(largest(none.decoder), 0);
+  // The ridge brings a dead head back.
+  std::vector<at::Tensor> blocks = problem.blocks;
+  blocks[1] = blocks[1] * 0;
+  EXPECT_GT(largest(weighted_low_rank(problem.sigma, blocks, 16, 1e-6).decoder.narrow(0, 8, 8)), 1e-3);
+}
+
+TEST_P(LowRankTest, ridge_is_a_share_of_the_mean_weight) {
+  const Problem problem = random_problem(GetParam(), 80);
+  const double mean = at::real(problem.lambda.diagonal()).sum().item<double>() / 24;
+  std::vector<at::Tensor> ridged;
+  for (const auto& block : problem.blocks) ridged.push_back(block + at::eye(8, block.options()) * (0.1 * mean));
+  const LowRank a = weighted_low_rank(problem.sigma, problem.blocks, 7, 0.1);
+  const LowRank b = weighted_low_rank(problem.sigma, ridged, 7);
+  EXPECT_LT(relative(a.encoder, b.encoder), 1e-10);
+  EXPECT_NEAR(a.loss / b.loss, 1, 1e-10);
+}
+
+TEST_P(LowRankTest, duplicated_rows_fold_without_loss) {
+  const at::Tensor half = random_psd(12, 30, GetParam(), 90);
+  const at::Tensor sigma = at::cat({at::cat({half, half}, 1), at::cat({half, half}, 1)}, 0);
+  const LowRank found = weighted_low_rank(sigma, {}, 12);
+  EXPECT_LT(found.relative_loss(), 1e-13);
+  EXPECT_LT(relative(at::matmul(at::matmul(found.decoder, found.encoder), sigma), sigma), 1e-10);
+}
+
+TEST(LowRankShapesTest, real_weights_on_complex_covariance_and_wrong_shapes) {
+  const Problem problem = random_problem(at::kComplexDouble, 100);
+  std::vector<at::Tensor> real, complex;
+  for (int k = 0; k < 24; ++k) {
+    real.push_back(at::full({1, 1}, 0.5 + k, at::kDouble));
+    complex.push_back(real.back().to(at::kComplexDouble));
+  }
+  EXPECT_LT(
+      relative(weighted_low_rank(problem.sigma, real, 4).encoder, weighted_low_rank(problem.sigma, complex, 4).encoder),
+      1e-15);
+  EXPECT_THROW(weighted_low_rank(problem.sigma, {at::eye(3, at::kDouble)}, 4), InternalError);
+  EXPECT_THROW(weighted_low_rank(problem.sigma, {}, 25), InternalError);
+  EXPECT_THROW(weighted_low_rank(at::real(problem.sigma).contiguous(), problem.blocks, 4), InternalError);
+}
+
+class GramTest : public testing::TestWithParam<std::int64_t> {};
+// Widths on both sides of every block size, and odd ones.
+INSTANTIATE_TEST_SUITE_P(Widths, GramTest, testing::Values(1, 3, 64, 255, 513, 1100),
+                         testing::PrintToStringParamName());
+
+TEST_P(GramTest, equals_the_float64_product_for_every_dtype) {
+  const std::int64_t n = GetParam();
+  for (const auto dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
+    GramAccumulator gram(n);
+    at::Tensor expected = at::zeros({n, n}, at::kDouble);
+    for (const std::int64_t tokens : {97, 1, 64}) {
+      // The first row is cut off as calibration does: the rest is a view.
+      const at::Tensor x = random_matrix(tokens + 1, n, at::kFloat, 200 + tokens).to(dtype).narrow(0, 1, tokens);
+      gram.add(x);
+      const at::Tensor wide = x.to(at::kDouble);
+      expected += at::matmul(wide.transpose(0, 1), wide);
+    }
+    const at::Tensor full = gram.full();
+    EXPECT_LT(relative(full, expected), dtype == at::kDouble ? 1e-14 : 1e-6) << c10::toString(dtype);
+    EXPECT_EQ(largest(full - full.transpose(0, 1)), 0);
+    EXPECT_EQ(largest(pack_lower(full) - gram.packed()), 0);
+  }
+}
+
+TEST(GramAccumulatorTest, refuses_other_shapes_and_dtypes) {
+  GramAccumulator gram(8);
+  EXPECT_THROW(gram.add(at::zeros({4, 7})), InternalError);
+  EXPECT_THROW(gram.add(at::zeros({8})), InternalError);
+  EXPECT_THROW(gram.add(at::zeros({4, 8}, at::kHalf)), InternalError);
+  gram.add(at::zeros({0, 8}));
+  EXPECT_EQ(largest(gram.packed()), 0);
+  EXPECT_THROW(unpack_lower(at::zeros({5}, at::kDouble), 3), InternalError);
+}
+
+TEST(GramAccumulatorTest, long_sums_keep_float64_precision) {
+  // 1 + many tiny additions: a float32 accumulator would lose them all.
+  GramAccumulator gram(2);
+  gram.add(at::full({1, 2}, 4096.0F));
+  for (int i = 0; i < 1000; ++i) gram.add(at::full({1, 2}, 0.01F));
+  EXPECT_NEAR(gram.full()[0][1].item<double>() - 4096.0 * 4096.0, 0.1, 1e-6);
+}
+
+}  // namespace
+}  // namespace headfold::linalg
