@@ -1,0 +1,215 @@
+#include <ATen/ATen.h>
+#include <headfold/base/error.h>
+#include <headfold/evaluation/scorer.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace headfold::evaluation {
+namespace {
+
+/// Windows that go through the model together: indices into the list of windows, and their right-padded ids.
+struct Batch {
+  std::vector<std::size_t> windows;
+  std::int64_t length = 0;
+};
+
+std::vector<Batch> make_batches(const std::vector<Window>& windows, std::int64_t micro_batch) {
+  std::vector<std::size_t> order(windows.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::size_t a, std::size_t b) { return windows[a].inputs.size() > windows[b].inputs.size(); });
+  std::vector<Batch> batches;
+  for (std::size_t begin = 0; begin < order.size(); begin += static_cast<std::size_t>(micro_batch)) {
+    const std::size_t end = std::min(order.size(), begin + static_cast<std::size_t>(micro_batch));
+    batches.push_back(
+        {{order.begin() + static_cast<std::ptrdiff_t>(begin), order.begin() + static_cast<std::ptrdiff_t>(end)},
+         static_cast<std::int64_t>(windows[order[begin]].inputs.size())});
+  }
+  return batches;
+}
+
+/// ids [windows, longest]; shorter windows are padded on the right, which causal attention never sees.
+at::Tensor padded_ids(const Batch& batch, const std::vector<Window>& windows) {
+  at::Tensor ids = at::zeros({static_cast<std::int64_t>(batch.windows.size()), batch.length}, at::kLong);
+  auto* data = ids.data_ptr<std::int64_t>();
+  for (std::size_t row = 0; row < batch.windows.size(); ++row)
+    std::copy(windows[batch.windows[row]].inputs.begin(), windows[batch.windows[row]].inputs.end(),
+              data + static_cast<std::int64_t>(row) * batch.length);
+  return ids;
+}
+
+constexpr std::size_t kFields = 5;  // of WindowScore, as doubles for the reduction (counts below 2^53 are exact)
+
+}  // namespace
+
+struct Scorer::State {
+  const checkpoint::Reader* model_reader;
+  const checkpoint::Reader* reference_reader;
+  comm::Grid grid;
+  ScorerOptions options;
+  model::Pipeline model;
+  std::unique_ptr<model::Pipeline> reference;
+
+  State(const checkpoint::Reader& reader, const checkpoint::Reader* other, const comm::Grid& own_grid,
+        const ScorerOptions& own_options)
+      : model_reader(&reader),
+        reference_reader(other),
+        grid(own_grid),
+        options(own_options),
+        model(reader, own_grid, {own_options.dtype, own_options.residency, true}) {
+    if (other != nullptr)
+      reference = std::make_unique<model::Pipeline>(
+          *other, own_grid, model::PipelineOptions{own_options.reference_dtype, own_options.residency, true});
+  }
+
+  /// Scores one window from its hidden states [tokens, hidden] (and the reference's).
+  WindowScore score(const Window& window, const at::Tensor& hidden, const at::Tensor& reference_hidden) const {
+    WindowScore result;
+    result.tokens = static_cast<std::int64_t>(window.targets.size());
+    const auto inputs = static_cast<std::int64_t>(window.inputs.size());
+    const std::int64_t first = inputs - result.tokens;
+    const std::int64_t block = std::max<std::int64_t>(1, options.logits_bytes / (model.config().vocab * 4));
+    for (std::int64_t begin = first; begin < inputs; begin += block) {
+      const std::int64_t end = std::min(inputs, begin + block);
+      const at::Tensor targets = at::from_blob(const_cast<std::int64_t*>(window.targets.data()) + (begin - first),
+                                               {end - begin, 1}, at::kLong);
+      const at::Tensor log_q = at::log_softmax(model.head().logits(hidden.slice(0, begin, end)), -1, at::kFloat);
+      const auto add = [&](double& sum, const at::Tensor& log_probabilities) {
+        const at::Tensor picked = log_probabilities.gather(1, targets).contiguous();
+        const auto* values = picked.data_ptr<float>();
+        for (std::int64_t i = 0; i < end - begin; ++i) sum -= static_cast<double>(values[i]);
+      };
+      add(result.loss, log_q);
+      if (reference == nullptr) continue;
+      const at::Tensor log_p =
+          at::log_softmax(reference->head().logits(reference_hidden.slice(0, begin, end)), -1, at::kFloat);
+      add(result.reference_loss, log_p);
+      // KL(p || q) = sum p (log p - log q)
+      const at::Tensor divergence =
+          at::sum(at::exp(log_p).mul_(at::sub(log_p, log_q)), {-1}, false, at::kDouble).contiguous();
+      const auto* values = divergence.data_ptr<double>();
+      for (std::int64_t i = 0; i < end - begin; ++i) result.divergence += values[i];
+      result.agreements += log_p.argmax(-1).eq(log_q.argmax(-1)).sum().item<std::int64_t>();
+    }
+    return result;
+  }
+};
+
+Scorer::Scorer(const checkpoint::Reader& model, const checkpoint::Reader* reference, const comm::Grid& grid,
+               ScorerOptions options) {
+  if (options.micro_batch < 1)
+    throw UsageError(fmt::format("--micro-batch {}: at least 1 is needed", options.micro_batch));
+  if (reference != nullptr && reference->config().vocab != model.config().vocab)
+    throw InputError(
+        fmt::format("vocabularies differ: {} has {} tokens, the reference {} has {}", model.folder().string(),
+                    model.config().vocab, reference->folder().string(), reference->config().vocab),
+        "KL divergence compares distributions over the same tokens: give the model this one was made from");
+  state_ = std::make_unique<State>(model, reference, grid, options);
+}
+
+Scorer::~Scorer() = default;
+
+std::vector<WindowScore> Scorer::score(const std::vector<Window>& windows, const std::string& what,
+                                       const std::function<void(double)>& advance) const {
+  const State& state = *state_;
+  const comm::Grid& grid = state.grid;
+  const std::vector<Batch> batches = make_batches(windows, state.options.micro_batch);
+  std::vector<WindowScore> scores(windows.size());
+  if (batches.empty()) return scores;
+
+  // Rounds bound the hidden states that wait (streamed layers, reference) and show a broken model early instead of at
+  // the end.
+  const bool two = state.reference != nullptr;
+  const auto replicas = static_cast<std::size_t>(grid.replicas);
+  const std::int64_t batch_bytes = state.options.micro_batch * batches.front().length * state.model.config().hidden *
+                                   static_cast<std::int64_t>(c10::elementSize(state.options.dtype));
+  const std::int64_t fitting =
+      std::max<std::int64_t>(1, state.options.hidden_bytes / std::max<std::int64_t>(1, batch_bytes));
+  const bool streamed = state.options.residency == model::Residency::streamed;
+  const auto per_replica = static_cast<std::size_t>(streamed ? fitting
+                                                    : two    ? std::min<std::int64_t>(64, fitting)
+                                                             : 64);
+
+  for (std::size_t round = 0; round < batches.size(); round += per_replica * replicas) {
+    const std::size_t round_end = std::min(batches.size(), round + per_replica * replicas);
+    std::vector<const Batch*> own;
+    std::vector<at::Tensor> ids;
+    for (std::size_t b = round; b < round_end; ++b) {
+      if (b % replicas != static_cast<std::size_t>(grid.replica)) continue;
+      own.push_back(&batches[b]);
+      ids.push_back(padded_ids(batches[b], windows));
+    }
+    const auto progress = [&](double micro_batches_done) {
+      if (!advance) return;
+      const auto tokens = static_cast<double>(own.front()->length) * static_cast<double>(own.front()->windows.size());
+      advance(micro_batches_done * tokens * static_cast<double>(replicas) / (two ? 2.0 : 1.0));
+    };
+    std::vector<at::Tensor> reference_hidden(own.size());
+    if (!own.empty()) {
+      if (two) {
+        model::PipelineHooks hooks;
+        hooks.output = [&](std::int64_t index, const at::Tensor& hidden) {
+          reference_hidden[static_cast<std::size_t>(index)] = hidden;
+        };
+        hooks.progress = progress;
+        state.reference->run(ids, hooks);
+      }
+      model::PipelineHooks hooks;
+      hooks.output = [&](std::int64_t index, const at::Tensor& hidden) {
+        const auto i = static_cast<std::size_t>(index);
+        for (std::size_t row = 0; row < own[i]->windows.size(); ++row) {
+          const std::size_t window = own[i]->windows[row];
+          const auto r = static_cast<std::int64_t>(row);
+          scores[window] =
+              state.score(windows[window], hidden.select(0, r), two ? reference_hidden[i].select(0, r) : at::Tensor());
+        }
+        reference_hidden[i] = at::Tensor();
+      };
+      hooks.progress = progress;
+      state.model.run(ids, hooks);
+    }
+
+    // Exactly one rank holds a window's score; the others add zeros, so the sum is exact.
+    std::vector<std::size_t> members;
+    for (std::size_t b = round; b < round_end; ++b)
+      members.insert(members.end(), batches[b].windows.begin(), batches[b].windows.end());
+    std::sort(members.begin(), members.end());
+    std::vector<double> table;
+    table.reserve(members.size() * kFields);
+    for (const std::size_t w : members) {
+      const WindowScore& s = scores[w];
+      table.insert(table.end(), {static_cast<double>(s.tokens), s.loss, s.reference_loss, s.divergence,
+                                 static_cast<double>(s.agreements)});
+    }
+    grid.world.all_reduce(table);
+    for (std::size_t i = 0; i < members.size(); ++i) {
+      const double* row = &table[i * kFields];
+      if (!std::isfinite(row[1]) || !std::isfinite(row[2]) || !std::isfinite(row[3])) {
+        const checkpoint::Reader& culprit = std::isfinite(row[2]) ? *state.model_reader : *state.reference_reader;
+        throw InputError(
+            fmt::format("{}: the loss of window {} of {} is not finite (NaN or infinite logits)",
+                        culprit.folder().string(), members[i], what),
+            "the weights or the compute dtype are at fault: try --dtype float32, or headfold inspect on the model");
+      }
+      scores[members[i]] = {static_cast<std::int64_t>(row[0]), row[1], row[2], row[3],
+                            static_cast<std::int64_t>(row[4])};
+    }
+  }
+  return scores;
+}
+
+Totals total(const std::vector<WindowScore>& scores) {
+  Totals sum;
+  for (const WindowScore& score : scores) {
+    sum.tokens += score.tokens;
+    sum.loss += score.loss;
+    sum.reference_loss += score.reference_loss;
+    sum.divergence += score.divergence;
+    sum.agreements += score.agreements;
+  }
+  return sum;
+}
+
+}  // namespace headfold::evaluation
