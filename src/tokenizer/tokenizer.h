@@ -16,8 +16,8 @@ enum class Bos { model_default, always, never };
 class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
-  /// Token ids of a UTF-8 text, without any added special token. Special tokens written in the text (such as "</s>") are recognised
-  /// only where the format's own loader does (tokenizer.json: yes; SentencePiece: no).
+  /// Token ids of a UTF-8 text, without any added special token. Special tokens written in the text (such as "</s>")
+  /// are recognised only where the format's own loader does (tokenizer.json: yes; SentencePiece: no).
   virtual std::vector<std::int64_t> encode(std::string_view text) const = 0;
   /// Text of the ids, special tokens left out.
   virtual std::string decode(const std::vector<std::int64_t>& ids) const = 0;
@@ -32,8 +32,8 @@ class Tokenizer {
   std::vector<std::int64_t> encode(std::string_view text, Bos policy) const;
 };
 
-/// Loads tokenizer.model, else tokenizer.json, of a model folder. Throws IoError when neither exists, CorruptFile / InputError when it is
-/// broken or of an unsupported kind (the message names the part that is not supported).
+/// Loads tokenizer.model, else tokenizer.json, of a model folder. Throws IoError when neither exists, CorruptFile /
+/// InputError when it is broken or of an unsupported kind (the message names the part that is not supported).
 std::unique_ptr<Tokenizer> load_tokenizer(const std::filesystem::path& folder);
 
 }  // namespace headfold::tokenizer
