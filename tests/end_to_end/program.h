@@ -1,0 +1,54 @@
+#pragma once
+// Runs the built headfold program, alone or under mpirun, with a time limit.
+
+#include <fmt/format.h>
+#include <headfold/base/files.h>
+#include <sys/wait.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "world.h"
+
+namespace headfold::end_to_end {
+
+struct Outcome {
+  int code = -1;  ///< exit status; 124 when the time limit ended it
+  std::string output;
+  double seconds = 0;
+};
+
+inline std::string quoted(const std::string& text) {
+  std::string result = "'";
+  for (const char c : text) result += c == '\'' ? "'\\''" : std::string(1, c);
+  return result + "'";
+}
+
+/// headfold `arguments` on `ranks` ranks (1: without mpirun); both output streams together.
+inline Outcome run_headfold(int ranks, const std::vector<std::string>& arguments, const std::filesystem::path& log,
+                            int limit_seconds = 60) {
+  std::string command = fmt::format("timeout -k 5 {} ", limit_seconds);
+  if (ranks > 1) command += fmt::format("{} -np {} ", HEADFOLD_MPIRUN, ranks);
+  command += quoted(HEADFOLD_PROGRAM);
+  for (const std::string& argument : arguments) command += " " + quoted(argument);
+  command += " > " + quoted(log.string()) + " 2>&1";
+  const auto start = std::chrono::steady_clock::now();
+  const int status = std::system(command.c_str());
+  Outcome outcome;
+  outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  outcome.output = read_file(log);
+  outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return outcome;
+}
+
+inline std::filesystem::path demo_model(const std::string& name) {
+  return testing_support::source_folder() / "demo" / "models" / name;
+}
+inline std::filesystem::path demo_text(const std::string& name) {
+  return testing_support::source_folder() / "demo" / "text" / name;
+}
+
+}  // namespace headfold::end_to_end

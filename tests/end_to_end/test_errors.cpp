@@ -1,0 +1,451 @@
+// Every job on missing, truncated, misshapen and nonsensical input: the documented exit code, a message that names what
+// is wrong, nothing left behind, and no hang when there are two ranks.
+
+#include <gmock/gmock.h>
+#include <headfold/base/json.h>
+#include <headfold/checkpoint/safetensors.h>
+
+#include <map>
+
+#include "program.h"
+
+namespace headfold::end_to_end {
+namespace {
+
+using Arguments = std::vector<std::string>;
+
+/// Broken inputs, made once for the whole program.
+class Inputs {
+ public:
+  static const Inputs& get() {
+    static const Inputs inputs;
+    return inputs;
+  }
+  ~Inputs() {
+    std::error_code code;
+    fs::remove_all(root, code);
+  }
+  Inputs(const Inputs&) = delete;
+  Inputs& operator=(const Inputs&) = delete;
+  fs::path root;
+
+ private:
+  Inputs() : root(fs::temp_directory_path() / fmt::format("headfold-errors-{}", ::getpid())) {
+    fs::create_directories(root);
+    const fs::path good = demo_model("prose-llama");
+    const std::string weights = read_file(good / "model.safetensors");
+    const std::string config = read_file(good / "config.json");
+    const std::string tokenizer = read_file(good / "tokenizer.model");
+
+    model("truncated-weights");
+    write_file(root / "truncated-weights" / "model.safetensors", weights.substr(0, weights.size() / 2));
+    model("no-weights");
+    fs::remove(root / "no-weights" / "model.safetensors");
+    model("broken-config");
+    write_file(root / "broken-config" / "config.json", config.substr(0, config.size() / 2));
+    model("absurd-config");
+    Json absurd = Json::parse(config);
+    absurd["num_attention_heads"] = 7;
+    write_json(root / "absurd-config" / "config.json", absurd);
+    model("wrong-shape");
+    Json wider = Json::parse(config);
+    wider["intermediate_size"] = 700;
+    write_json(root / "wrong-shape" / "config.json", wider);
+    model("no-tokenizer");
+    fs::remove(root / "no-tokenizer" / "tokenizer.model");
+    model("truncated-tokenizer");
+    write_file(root / "truncated-tokenizer" / "tokenizer.model", tokenizer.substr(0, tokenizer.size() / 2));
+    fs::create_directories(root / "empty-folder");
+
+    write_file(root / "broken.jsonl", "{\"text\": \"good\"}\n{\"text\": \"cut o");
+    write_file(root / "short.jsonl", "{\"text\": \"Too short.\"}\n");
+    write_file(root / "other-field.jsonl", "{\"body\": \"words\"}\n");
+    write_file(root / "latin1.txt", "caf\xE9 at noon, again and again");
+    write_file(root / "not-hdf5.h5", "this is no HDF5 file, only text");
+    write_file(root / "unknown.bin", "neither this nor that");
+    write_file(root / "a-file", "a file where a folder belongs");
+    checkpoint::write_safetensors(root / "ids.safetensors", {{"input_ids", at::ones({1, 8}, at::kLong)}});
+    checkpoint::write_safetensors(root / "ids-float.safetensors", {{"input_ids", at::ones({1, 8}, at::kFloat)}});
+    checkpoint::write_safetensors(root / "ids-shape.safetensors", {{"input_ids", at::ones({8}, at::kLong)}});
+    checkpoint::write_safetensors(root / "ids-vocab.safetensors", {{"input_ids", at::full({1, 8}, 5000, at::kLong)}});
+    checkpoint::write_safetensors(root / "ids-name.safetensors", {{"ids", at::ones({1, 8}, at::kLong)}});
+    const std::string ids = read_file(root / "ids.safetensors");
+    write_file(root / "ids-truncated.safetensors", ids.substr(0, ids.size() - 8));
+
+    // A real statistics file of the other demo model, and a truncated one.
+    const Outcome made =
+        run_headfold(1,
+                     {"calibrate", "--model", demo_model("prose-bloom"), "--data", demo_text("calibration.jsonl"),
+                      "--samples", "2", "--seq-len", "32", "--out", root / "bloom.h5"},
+                     root / "calibrate.log");
+    if (made.code != 0) throw InternalError("the statistics for these tests could not be made: " + made.output);
+    const std::string statistics = read_file(root / "bloom.h5");
+    write_file(root / "truncated.h5", statistics.substr(0, statistics.size() / 2));
+  }
+
+  /// A copy of the demo model that a case will break.
+  void model(const std::string& name) {
+    fs::create_directories(root / name);
+    for (const auto& entry : fs::directory_iterator(demo_model("prose-llama")))
+      headfold::copy_file(entry.path(), root / name / entry.path().filename());
+  }
+};
+
+/// `arguments`: "@name" stands for a broken input, "%" for this case's output path, "+llama", "+bloom", "+text",
+/// "+heldout" for good input.
+struct Case {
+  std::string name;
+  std::string arguments;  ///< separated by single spaces
+  int code;
+  std::vector<std::string> mentions;  ///< all must appear in the output
+  bool two_ranks = false;             ///< also under mpirun
+};
+
+std::ostream& operator<<(std::ostream& stream, const Case& one) {
+  return stream << one.name;
+}
+
+constexpr int kUsage = 64, kBadInput = 65, kIo = 74;
+
+const std::vector<Case>& cases() {
+  static const std::vector<Case> list = {
+      // The program itself.
+      {"no_job", "", kUsage, {"usage"}},
+      {"unknown_job", "fold", kUsage, {"fold", "calibrate"}, true},
+
+      // calibrate
+      {"calibrate_missing_model", "calibrate --model @absent --data +text --out %.h5", kIo, {"absent"}, true},
+      {"calibrate_truncated_model",
+       "calibrate --model @truncated-weights --data +text --samples 2 --seq-len 32 --out %.h5",
+       kBadInput,
+       {"model.safetensors"},
+       true},
+      {"calibrate_wrong_shape",
+       "calibrate --model @wrong-shape --data +text --samples 2 --seq-len 32 --out %.h5",
+       kBadInput,
+       {"model.safetensors", "700", "688"},
+       true},
+      {"calibrate_broken_config",
+       "calibrate --model @broken-config --data +text --out %.h5",
+       kBadInput,
+       {"config.json"}},
+      {"calibrate_absurd_config",
+       "calibrate --model @absurd-config --data +text --out %.h5",
+       kBadInput,
+       {"config.json", "7"}},
+      {"calibrate_no_weights", "calibrate --model @no-weights --data +text --out %.h5", kIo, {"no-weights"}},
+      {"calibrate_no_tokenizer", "calibrate --model @no-tokenizer --data +text --out %.h5", kIo, {"tokenizer"}},
+      {"calibrate_truncated_tokenizer",
+       "calibrate --model @truncated-tokenizer --data +text --out %.h5",
+       kBadInput,
+       {"tokenizer.model"}},
+      {"calibrate_missing_text",
+       "calibrate --model +llama --data @absent.jsonl --out %.h5",
+       kIo,
+       {"absent.jsonl"},
+       true},
+      {"calibrate_broken_text",
+       "calibrate --model +llama --data @broken.jsonl --out %.h5",
+       kBadInput,
+       {"broken.jsonl", "2"}},
+      {"calibrate_wrong_field",
+       "calibrate --model +llama --data @other-field.jsonl --out %.h5",
+       kBadInput,
+       {"other-field.jsonl", "text"}},
+      {"calibrate_short_text", "calibrate --model +llama --data @short.jsonl --out %.h5", kBadInput, {"128"}},
+      {"calibrate_not_utf8", "calibrate --model +llama --data @latin1.txt --out %.h5", kBadInput, {"latin1.txt"}},
+      {"calibrate_no_samples",
+       "calibrate --model +llama --data +text --samples 0 --out %.h5",
+       kUsage,
+       {"samples"},
+       true},
+      {"calibrate_negative_length",
+       "calibrate --model +llama --data +text --seq-len -5 --out %.h5",
+       kUsage,
+       {"seq-len"}},
+      {"calibrate_too_many_stages",
+       "calibrate --model +llama --data +text --pipeline-ranks 9 --out %.h5",
+       kUsage,
+       {"9"},
+       true},
+      {"calibrate_unknown_option", "calibrate --model +llama --data +text --sample 3 --out %.h5", kUsage, {"sample"}},
+      {"calibrate_no_output_named", "calibrate --model +llama --data +text", kUsage, {"out"}},
+      {"calibrate_output_below_a_file",
+       "calibrate --model +llama --data +text --samples 2 --seq-len 32 --out @a-file/x.h5",
+       kIo,
+       {"a-file"},
+       true},
+
+      // convert
+      {"convert_missing_model",
+       "convert --model @absent --calibration @bloom.h5 --kv-heads 4 --out %",
+       kIo,
+       {"absent"},
+       true},
+      {"convert_truncated_model",
+       "convert --model @truncated-weights --kv-heads 4 --keys meanpool --values meanpool --out %",
+       kBadInput,
+       {"model.safetensors"},
+       true},
+      {"convert_wrong_shape",
+       "convert --model @wrong-shape --kv-heads 4 --keys meanpool --values meanpool --out %",
+       kBadInput,
+       {"model.safetensors"},
+       true},
+      {"convert_missing_statistics",
+       "convert --model +llama --calibration @absent.h5 --kv-heads 4 --out %",
+       kIo,
+       {"absent.h5"},
+       true},
+      {"convert_truncated_statistics",
+       "convert --model +bloom --calibration @truncated.h5 --keys norope --key-metric act --kv-heads 4 --out %",
+       kBadInput,
+       {"truncated.h5"},
+       true},
+      {"convert_no_statistics_at_all",
+       "convert --model +llama --calibration @not-hdf5.h5 --kv-heads 4 --out %",
+       kBadInput,
+       {"not-hdf5.h5"}},
+      {"convert_statistics_of_another_model",
+       "convert --model +llama --calibration @bloom.h5 --kv-heads 4 --out %",
+       kBadInput,
+       {"bloom.h5"},
+       true},
+      {"convert_heads_that_do_not_divide",
+       "convert --model +llama --kv-heads 3 --keys meanpool --values meanpool --out %",
+       kUsage,
+       {"3", "1, 2, 4"},
+       true},
+      {"convert_negative_heads",
+       "convert --model +llama --kv-heads -4 --keys meanpool --values meanpool --out %",
+       kUsage,
+       {"-4"}},
+      {"convert_heads_no_number",
+       "convert --model +llama --kv-heads four --keys meanpool --values meanpool --out %",
+       kUsage,
+       {"four"}},
+      {"convert_ratio_out_of_range",
+       "convert --model +llama --ratio 1.5 --keys meanpool --values meanpool --out %",
+       kUsage,
+       {"1.5"}},
+      {"convert_unknown_fold",
+       "convert --model +llama --kv-heads 4 --keys origami --out %",
+       kUsage,
+       {"origami", "rope-commuting"}},
+      {"convert_fold_without_rope",
+       "convert --model +bloom --calibration @bloom.h5 --kv-heads 4 --keys rope-commuting --out %",
+       kUsage,
+       {"norope"}},
+      {"convert_missing_plan", "convert --model +llama --plan @absent.json --out %", kIo, {"absent.json"}},
+      {"convert_over_foreign_files",
+       "convert --model +llama --kv-heads 4 --keys meanpool --values meanpool --out @no-tokenizer",
+       kUsage,
+       {"no-tokenizer"}},
+
+      // evaluate
+      {"evaluate_missing_model", "evaluate --model @absent --data +heldout --out %", kIo, {"absent"}, true},
+      {"evaluate_truncated_model",
+       "evaluate --model @truncated-weights --data +heldout --limit 2 --out %",
+       kBadInput,
+       {"model.safetensors"},
+       true},
+      {"evaluate_wrong_shape",
+       "evaluate --model @wrong-shape --data +heldout --limit 2 --out %",
+       kBadInput,
+       {"model.safetensors", "700"},
+       true},
+      {"evaluate_missing_text", "evaluate --model +llama --data @absent.txt --out %", kIo, {"absent.txt"}, true},
+      {"evaluate_short_text", "evaluate --model +llama --data @short.jsonl --out %", kBadInput, {"short.jsonl", "256"}},
+      {"evaluate_broken_text", "evaluate --model +llama --data @broken.jsonl --out %", kBadInput, {"broken.jsonl"}},
+      {"evaluate_missing_reference",
+       "evaluate --model +llama --reference @absent --data +heldout --out %",
+       kIo,
+       {"absent"}},
+      {"evaluate_other_vocabulary",
+       "evaluate --model +llama --reference +golden --data +heldout --limit 2 --out %",
+       kBadInput,
+       {"vocabular"},
+       true},
+      {"evaluate_unknown_task",
+       "evaluate --model +llama --data +heldout --tasks ppl_blocks,chess --out %",
+       kUsage,
+       {"chess"},
+       true},
+      {"evaluate_negative_limit", "evaluate --model +llama --data +heldout --limit -1 --out %", kUsage, {"limit"}},
+      {"evaluate_window_of_one", "evaluate --model +llama --data +heldout --seq-len 1 --out %", kUsage, {"seq-len"}},
+      {"evaluate_unknown_dtype", "evaluate --model +llama --data +heldout --dtype int3 --out %", kUsage, {"int3"}},
+      {"evaluate_unknown_bos", "evaluate --model +llama --data +heldout --bos perhaps --out %", kUsage, {"perhaps"}},
+      {"evaluate_output_is_a_file",
+       "evaluate --model +llama --data +heldout --limit 1 --out @a-file",
+       kIo,
+       {"a-file"},
+       true},
+
+      // logits
+      {"logits_missing_model",
+       "logits --model @absent --ids @ids.safetensors --out %.safetensors",
+       kIo,
+       {"absent"},
+       true},
+      {"logits_truncated_model",
+       "logits --model @truncated-weights --ids @ids.safetensors --out %.safetensors",
+       kBadInput,
+       {"model.safetensors"}},
+      {"logits_wrong_shape",
+       "logits --model @wrong-shape --ids @ids.safetensors --out %.safetensors",
+       kBadInput,
+       {"700"}},
+      {"logits_missing_ids",
+       "logits --model +llama --ids @absent.safetensors --out %.safetensors",
+       kIo,
+       {"absent.safetensors"},
+       true},
+      {"logits_truncated_ids",
+       "logits --model +llama --ids @ids-truncated.safetensors --out %.safetensors",
+       kBadInput,
+       {"ids-truncated.safetensors"},
+       true},
+      {"logits_ids_of_another_type",
+       "logits --model +llama --ids @ids-float.safetensors --out %.safetensors",
+       kBadInput,
+       {"ids-float.safetensors"}},
+      {"logits_ids_of_another_shape",
+       "logits --model +llama --ids @ids-shape.safetensors --out %.safetensors",
+       kBadInput,
+       {"ids-shape.safetensors"}},
+      {"logits_ids_beyond_the_vocabulary",
+       "logits --model +llama --ids @ids-vocab.safetensors --out %.safetensors",
+       kBadInput,
+       {"5000"},
+       true},
+      {"logits_ids_of_another_name",
+       "logits --model +llama --ids @ids-name.safetensors --out %.safetensors",
+       kBadInput,
+       {"input_ids"}},
+      {"logits_unknown_dtype",
+       "logits --model +llama --ids @ids.safetensors --dtype half --out %.safetensors",
+       kUsage,
+       {"half"}},
+
+      // inspect
+      {"inspect_missing", "inspect @absent", kIo, {"absent"}, true},
+      {"inspect_truncated_weights", "inspect @truncated-weights", kBadInput, {"model.safetensors"}, true},
+      {"inspect_truncated_statistics", "inspect @truncated.h5", kBadInput, {"truncated.h5"}},
+      {"inspect_unknown_file", "inspect @unknown.bin", kBadInput, {"unknown.bin"}},
+      {"inspect_nothing_named", "inspect", kUsage, {}},
+
+      // synthesize
+      {"synthesize_unknown_shape", "synthesize --shape llama9-7t --out %", kUsage, {"llama9-7t"}, true},
+      {"synthesize_broken_shape_file",
+       "synthesize --shape @broken-config/config.json --out %",
+       kBadInput,
+       {"config.json"},
+       true},
+      {"synthesize_no_layers", "synthesize --shape llama2-7b --layers 0 --out %", kUsage, {"layers"}},
+      {"synthesize_heads_that_do_not_divide",
+       "synthesize --shape llama2-7b --layers 1 --kv-heads 5 --out %",
+       kUsage,
+       {"5"},
+       true},
+
+      // verify
+      {"verify_missing_model", "verify --model @absent --original +llama --data +heldout", kIo, {"absent"}, true},
+      {"verify_truncated_original",
+       "verify --model +llama --original @truncated-weights --data +heldout",
+       kBadInput,
+       {"truncated-weights"},
+       true},
+      {"verify_not_a_conversion",
+       "verify --model +llama --original +llama --data +heldout",
+       kBadInput,
+       {"prose-llama"}},
+
+      // report
+      {"report_missing_run", "report --run @absent", kIo, {"absent"}, true},
+      {"report_empty_run", "report --run @empty-folder", kBadInput, {"empty-folder"}, true},
+      {"report_no_run_named", "report", kUsage, {"run"}},
+
+      // generate
+      {"generate_missing_model", "generate --model @absent --prompt Hello", kIo, {"absent"}, true},
+      {"generate_truncated_model",
+       "generate --model @truncated-weights --prompt Hello",
+       kBadInput,
+       {"model.safetensors"},
+       true},
+      {"generate_no_tokenizer", "generate --model @no-tokenizer --prompt Hello", kIo, {"tokenizer"}},
+      {"generate_no_prompt", "generate --model +llama", kUsage, {"prompt"}},
+  };
+  return list;
+}
+
+Arguments expand(const std::string& text, const fs::path& output) {
+  const std::map<std::string, fs::path> good = {{"+llama", demo_model("prose-llama")},
+                                                {"+bloom", demo_model("prose-bloom")},
+                                                {"+text", demo_text("calibration.jsonl")},
+                                                {"+heldout", demo_text("heldout.jsonl")},
+                                                {"+golden", testing_support::golden_folder() / "llama-mha"}};
+  Arguments arguments;
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t end = std::min(text.find(' ', at), text.size());
+    std::string word = text.substr(at, end - at);
+    if (word.starts_with("@")) word = Inputs::get().root / word.substr(1);
+    if (word.starts_with("%")) word = output.string() + word.substr(1);
+    if (good.contains(word)) word = good.at(word);
+    arguments.push_back(word);
+    at = end + 1;
+  }
+  return arguments;
+}
+
+/// Relative names of everything below a folder.
+std::vector<std::string> listing(const fs::path& folder) {
+  std::vector<std::string> names;
+  for (const auto& entry : fs::recursive_directory_iterator(folder))
+    names.push_back(fs::relative(entry.path(), folder));
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+class Errors : public testing::TestWithParam<Case> {};
+
+void expect_failure(const Case& one, int ranks) {
+  const fs::path& root = Inputs::get().root;
+  const fs::path folder =
+      fs::temp_directory_path() / fmt::format("headfold-case-{}-{}-{}", ::getpid(), one.name, ranks);
+  fs::create_directories(folder);
+  const fs::path log = root.parent_path() / fmt::format("headfold-case-{}-{}.log", ::getpid(), one.name);
+  const std::vector<std::string> inputs_before = listing(root);
+  const Outcome outcome = run_headfold(ranks, expand(one.arguments, folder / "out"), log, 40);
+  EXPECT_EQ(outcome.code, one.code) << (outcome.code == 124 ? "HANGS\n" : "") << outcome.output;
+  for (const std::string& text : one.mentions) EXPECT_THAT(outcome.output, testing::HasSubstr(text));
+  // Nobody else's stack trace or unhandled exception passes for a message.
+  EXPECT_THAT(outcome.output, testing::Not(testing::HasSubstr("terminate called")));
+  EXPECT_THAT(listing(folder), testing::IsEmpty()) << "something was left behind";
+  EXPECT_EQ(listing(root), inputs_before) << "something was left among the inputs";
+  std::error_code code;
+  fs::remove_all(folder, code);
+  fs::remove(log, code);
+}
+
+TEST_P(Errors, on_one_rank) {
+  expect_failure(GetParam(), 1);
+}
+
+class ErrorsOfTwoRanks : public testing::TestWithParam<Case> {};
+TEST_P(ErrorsOfTwoRanks, end_the_whole_job) {
+  expect_failure(GetParam(), 2);
+}
+
+std::vector<Case> two_rank_cases() {
+  std::vector<Case> chosen;
+  for (const Case& one : cases())
+    if (one.two_ranks) chosen.push_back(one);
+  return chosen;
+}
+
+INSTANTIATE_TEST_SUITE_P(Job, Errors, testing::ValuesIn(cases()), [](const auto& one) { return one.param.name; });
+INSTANTIATE_TEST_SUITE_P(Job, ErrorsOfTwoRanks, testing::ValuesIn(two_rank_cases()),
+                         [](const auto& one) { return one.param.name; });
+
+}  // namespace
+}  // namespace headfold::end_to_end

@@ -1,0 +1,90 @@
+// calibrate -> convert -> evaluate -> report on the demo model with two ranks and few samples.
+
+#include <gmock/gmock.h>
+#include <headfold/base/json.h>
+
+#include "program.h"
+
+namespace headfold::end_to_end {
+namespace {
+
+using testing_support::ScratchFolder;
+
+/// The newest results file below a folder.
+Json results_below(const fs::path& folder) {
+  for (const auto& entry : fs::recursive_directory_iterator(folder))
+    if (entry.path().filename().string().starts_with("results_")) return read_json(entry.path());
+  throw InputError("no results file below " + folder.string());
+}
+
+TEST(Pipeline, from_calibration_to_report_on_two_ranks) {
+  const ScratchFolder run;
+  const std::string model = demo_model("prose-llama");
+  const auto step = [&](int ranks, std::vector<std::string> arguments) {
+    const Outcome outcome = run_headfold(ranks, arguments, run / ("log-" + arguments[0] + ".txt"), 120);
+    ASSERT_EQ(outcome.code, 0) << arguments[0] << ":\n" << outcome.output;
+  };
+  ASSERT_NO_FATAL_FAILURE(
+      step(2, {"calibrate", "--model", model, "--data", demo_text("calibration.jsonl"), "--samples", "24", "--seq-len",
+               "128", "--pipeline-ranks", "2", "--out", run / "calibration.h5"}));
+  EXPECT_TRUE(fs::exists(run / "calibration.h5.json"));
+
+  const std::vector<std::pair<std::string, std::vector<std::string>>> folds = {
+      {"paper", {"--keys", "post-rotation", "--key-metric", "act"}},
+      {"stock", {"--keys", "rope-commuting", "--key-metric", "act+query"}},
+      {"pooled", {"--keys", "meanpool", "--values", "meanpool"}},
+  };
+  const auto evaluated = [&](const std::string& name, const std::string& folder) {
+    step(2, {"evaluate", "--model", folder, "--reference", model, "--data", demo_text("heldout.jsonl"), "--seq-len",
+             "128", "--limit", "24", "--dtype", "float32", "--out", run / ("eval-" + name)});
+    return testing::Test::HasFatalFailure() ? Json() : results_below(run / ("eval-" + name));
+  };
+  const Json original = evaluated("original", model);
+  ASSERT_TRUE(original.is_object());
+  const Json& base = original["results"]["ppl_blocks@128"];
+  const double perplexity = base["perplexity,none"];
+  EXPECT_GT(perplexity, 20);
+  EXPECT_LT(perplexity, 50);
+  EXPECT_EQ(base["kl,none"], 0.0);
+  EXPECT_EQ(base["top1_agreement,none"], 1.0);
+  EXPECT_EQ(original["headfold"]["world_size"], 2);
+
+  std::map<std::string, double> ratio;
+  for (const auto& [name, options] : folds) {
+    std::vector<std::string> arguments = {"convert",    "--model", model,   "--calibration", run / "calibration.h5",
+                                          "--kv-heads", "4",       "--out", run / name};
+    arguments.insert(arguments.end(), options.begin(), options.end());
+    ASSERT_NO_FATAL_FAILURE(step(2, arguments));
+    const Json provenance = read_json(run / name / "headfold.json");
+    EXPECT_EQ(provenance["kv_heads"]["before"], 8);
+    EXPECT_EQ(provenance["kv_heads"]["after"], 4);
+    const Json results = evaluated(name, run / name);
+    ASSERT_TRUE(results.is_object());
+    const Json& values = results["results"]["ppl_blocks@128"];
+    ratio[name] = values["perplexity,none"].get<double>() / perplexity;
+    EXPECT_GT(values["kl,none"].get<double>(), 0.0);
+    EXPECT_LT(values["top1_agreement,none"].get<double>(), 1.0);
+    EXPECT_NEAR(values["reference_perplexity,none"].get<double>(), perplexity, 1e-6 * perplexity);
+    EXPECT_EQ(2 * results["headfold"]["model"]["cache_bytes_per_token"].get<std::int64_t>(),
+              results["headfold"]["reference"]["cache_bytes_per_token"].get<std::int64_t>());
+  }
+  // Few samples: wider bounds than the demo's, the same order.
+  EXPECT_GT(ratio["paper"], 0.99);
+  EXPECT_LT(ratio["paper"], 1.08);
+  EXPECT_LT(ratio["paper"], ratio["stock"]);
+  EXPECT_LT(ratio["stock"], 1.2);
+  EXPECT_GT(ratio["pooled"], 1.5);
+
+  ASSERT_NO_FATAL_FAILURE(step(1, {"report", "--run", run.path()}));
+  std::vector<fs::path> pages;
+  for (const auto& entry : fs::recursive_directory_iterator(run.path()))
+    if (entry.path().extension() == ".html") pages.push_back(entry.path());
+  ASSERT_EQ(pages.size(), 1U);
+  const std::string page = read_file(pages[0]);
+  for (const auto& [name, options] : folds) EXPECT_THAT(page, testing::HasSubstr(name));
+  EXPECT_THAT(page, testing::HasSubstr("<svg"));
+  EXPECT_THAT(page, testing::Not(testing::HasSubstr("NaN")));
+}
+
+}  // namespace
+}  // namespace headfold::end_to_end
