@@ -1,5 +1,292 @@
+#include <headfold/base/files.h>
+#include <headfold/base/log.h>
+#include <headfold/base/progress.h>
+#include <headfold/base/table.h>
+#include <headfold/calibration/text.h>
+#include <headfold/checkpoint/layout.h>
+#include <headfold/folding/apply.h>
+#include <headfold/folding/comparison.h>
+#include <headfold/model/pipeline.h>
+
+#include <cstring>
+#include <iostream>
+
 #include "job.h"
 
 namespace headfold::jobs {
-void verify(const Context&, const std::vector<std::string>&) { throw InternalError("PLACEHOLDER to be replaced before landing"); }
+
+namespace {
+
+using checkpoint::Reader;
+using folding::ErrorSums;
+using folding::Groups;
+
+po::options_description verify_options() {
+  po::options_description options("verify options");
+  options.add_options()("model", po::value<std::string>()->required(), "folder of the folded model")(
+      "original", po::value<std::string>()->required(), "folder of the model it was made from")(
+      "data", po::value<std::vector<std::string>>()->required()->multitoken(), "held-out text, .txt or .jsonl")(
+      "field", po::value<std::string>()->default_value("text"), "field of .jsonl files")("samples", po::value<std::int64_t>()->default_value(8), "sequences")(
+      "seq-len", po::value<std::int64_t>()->default_value(256), "tokens per sequence")("seed", po::value<std::uint64_t>()->default_value(1), "seed that draws them")(
+      "bos", po::value<std::string>()->default_value("default"), "default, always or never: BOS before every document")(
+      "out", po::value<std::string>(), "result file (default MODEL/verification.json)");
+  return options;
+}
+
+tokenizer::Bos parse_bos(const std::string& text) {
+  if (text == "default") return tokenizer::Bos::model_default;
+  if (text == "always") return tokenizer::Bos::always;
+  if (text == "never") return tokenizer::Bos::never;
+  throw UsageError(fmt::format("--bos {}: choose default, always or never", text));
+}
+
+/// What headfold.json says about the fold.
+struct Fold {
+  folding::FoldOptions options;
+  std::vector<Groups> groups;
+  std::vector<double> keys, values;  ///< predicted relative losses per layer
+};
+
+Fold read_fold(const Reader& folded, const Reader& original) {
+  const fs::path path = folded.folder() / "headfold.json";
+  const std::string file = path.string();
+  if (!fs::exists(path)) throw InputError(fmt::format("{} is absent: {} was not made by headfold convert", file, folded.folder().string()));
+  const Json json = read_json(path);
+  if (const auto format = required<std::string>(json, "format", file); format != "headfold-model")
+    throw InputError(fmt::format("{}: format is \"{}\", expected \"headfold-model\"", file, format), "verify takes a folder written by headfold convert");
+  const auto source = required<std::string>(required<Json>(json, "source", file), "fingerprint", file);
+  if (source != original.fingerprint())
+    throw InputError(fmt::format("{}: made from a model with fingerprint {}..., {} has {}...", file, source.substr(0, 12), original.folder().string(),
+                                 original.fingerprint().substr(0, 12)),
+                     "give the model it was made from as --original");
+  Fold fold;
+  const auto options = required<Json>(json, "fold", file);
+  fold.options.keys = folding::parse_key_fold(required<std::string>(options, "keys", file));
+  fold.options.key_metric = folding::parse_metric(required<std::string>(options, "key_metric", file));
+  fold.options.values = folding::parse_value_fold(required<std::string>(options, "values", file));
+  fold.options.value_metric = folding::parse_metric(required<std::string>(options, "value_metric", file));
+  fold.options.kv_heads = required<std::int64_t>(required<Json>(json, "kv_heads", file), "after", file);
+  for (const Json& layer : required<Json>(json, "layers", file)) {
+    fold.groups.push_back(required<Groups>(layer, "groups", file));
+    fold.keys.push_back(required<double>(layer, "key_relative_loss", file));
+    fold.values.push_back(required<double>(layer, "value_relative_loss", file));
+  }
+  const checkpoint::ModelConfig& config = original.config();
+  folding::check_options(fold.options, config);
+  if (static_cast<std::int64_t>(fold.groups.size()) != config.layers)
+    throw InputError(fmt::format("{}: {} layers, the original has {}", file, fold.groups.size(), config.layers));
+  for (std::size_t l = 0; l < fold.groups.size(); ++l)
+    folding::check_groups(fold.groups[l], config.kv_heads, fold.options.kv_heads, config.family == checkpoint::Family::bloom, fmt::format("{}, layer {}", file, l));
+  return fold;
+}
+
+/// Everything about the folded model that can be checked exactly; one sentence per fault. Byte comparisons are spread over the ranks.
+std::vector<std::string> exact_faults(const comm::Communicator& world, const Reader& folded, const Reader& original, const Fold& fold, std::size_t& compared) {
+  std::string faults;
+  const Json expected = checkpoint::folded_config(original.config(), fold.options.kv_heads, layout_of(fold.options));
+  if (world.root()) {
+    if (folded.config().raw != expected) faults += "config.json is not the original's with its KV heads changed\n";
+    for (const std::string& problem : checkpoint::layout_problems(folded)) faults += problem + "\n";
+    const auto tensors = folding::folded_tensors(original, fold.options, fold.groups);
+    for (const checkpoint::TensorSpec& spec : tensors) {
+      if (!folded.has(spec.name))
+        faults += fmt::format("tensor {} is missing\n", spec.name);
+      else if (folded.info(spec.name).dtype != spec.dtype || folded.info(spec.name).shape != spec.shape)
+        faults += fmt::format("tensor {}: {} [{}], expected {} [{}]\n", spec.name, folded.info(spec.name).dtype, fmt::join(folded.info(spec.name).shape, ", "),
+                              spec.dtype, fmt::join(spec.shape, ", "));
+    }
+    if (folded.names().size() != tensors.size()) faults += fmt::format("{} tensors, expected {}\n", folded.names().size(), tensors.size());
+  }
+  const std::vector<std::string> untouched = folding::untouched_tensors(original, fold.options, fold.groups);
+  compared = untouched.size();
+  for (std::size_t i = static_cast<std::size_t>(world.rank()); i < untouched.size(); i += static_cast<std::size_t>(world.size())) {
+    const std::string& name = untouched[i];
+    if (!folded.has(name)) continue;
+    const at::Tensor a = original.view(name), b = folded.view(name);
+    if (a.scalar_type() != b.scalar_type() || a.sizes() != b.sizes() || std::memcmp(a.data_ptr(), b.data_ptr(), a.nbytes()) != 0)
+      faults += fmt::format("tensor {} should be the original's, byte for byte, and is not\n", name);
+    original.done_with(name);
+    folded.done_with(name);
+  }
+  std::vector<std::string> all;
+  for (const std::string& text : world.all_gather(faults))
+    for (std::size_t begin = 0; begin < text.size();) {
+      const std::size_t end = text.find('\n', begin);
+      all.push_back(text.substr(begin, end - begin));
+      begin = end + 1;
+    }
+  return all;
+}
+
+/// Sum of attention inputs of one layer.
+class MeanObserver : public model::LayerObserver {
+ public:
+  MeanObserver(double* sums, double* count) : sums_(sums), count_(count) {}
+  void attention_input(const at::Tensor& x) override {
+    const at::Tensor sum = x.to(at::kDouble).sum(at::IntArrayRef{0, 1}).contiguous();
+    for (std::int64_t i = 0; i < sum.numel(); ++i) sums_[i] += sum.data_ptr<double>()[i];
+    *count_ += static_cast<double>(x.size(0) * x.size(1));
+  }
+  void rotated_keys(const at::Tensor&) override {}
+  bool wants_rotated_keys() const override { return false; }
+
+ private:
+  double* sums_;
+  double* count_;
+};
+
+class ComparisonObserver : public model::LayerObserver {
+ public:
+  explicit ComparisonObserver(folding::LayerComparison comparison) : comparison_(std::move(comparison)) {}
+  void attention_input(const at::Tensor& x) override {
+    for (std::int64_t b = 0; b < x.size(0); ++b) comparison_.add(x[b]);
+  }
+  void rotated_keys(const at::Tensor&) override {}
+  bool wants_rotated_keys() const override { return false; }
+  const ErrorSums& errors() const { return comparison_.errors(); }
+
+ private:
+  folding::LayerComparison comparison_;
+};
+
+/// Runs `observer_of(layer)` over this rank's sequences, one layer resident at a time; `finish` is called when a layer is done with.
+void stream(const Reader& reader, const comm::Grid& grid, const std::vector<at::Tensor>& sequences,
+            const std::function<std::unique_ptr<model::LayerObserver>(std::int64_t)>& observer_of,
+            const std::function<void(std::int64_t, const model::LayerObserver&)>& finish, Progress& progress) {
+  if (sequences.empty()) return;
+  model::PipelineOptions options;
+  options.residency = model::Residency::streamed;
+  options.head = false;
+  const model::Pipeline pipeline(reader, grid, options);
+  std::unique_ptr<model::LayerObserver> current;
+  std::int64_t current_layer = -1;
+  const auto close = [&] {
+    if (current && finish) finish(current_layer, *current);
+    current.reset();
+  };
+  model::PipelineHooks hooks;
+  hooks.observer = [&](std::int64_t layer) {
+    close();
+    current_layer = layer;
+    current = observer_of(layer);
+    return current.get();
+  };
+  hooks.progress = [&](double done) { progress.advance(done); };
+  pipeline.run(sequences, hooks);
+  close();
+}
+
+}  // namespace
+
+void verify(const Context& context, const std::vector<std::string>& arguments) {
+  const comm::Communicator& world = context.world;
+  const po::variables_map values =
+      parse(context, "verify", "headfold verify --model FOLDED --original DIR --data FILE", verify_options(), arguments);
+  const Reader folded(values["model"].as<std::string>());
+  const Reader original(values["original"].as<std::string>());
+  const Fold fold = read_fold(folded, original);
+  const checkpoint::ModelConfig& config = original.config();
+  const fs::path out = values.count("out") > 0 ? fs::path(values["out"].as<std::string>()) : folded.folder() / "verification.json";
+  const auto samples = values["samples"].as<std::int64_t>();
+  const std::int64_t length = std::min(values["seq-len"].as<std::int64_t>(), config.max_positions);
+  if (samples < 1 || length < 2) throw UsageError(fmt::format("--samples {} --seq-len {}: at least 1 and 2", samples, length));
+
+  std::size_t compared = 0;
+  const std::vector<std::string> faults = exact_faults(world, folded, original, fold, compared);
+  if (!faults.empty()) {
+    const std::size_t shown = std::min<std::size_t>(faults.size(), 5);
+    throw InputError(fmt::format("{}: {} fault(s): {}", folded.folder().string(), faults.size(),
+                                 fmt::join(std::vector<std::string>(faults.begin(), faults.begin() + static_cast<std::ptrdiff_t>(shown)), "; ")),
+                     "convert the original again");
+  }
+  if (world.root()) std::cout << fmt::format("exact checks passed: config, names, dtypes, shapes; {} untouched tensors are identical to the original's\n", compared);
+
+  std::vector<fs::path> files;
+  for (const std::string& file : values["data"].as<std::vector<std::string>>()) files.emplace_back(file);
+  const auto field = values["field"].as<std::string>();
+  const auto tokenizer = tokenizer::load_tokenizer(original.folder());
+  const at::Tensor ids = calibration::draw_sequences(
+      calibration::token_stream(*tokenizer, calibration::read_documents(files, field), parse_bos(values["bos"].as<std::string>())), samples, length,
+      values["seed"].as<std::uint64_t>());
+  std::vector<at::Tensor> mine;
+  for (std::int64_t s = world.rank(); s < samples; s += world.size()) mine.push_back(ids.slice(0, s, s + 1));
+
+  const comm::Grid grid = comm::make_grid(world, 1);
+  const auto layers = static_cast<std::size_t>(config.layers), hidden = static_cast<std::size_t>(config.hidden);
+  const bool centred = config.family == checkpoint::Family::bloom;
+  Progress progress("verify", "sequence", static_cast<double>(mine.size()) * (centred ? 2 : 1), world.root());
+  std::vector<double> means(layers * hidden, 0.0), counts(layers, 0.0);
+  if (centred) {
+    stream(original, grid, mine,
+           [&](std::int64_t layer) -> std::unique_ptr<model::LayerObserver> {
+             const auto l = static_cast<std::size_t>(layer);
+             return std::make_unique<MeanObserver>(means.data() + l * hidden, counts.data() + l);
+           },
+           nullptr, progress);
+    world.all_reduce(std::span(means));
+    world.all_reduce(std::span(counts));
+    for (std::size_t i = 0; i < means.size(); ++i) means[i] /= counts[i / hidden];
+  }
+  std::vector<double> sums(layers * ErrorSums::count, 0.0);
+  stream(original, grid, mine,
+         [&](std::int64_t layer) -> std::unique_ptr<model::LayerObserver> {
+           const auto l = static_cast<std::size_t>(layer);
+           const at::Tensor mean = at::from_blob(means.data() + l * hidden, {config.hidden}, at::kDouble).clone();
+           return std::make_unique<ComparisonObserver>(folding::LayerComparison(config, folding::load_layer_weights(original, layer), folded.config(),
+                                                                                folding::load_layer_weights(folded, layer), fold.groups[l], fold.options, mean));
+         },
+         [&](std::int64_t layer, const model::LayerObserver& observer) {
+           const ErrorSums& errors = dynamic_cast<const ComparisonObserver&>(observer).errors();
+           std::copy(errors.sums.begin(), errors.sums.end(), sums.begin() + layer * ErrorSums::count);
+         },
+         progress);
+  world.all_reduce(std::span(sums));
+
+  OrderedJson result;
+  result["format"] = "headfold-verification";
+  result["format_version"] = 1;
+  const auto name_of_folder = [](const Reader& reader) { return fs::absolute(reader.folder() / "config.json").parent_path().lexically_normal().filename().string(); };
+  result["model"] = name_of_folder(folded);
+  result["original"] = name_of_folder(original);
+  OrderedJson text;
+  text["files"] = OrderedJson::array();
+  for (const fs::path& file : files) text["files"].push_back(file.filename().string());
+  text["data_hash"] = calibration::data_hash(files, field);
+  text["samples"] = samples;
+  text["sequence_length"] = length;
+  text["seed"] = values["seed"].as<std::uint64_t>();
+  result["text"] = text;
+  result["fold"] = to_json(fold.options);
+  result["exact"] = OrderedJson{{"config", true}, {"shapes", true}, {"untouched_tensors_identical", compared}};
+  result["layers"] = OrderedJson::array();
+  Table table({"layer", "keys predicted", "keys measured", "values predicted", "values measured", "score error", "output error"});
+  std::vector<double> keys, value_losses;
+  const auto cell = [](double share) { return fmt::format("{:.4g}", share); };
+  for (std::size_t l = 0; l < layers; ++l) {
+    ErrorSums errors;
+    std::copy(sums.begin() + static_cast<std::ptrdiff_t>(l * ErrorSums::count), sums.begin() + static_cast<std::ptrdiff_t>((l + 1) * ErrorSums::count), errors.sums.begin());
+    keys.push_back(errors.key());
+    value_losses.push_back(errors.value());
+    table.add({std::to_string(l), cell(fold.keys[l]), cell(errors.key()), cell(fold.values[l]), cell(errors.value()), cell(errors.score()), cell(errors.output())});
+    OrderedJson one;
+    one["layer"] = l;
+    one["key_predicted"] = fold.keys[l];
+    one["key_measured"] = errors.key();
+    one["value_predicted"] = fold.values[l];
+    one["value_measured"] = errors.value();
+    one["score_error"] = errors.score();
+    one["output_error"] = errors.output();
+    result["layers"].push_back(std::move(one));
+  }
+  const double key_order = folding::spearman(fold.keys, keys), value_order = folding::spearman(fold.values, value_losses);
+  result["key_rank_correlation"] = key_order;
+  result["value_rank_correlation"] = value_order;
+  result["record"] = run_record(context, "verify", arguments, progress.seconds());
+  world.on_root([&] { write_json(out, result); });
+  if (world.root())
+    std::cout << fmt::format("\nrelative squared errors on {} held-out sequences of {} tokens\n{}\nSpearman rank correlation of predicted and measured over layers: keys {:.3f}, values {:.3f}\n"
+                             "wrote {}\nnext:\n  headfold evaluate --model {} --reference {} --data FILE\n",
+                             samples, length, table.text(), key_order, value_order, out.string(), folded.folder().string(), original.folder().string());
+}
+
 }  // namespace headfold::jobs

@@ -1,0 +1,244 @@
+#include <headfold/base/error.h>
+#include <headfold/folding/comparison.h>
+#include <headfold/linalg/linalg.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace headfold::folding {
+
+using checkpoint::Family;
+using checkpoint::KvLayout;
+
+namespace {
+
+at::Tensor float_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.to(at::kFloat) : tensor; }
+
+LayerWeights in_float(const LayerWeights& w) {
+  LayerWeights result = w;
+  for (at::Tensor LayerWeights::*member : {&LayerWeights::query, &LayerWeights::key, &LayerWeights::value, &LayerWeights::output, &LayerWeights::query_bias,
+                                           &LayerWeights::key_bias, &LayerWeights::value_bias, &LayerWeights::output_bias, &LayerWeights::key_fold,
+                                           &LayerWeights::query_fold})
+    result.*member = float_of(w.*member);
+  return result;
+}
+
+/// [tokens, rows / head_dim, head_dim].
+at::Tensor projected_heads(const at::Tensor& inputs, const at::Tensor& weight, const at::Tensor& bias, std::int64_t head_dim) {
+  at::Tensor y = at::matmul(inputs, weight.t());
+  if (bias.defined()) y = y + bias;
+  return y.view({inputs.size(0), -1, head_dim});
+}
+
+at::Tensor with_bias(const at::Tensor& weight, const at::Tensor& bias) {
+  return bias.defined() ? at::cat({weight, bias.reshape({-1, 1})}, 1) : weight;
+}
+
+/// X [d, d] that brings X S closest to T (rows of S and T: [d, n]).
+at::Tensor least_squares(const at::Tensor& target, const at::Tensor& source) {
+  const linalg::PsdRoot root = linalg::psd_root(at::matmul(source, source.t()));
+  return at::matmul(at::matmul(target, source.t()), at::matmul(root.inverse_root, root.inverse_root));
+}
+
+/// The same for maps that commute with every rotation: one complex number per frequency.
+at::Tensor commuting_least_squares(const at::Tensor& target, const at::Tensor& source) {
+  const std::int64_t half = source.size(0) / 2;
+  const at::Tensor x = source.slice(0, 0, half), y = source.slice(0, half), u = target.slice(0, 0, half), v = target.slice(0, half);
+  const at::Tensor norm = (x * x + y * y).sum(1).clamp_min(1e-300);
+  const at::Tensor re = at::diag((x * u + y * v).sum(1) / norm), im = at::diag((x * v - y * u).sum(1) / norm);
+  return at::cat({at::cat({re, -im}, 1), at::cat({im, re}, 1)}, 0);
+}
+
+/// Rows of several query heads [repeat * d, n] side by side: [d, repeat * n].
+at::Tensor side_by_side(const at::Tensor& rows, std::int64_t head_dim) {
+  return rows.view({-1, head_dim, rows.size(1)}).transpose(0, 1).reshape({head_dim, -1});
+}
+
+at::Tensor mean_or_zero(const at::Tensor& mean_input, const at::Tensor& weight, const at::Tensor& bias, std::int64_t head_dim, bool centred) {
+  if (!centred) return at::zeros({weight.size(0) / head_dim, head_dim}, at::kFloat);
+  at::Tensor mean = at::matmul(weight, mean_input.to(at::kDouble));
+  if (bias.defined()) mean = mean + bias;
+  return mean.view({-1, head_dim}).to(at::kFloat);
+}
+
+double square_sum(const at::Tensor& tensor) { return (tensor * tensor).sum(at::kDouble).item<double>(); }
+
+constexpr std::int64_t kQueryRows = 512;  // scores are formed [512, tokens] at a time
+
+}  // namespace
+
+LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config, const LayerWeights& original, const checkpoint::ModelConfig& folded_config,
+                                 const LayerWeights& folded, const Groups& groups, const FoldOptions& options, const at::Tensor& mean_input)
+    : original_(in_float(original)), folded_(in_float(folded)), options_(options), groups_(groups) {
+  rotates_ = original_config.family == Family::llama;
+  projected_ = folded_config.layout == KvLayout::projected;
+  if (rotates_)
+    frequencies_ = model::rope_inverse_frequencies(original_config);
+  else
+    slopes_ = model::alibi_slopes(original_config.heads);
+  const std::int64_t d = original.head_dim;
+  const std::int64_t source_heads = original.kv_heads, repeat = original.heads / source_heads;
+  group_of_head_.assign(static_cast<std::size_t>(source_heads), -1);
+  place_of_head_.assign(static_cast<std::size_t>(source_heads), -1);
+  std::int64_t place = 0;
+  for (std::size_t g = 0; g < groups.size(); ++g)
+    for (const std::int64_t head : groups[g]) {
+      group_of_head_.at(static_cast<std::size_t>(head)) = static_cast<std::int64_t>(g);
+      place_of_head_.at(static_cast<std::size_t>(head)) = place++;
+    }
+  const bool centred = !rotates_;
+  if (centred && !mean_input.defined()) throw InternalError("a comparison without rotation needs the mean input");
+  key_mean_ = mean_or_zero(mean_input, original.key, original.key_bias, d, centred);
+  folded_key_mean_ = mean_or_zero(mean_input, folded.key, folded.key_bias, d, centred);
+  value_mean_ = mean_or_zero(mean_input, original.value, original.value_bias, d, centred);
+  folded_value_mean_ = mean_or_zero(mean_input, folded.value, folded.value_bias, d, centred);
+
+  std::vector<at::Tensor> key_decoders, value_decoders;
+  for (std::int64_t k = 0; k < source_heads; ++k) {
+    const std::int64_t at_place = place_of_head_[static_cast<std::size_t>(k)];
+    if (projected_) {
+      key_decoders.push_back(folded.query_fold[at_place].t());
+    } else {
+      const auto rows = [&](const LayerWeights& w, std::int64_t head) {
+        const std::int64_t n = repeat * d;
+        return side_by_side(with_bias(w.query.slice(0, head * n, (head + 1) * n), w.query_bias.defined() ? w.query_bias.slice(0, head * n, (head + 1) * n) : w.query_bias), d);
+      };
+      const at::Tensor target = rows(folded, at_place), source = rows(original, k);
+      key_decoders.push_back((rotates_ ? commuting_least_squares(target, source) : least_squares(target, source)).t());
+    }
+    const auto columns = [&](const LayerWeights& w, std::int64_t head) {
+      const std::int64_t n = repeat * d;
+      return side_by_side(w.output.slice(1, head * n, (head + 1) * n).t().contiguous(), d);
+    };
+    // W_O' = P B: B^T takes P^T to W_O'^T.
+    value_decoders.push_back(least_squares(columns(folded, at_place), columns(original, k)).t());
+  }
+  const at::Tensor key_decoder = at::stack(key_decoders), value_decoder = at::stack(value_decoders);
+  key_decoder_ = key_decoder.to(at::kFloat);
+  value_decoder_ = value_decoder.to(at::kFloat);
+
+  const auto weight_error = [&](const at::Tensor& source, const at::Tensor& merged, const at::Tensor& decoder, int error, int total) {
+    for (std::int64_t k = 0; k < source_heads; ++k) {
+      const std::int64_t g = group_of_head_[static_cast<std::size_t>(k)];
+      const at::Tensor rows = source.slice(0, k * d, (k + 1) * d);
+      errors_.sums[static_cast<std::size_t>(error)] += square_sum(rows - at::matmul(decoder[k], merged.slice(0, g * d, (g + 1) * d)));
+      errors_.sums[static_cast<std::size_t>(total)] += square_sum(rows);
+    }
+  };
+  // Weight errors know no tokens: the same sums on every rank leave their ratio what it is.
+  if (options_.key_metric == Metric::weights) {
+    at::Tensor merged = folded.key;
+    if (projected_) {
+      std::vector<at::Tensor> parts;
+      for (std::size_t g = 0; g < groups.size(); ++g)
+        parts.push_back(at::matmul(folded.key_fold[static_cast<std::int64_t>(g)], original.key.index_select(0, block_index(groups[g], d))));
+      merged = at::cat(parts, 0);
+    }
+    weight_error(original.key, merged, key_decoder, ErrorSums::key_error, ErrorSums::key_total);
+  }
+  if (options_.value_metric == Metric::weights) weight_error(original.value, folded.value, value_decoder, ErrorSums::value_error, ErrorSums::value_total);
+}
+
+void LayerComparison::add(const at::Tensor& inputs) {
+  const std::int64_t tokens = inputs.size(0), d = original_.head_dim, heads = original_.heads, repeat = heads / original_.kv_heads;
+  const at::Tensor x = inputs.to(at::kFloat);
+  const auto rotated = [&](const at::Tensor& y) { return rotates_ ? model::apply_rope(y.unsqueeze(0), frequencies_, 0).squeeze(0) : y; };
+  const at::Tensor plain_keys = projected_heads(x, original_.key, original_.key_bias, d);
+  const at::Tensor query = rotated(projected_heads(x, original_.query, original_.query_bias, d));
+  const at::Tensor key = rotated(plain_keys) - key_mean_;
+  const at::Tensor value = projected_heads(x, original_.value, original_.value_bias, d);
+  const at::Tensor folded_plain = projected_heads(x, folded_.key, folded_.key_bias, d);
+  at::Tensor folded_query = rotated(projected_heads(x, folded_.query, folded_.query_bias, d));
+  at::Tensor folded_key = rotated(folded_plain);
+  if (projected_) {
+    const std::int64_t groups = folded_.key_fold.size(0);
+    folded_query = at::einsum("tkrd,ked->tkre", {folded_query.view({tokens, original_.kv_heads, repeat, d}), folded_.query_fold}).reshape({tokens, heads, d});
+    folded_key = at::einsum("tgp,gep->tge", {folded_key.reshape({tokens, groups, -1}), folded_.key_fold});
+  } else {
+    folded_key = folded_key - folded_key_mean_;
+  }
+  const at::Tensor folded_value = projected_heads(x, folded_.value, folded_.value_bias, d);
+
+  auto& sums = errors_.sums;
+  const at::Tensor group_index = at::tensor(group_of_head_, at::kLong);
+  if (options_.key_metric == Metric::act) {
+    // A commuting decoder rebuilds rotated keys as well as plain ones.
+    const at::Tensor rebuilt = at::einsum("tke,kde->tkd", {folded_key.index_select(1, group_index), key_decoder_});
+    sums[ErrorSums::key_error] += square_sum(key - rebuilt);
+    sums[ErrorSums::key_total] += square_sum(key);
+  }
+  if (options_.value_metric == Metric::act) {
+    const at::Tensor rebuilt = at::einsum("tke,kde->tkd", {(folded_value - folded_value_mean_).index_select(1, group_index), value_decoder_});
+    const at::Tensor centred = value - value_mean_;
+    sums[ErrorSums::value_error] += square_sum(centred - rebuilt);
+    sums[ErrorSums::value_total] += square_sum(centred);
+  }
+  const double scale = 1.0 / std::sqrt(static_cast<double>(d));
+  at::Tensor attended = at::empty({tokens, heads, d}, at::kFloat), folded_attended = at::empty({tokens, heads, d}, at::kFloat);
+  const at::Tensor positions = at::arange(tokens, at::kLong);
+  for (std::int64_t begin = 0; begin < tokens; begin += kQueryRows) {
+    const std::int64_t end = std::min(tokens, begin + kQueryRows);
+    const at::Tensor future = positions.slice(0, 0, end).unsqueeze(0) > positions.slice(0, begin, end).unsqueeze(1);
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const std::int64_t k = h / repeat, g = group_of_head_[static_cast<std::size_t>(k)];
+      const std::int64_t place = place_of_head_[static_cast<std::size_t>(k)] * repeat + h % repeat;
+      const auto scores_of = [&](const at::Tensor& queries, std::int64_t q, const at::Tensor& keys, std::int64_t kv) {
+        return (at::matmul(queries.select(1, q).slice(0, begin, end), keys.select(1, kv).slice(0, 0, end).t()) * scale).masked_fill(future, 0.0);
+      };
+      at::Tensor scores = scores_of(query, h, key, k), folded_scores = scores_of(folded_query, place, folded_key, g);
+      sums[ErrorSums::score_error] += square_sum(scores - folded_scores);
+      sums[ErrorSums::score_total] += square_sum(scores);
+      if (!rotates_) {
+        const at::Tensor bias = slopes_[h] * positions.slice(0, 0, end).to(at::kFloat).unsqueeze(0);
+        scores = scores + bias;
+        folded_scores = folded_scores + bias;
+      }
+      const double minus_infinity = -std::numeric_limits<double>::infinity();
+      const auto attend = [&](const at::Tensor& s, const at::Tensor& values, std::int64_t kv) {
+        return at::matmul(at::softmax(s.masked_fill(future, minus_infinity), 1), values.select(1, kv).slice(0, 0, end));
+      };
+      attended.slice(0, begin, end).select(1, h).copy_(attend(scores, value, k));
+      folded_attended.slice(0, begin, end).select(1, place).copy_(attend(folded_scores, folded_value, g));
+    }
+  }
+  const auto output = [&](const at::Tensor& y, const LayerWeights& w) {
+    const at::Tensor o = at::matmul(y.view({tokens, -1}), w.output.t());
+    return w.output_bias.defined() ? o + w.output_bias : o;
+  };
+  const at::Tensor result = output(attended, original_);
+  sums[ErrorSums::output_error] += square_sum(result - output(folded_attended, folded_));
+  sums[ErrorSums::output_total] += square_sum(result);
+  if (options_.key_metric == Metric::act_query) {
+    sums[ErrorSums::key_error] = sums[ErrorSums::score_error];
+    sums[ErrorSums::key_total] = sums[ErrorSums::score_total];
+  }
+}
+
+double spearman(const std::vector<double>& a, const std::vector<double>& b) {
+  if (a.size() != b.size()) throw InternalError("rank correlation of lists of different length");
+  if (a.size() < 2) return 0;
+  const auto ranks = [](const std::vector<double>& values) {
+    std::vector<std::size_t> order(values.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::sort(order.begin(), order.end(), [&](std::size_t i, std::size_t j) { return values[i] < values[j]; });
+    std::vector<double> result(values.size());
+    for (std::size_t i = 0; i < order.size();) {
+      std::size_t j = i;
+      while (j < order.size() && values[order[j]] == values[order[i]]) ++j;
+      for (std::size_t k = i; k < j; ++k) result[order[k]] = 0.5 * static_cast<double>(i + j - 1);
+      i = j;
+    }
+    return result;
+  };
+  const std::vector<double> x = ranks(a), y = ranks(b);
+  const double mean = 0.5 * static_cast<double>(a.size() - 1);
+  double xy = 0, xx = 0, yy = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    xy += (x[i] - mean) * (y[i] - mean);
+    xx += (x[i] - mean) * (x[i] - mean);
+    yy += (y[i] - mean) * (y[i] - mean);
+  }
+  return xx > 0 && yy > 0 ? xy / std::sqrt(xx * yy) : 0.0;
+}
+
+}  // namespace headfold::folding
