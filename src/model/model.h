@@ -2,10 +2,11 @@
 // LLaMA and BLOOM decoders for inference, layer by layer, with explicit KV layouts. Names and shapes follow docs/formats.md.
 
 #include <ATen/ATen.h>
+#include <headfold/checkpoint/layout.h>
 #include <headfold/checkpoint/reader.h>
 
 #include <cstdint>
-#include <map>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,8 +14,10 @@
 namespace headfold::model {
 
 using checkpoint::ModelConfig;
+class Product;
 
-/// Sees intermediate values of a layer while it runs (calibration). Called once per forward.
+/// Sees intermediate values of a layer while it runs (calibration). Called once per forward. The tensors are fresh: an observer may keep
+/// them.
 class LayerObserver {
  public:
   virtual ~LayerObserver() = default;
@@ -48,17 +51,17 @@ class Layer {
 std::int64_t attention_block_bytes();
 void set_attention_block_bytes(std::int64_t bytes);
 
-/// Names, dtypes-free shapes of all tensors of one layer / of the whole model in canonical order (with "model." or "transformer." prefix).
-struct NamedShape {
-  std::string name;
-  std::vector<std::int64_t> shape;
-};
-std::vector<NamedShape> layer_tensors(const ModelConfig& config, std::int64_t layer);
-/// Embedding, all layers, final norm, head (absent when tied).
-std::vector<NamedShape> model_tensors(const ModelConfig& config);
+/// Gives the tensor of a canonical name (checkpoint::layer_tensors) and shape, in any floating-point dtype; it is copied.
+using TensorGetter = std::function<at::Tensor(const std::string& name, const std::vector<std::int64_t>& shape)>;
 
-/// Loads layer `layer` (0-based) in `dtype` (float32 or bfloat16).
+/// Loads layer `layer` (0-based) in `dtype` (float32 or bfloat16; UsageError otherwise). The pages of the file are given back as soon
+/// as a tensor is copied. InputError names file, tensor and both shapes when one is absent or has another shape.
 std::unique_ptr<Layer> load_layer(const checkpoint::Reader& reader, std::int64_t layer, at::ScalarType dtype);
+/// The same from tensors in memory: for tests, benchmarks and models that are not on disk (yet).
+std::unique_ptr<Layer> load_layer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype, const TensorGetter& getter);
+
+/// Throws InputError naming the model and the first offender unless `ids` is int64 [batch, tokens] with every id in [0, vocab).
+void check_ids(const at::Tensor& ids, const ModelConfig& config);
 
 /// Token embedding (BLOOM: with its LayerNorm).
 class Embedding {
@@ -81,14 +84,17 @@ class Head {
 
  private:
   ModelConfig config_;
-  at::Tensor norm_weight_, norm_bias_, projection_;
+  at::ScalarType dtype_;
+  at::Tensor norm_weight_, norm_bias_;
+  std::shared_ptr<const Product> projection_;
 };
 
 /// RoPE inverse frequencies [head_dim / 2], float64, with rope_scaling applied (docs/formats.md).
 at::Tensor rope_inverse_frequencies(const ModelConfig& config);
 /// ALiBi slopes per query head [heads], float32.
 at::Tensor alibi_slopes(std::int64_t heads);
-/// In-place-free rotation of x [batch, tokens, heads, head_dim] at positions start.. : rotate_half layout, cos and sin in float32, cast to x's dtype.
+/// Rotation of x [batch, tokens, heads, head_dim] (float32 or bfloat16) at positions start, start + 1, …: rotate_half layout, angles, cos and
+/// sin in float32, cos and sin cast to x's dtype. Returns a new tensor.
 at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& inverse_frequencies, std::int64_t start);
 
 /// A whole model in one process: for tests, generation and small evaluations.

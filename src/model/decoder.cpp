@@ -1,0 +1,531 @@
+#include <ATen/Parallel.h>
+#include <headfold/base/error.h>
+#include <headfold/model/model.h>
+
+#include "attention.h"
+#include "kernels.h"
+#include "product.h"
+
+namespace headfold::model {
+namespace {
+
+using checkpoint::Family;
+using checkpoint::KvLayout;
+
+/// Rows of activations that pass through a layer's products together: enough for full speed, few enough to bound the memory.
+constexpr std::int64_t kRows = 2048;
+
+/// Memory that this thread's forward passes share: fresh pages for every product would cost as much as a pass over the data.
+enum Slot { slot_norm, slot_qkv, slot_queries, slot_folded_queries, slot_keys, slot_values, slot_source_keys, slot_attention, slot_gate, slot_up, slot_count };
+
+/// A tensor of `sizes` in a slot; valid until the slot is asked for again on this thread.
+at::Tensor scratch(Slot slot, at::IntArrayRef sizes, at::ScalarType dtype) {
+  thread_local std::array<at::Tensor, slot_count> slots;
+  std::int64_t bytes = static_cast<std::int64_t>(c10::elementSize(dtype));
+  for (const std::int64_t size : sizes) bytes *= size;
+  at::Tensor& buffer = slots[slot];
+  if (!buffer.defined() || buffer.numel() < bytes) {
+    buffer.reset();
+    buffer = at::empty({bytes}, at::kByte);
+  }
+  return at::from_blob(buffer.data_ptr(), sizes, at::TensorOptions().dtype(dtype));
+}
+
+/// RMSNorm or LayerNorm (with bias) of every row of x [rows, hidden] into y.
+void normalise(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps, const at::Tensor& y) {
+  const auto& kernel = kernels::table(x.scalar_type());
+  const std::int64_t hidden = x.size(1);
+  const auto row_bytes = hidden * static_cast<std::int64_t>(x.element_size());
+  const auto* from = static_cast<const char*>(x.data_ptr());
+  auto* to = static_cast<char*>(y.data_ptr());
+  at::parallel_for(0, x.size(0), std::max<std::int64_t>(1, 16384 / hidden), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      if (bias.defined()) {
+        kernel.layer_norm(from + row * row_bytes, weight.data_ptr(), bias.data_ptr(), to + row * row_bytes, hidden, static_cast<float>(eps));
+      } else {
+        kernel.rms_norm(from + row * row_bytes, weight.data_ptr(), to + row * row_bytes, hidden, static_cast<float>(eps));
+      }
+    }
+  });
+}
+
+/// Elementwise kernel over all rows in parallel: body(first element, count).
+template <class Body>
+void for_elements(std::int64_t count, const Body& body) {
+  at::parallel_for(0, count, 8192, [&](std::int64_t begin, std::int64_t end) { body(begin, end - begin); });
+}
+
+void require_dtype(at::ScalarType dtype) {
+  if (dtype != at::kFloat && dtype != at::kBFloat16)
+    throw UsageError(fmt::format("models compute in float32 or bfloat16, not {}", c10::toString(dtype)));
+}
+
+std::string shape_text(at::IntArrayRef sizes) { return fmt::format("[{}]", fmt::join(sizes, ", ")); }
+
+/// Where weights come from; `done` is told when a tensor was copied.
+struct Source {
+  TensorGetter get;
+  std::function<void(const std::string&)> done = [](const std::string&) {};
+
+  at::Tensor checked(const std::string& name, const std::vector<std::int64_t>& shape) const {
+    at::Tensor tensor = get(name, shape);
+    if (!tensor.defined() || tensor.sizes() != at::IntArrayRef(shape))
+      throw InputError(fmt::format("tensor {} has shape {}, expected {}", name, tensor.defined() ? shape_text(tensor.sizes()) : "none",
+                                   shape_text(shape)));
+    return tensor;
+  }
+  at::Tensor vector(const std::string& name, std::int64_t size, at::ScalarType dtype) const {
+    at::Tensor copy = checked(name, {size}).to(dtype, /*non_blocking=*/false, /*copy=*/true);
+    done(name);
+    return copy;
+  }
+};
+
+Source source_of(const checkpoint::Reader& reader) {
+  return {[&reader](const std::string& name, const std::vector<std::int64_t>& shape) {
+            // load() says in one message which file lacks the tensor or holds another shape.
+            if (!reader.has(name) || reader.info(name).shape != shape) return reader.load(name, shape, at::kFloat);
+            return reader.view(name);
+          },
+          [&reader](const std::string& name) { reader.done_with(name); }};
+}
+
+class DecoderLayer final : public Layer {
+ public:
+  DecoderLayer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype, const Source& source) : config_(config), dtype_(dtype) {
+    require_dtype(dtype);
+    if (layer < 0 || layer >= config.layers) throw InternalError(fmt::format("layer {} of {}", layer, config.layers));
+    if (config.family == Family::llama) {
+      load_llama(fmt::format("model.layers.{}.", layer), source);
+      inverse_frequencies_ = rope_inverse_frequencies(config);
+    } else {
+      load_bloom(fmt::format("transformer.h.{}.", layer), source);
+      slopes_ = alibi_slopes(config.heads);
+    }
+  }
+
+  at::Tensor forward(const at::Tensor& hidden, LayerCache* cache, LayerObserver* observer) const override;
+
+  std::int64_t bytes() const override {
+    std::int64_t sum = 0;
+    for (const auto* product : {&qkv_, &output_, &gate_, &up_, &down_})
+      if (*product) sum += (*product)->bytes();
+    for (const auto* folds : {&key_folds_, &query_folds_})
+      for (const auto& fold : *folds) sum += fold->bytes();
+    for (const at::Tensor* tensor : {&norm1_weight_, &norm1_bias_, &norm2_weight_, &norm2_bias_})
+      if (tensor->defined()) sum += static_cast<std::int64_t>(tensor->nbytes());
+    return sum;
+  }
+
+ private:
+  using ProductPtr = std::unique_ptr<const Product>;
+
+  void load_llama(const std::string& prefix, const Source& source);
+  void load_bloom(const std::string& prefix, const Source& source);
+  /// One product of several matrices that read the same input, stacked in order.
+  ProductPtr load_stacked(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows, std::int64_t in, bool bias,
+                          const Source& source) const;
+  ProductPtr load_product(const std::string& name, std::int64_t out, std::int64_t in, bool bias, const Source& source) const {
+    return load_stacked({name}, {out}, in, bias, source);
+  }
+  std::vector<ProductPtr> load_folds(const std::string& name, std::int64_t count, std::int64_t out, std::int64_t in, const Source& source) const;
+  void attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens, LayerCache* cache,
+                        const at::Tensor& observed_keys, const at::Tensor& out) const;
+  void feed_forward(const at::Tensor& x, const at::Tensor& out) const;
+
+  ModelConfig config_;
+  at::ScalarType dtype_;
+  at::Tensor norm1_weight_, norm1_bias_, norm2_weight_, norm2_bias_;
+  ProductPtr qkv_, output_, gate_, up_, down_;  // BLOOM: up_ and down_ are dense_h_to_4h and dense_4h_to_h
+  std::vector<ProductPtr> key_folds_, query_folds_;
+  at::Tensor inverse_frequencies_;  // RoPE
+  at::Tensor slopes_;               // ALiBi
+};
+
+DecoderLayer::ProductPtr DecoderLayer::load_stacked(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows, std::int64_t in,
+                                                    bool bias, const Source& source) const {
+  if (names.size() == 1) {
+    const at::Tensor weight = source.checked(names[0] + ".weight", {rows[0], in});
+    const at::Tensor bias_vector = bias ? source.vector(names[0] + ".bias", rows[0], dtype_) : at::Tensor();
+    auto product = std::make_unique<const Product>(weight, bias_vector, dtype_);
+    source.done(names[0] + ".weight");
+    return product;
+  }
+  std::int64_t out = 0;
+  for (const std::int64_t count : rows) out += count;
+  const at::Tensor weight = at::empty({out, in}, dtype_);
+  const at::Tensor bias_vector = bias ? at::empty({out}, dtype_) : at::Tensor();
+  std::int64_t begin = 0;
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    weight.slice(0, begin, begin + rows[i]).copy_(source.checked(names[i] + ".weight", {rows[i], in}));
+    source.done(names[i] + ".weight");
+    if (bias) bias_vector.slice(0, begin, begin + rows[i]).copy_(source.vector(names[i] + ".bias", rows[i], dtype_));
+    begin += rows[i];
+  }
+  return std::make_unique<const Product>(weight, bias_vector, dtype_);
+}
+
+std::vector<DecoderLayer::ProductPtr> DecoderLayer::load_folds(const std::string& name, std::int64_t count, std::int64_t out, std::int64_t in,
+                                                               const Source& source) const {
+  const at::Tensor folds = source.checked(name, {count, out, in});
+  std::vector<ProductPtr> products;
+  for (std::int64_t i = 0; i < count; ++i) products.push_back(std::make_unique<const Product>(folds.select(0, i), at::Tensor(), dtype_));
+  source.done(name);
+  return products;
+}
+
+void DecoderLayer::load_llama(const std::string& prefix, const Source& source) {
+  const std::int64_t d = config_.head_dim;
+  norm1_weight_ = source.vector(prefix + "input_layernorm.weight", config_.hidden, dtype_);
+  norm2_weight_ = source.vector(prefix + "post_attention_layernorm.weight", config_.hidden, dtype_);
+  const std::string attention = prefix + "self_attn.";
+  qkv_ = load_stacked({attention + "q_proj", attention + "k_proj", attention + "v_proj"},
+                      {config_.heads * d, config_.source_kv_heads * d, config_.kv_heads * d}, config_.hidden, config_.attention_bias, source);
+  output_ = load_product(attention + "o_proj", config_.hidden, config_.heads * d, config_.attention_bias, source);
+  if (config_.layout == KvLayout::projected) {
+    const std::int64_t members = config_.source_kv_heads / config_.kv_heads;
+    key_folds_ = load_folds(attention + "key_fold.weight", config_.kv_heads, d, members * d, source);
+    query_folds_ = load_folds(attention + "query_fold.weight", config_.source_kv_heads, d, d, source);
+  }
+  gate_ = load_product(prefix + "mlp.gate_proj", config_.ffn, config_.hidden, config_.mlp_bias, source);
+  up_ = load_product(prefix + "mlp.up_proj", config_.ffn, config_.hidden, config_.mlp_bias, source);
+  down_ = load_product(prefix + "mlp.down_proj", config_.hidden, config_.ffn, config_.mlp_bias, source);
+}
+
+void DecoderLayer::load_bloom(const std::string& prefix, const Source& source) {
+  if (config_.layout == KvLayout::projected) throw InputError(fmt::format("{}: BLOOM has no rotation, so layout \"projected\" does not apply", config_.file));
+  const std::int64_t d = config_.head_dim;
+  const std::int64_t hidden = config_.hidden;
+  norm1_weight_ = source.vector(prefix + "input_layernorm.weight", hidden, dtype_);
+  norm1_bias_ = source.vector(prefix + "input_layernorm.bias", hidden, dtype_);
+  norm2_weight_ = source.vector(prefix + "post_attention_layernorm.weight", hidden, dtype_);
+  norm2_bias_ = source.vector(prefix + "post_attention_layernorm.bias", hidden, dtype_);
+  const std::string attention = prefix + "self_attention.";
+  if (config_.split_qkv) {
+    qkv_ = load_stacked({attention + "query", attention + "key", attention + "value"}, {config_.heads * d, config_.kv_width(), config_.kv_width()},
+                        hidden, true, source);
+  } else {
+    // Stored as [heads, 3, head_dim, hidden]; wanted are all of Q, then K, then V.
+    const std::string name = attention + "query_key_value";
+    const std::int64_t heads = config_.heads;
+    const at::Tensor weight = at::empty({3, heads, d, hidden}, dtype_);
+    weight.copy_(source.checked(name + ".weight", {3 * heads * d, hidden}).view({heads, 3, d, hidden}).transpose(0, 1));
+    source.done(name + ".weight");
+    const at::Tensor bias = source.vector(name + ".bias", 3 * heads * d, dtype_).view({heads, 3, d}).transpose(0, 1).contiguous();
+    qkv_ = std::make_unique<const Product>(weight.view({3 * heads * d, hidden}), bias.view({3 * heads * d}), dtype_);
+  }
+  output_ = load_product(attention + "dense", hidden, config_.heads * d, true, source);
+  up_ = load_product(prefix + "mlp.dense_h_to_4h", config_.ffn, hidden, true, source);
+  down_ = load_product(prefix + "mlp.dense_4h_to_h", hidden, config_.ffn, true, source);
+}
+
+/// Copies the heads of `from` [sequences * tokens, width], columns offset .. offset + heads * head_dim, to `to` [sequences, heads, tokens,
+/// head_dim] of any strides (contiguous channels); rotated when a table is given.
+struct HeadMove {
+  std::int64_t offset = 0;
+  at::Tensor to;
+  const RopeTable* table = nullptr;
+};
+
+void move_heads(const at::Tensor& from, std::int64_t tokens, std::int64_t start, const std::vector<HeadMove>& moves) {
+  const auto& kernel = kernels::table(from.scalar_type());
+  const auto size = static_cast<std::int64_t>(from.element_size());
+  const auto* source = static_cast<const char*>(from.data_ptr());
+  at::parallel_for(0, from.size(0), std::max<std::int64_t>(1, 16384 / from.size(1)), [&](std::int64_t begin, std::int64_t end) {
+    for (const HeadMove& move : moves) {
+      const std::int64_t heads = move.to.size(1);
+      const std::int64_t d = move.to.size(3);
+      auto* target = static_cast<char*>(move.to.data_ptr());
+      for (std::int64_t row = begin; row < end; ++row) {
+        const std::int64_t sequence = row / tokens;
+        const std::int64_t token = row % tokens;
+        const char* x = source + (row * from.stride(0) + move.offset) * size;
+        char* y = target + (sequence * move.to.stride(0) + token * move.to.stride(2)) * size;
+        for (std::int64_t head = 0; head < heads; ++head, x += d * size, y += move.to.stride(1) * size) {
+          if (move.table == nullptr) {
+            std::memcpy(y, x, static_cast<std::size_t>(d * size));
+          } else {
+            const std::int64_t angle = (start + token) * move.table->half;
+            kernel.rotate(x, move.table->cosine.data_ptr<float>() + angle, move.table->sine.data_ptr<float>() + angle, y, move.table->half);
+          }
+        }
+      }
+    }
+  });
+}
+
+/// Attention of sequences first .. first + count: `out` [count * tokens, hidden] += output projection.
+void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens, LayerCache* cache,
+                                    const at::Tensor& observed_keys, const at::Tensor& out) const {
+  const std::int64_t d = config_.head_dim;
+  const std::int64_t heads = config_.heads;
+  const std::int64_t kv_heads = config_.kv_heads;
+  const std::int64_t source_heads = config_.source_kv_heads;
+  const std::int64_t start = cache != nullptr ? cache->length : 0;
+  const std::int64_t rows = count * tokens;
+  const bool projected = config_.layout == KvLayout::projected;
+  const std::shared_ptr<const RopeTable> table =
+      inverse_frequencies_.defined() ? rope_table(inverse_frequencies_, dtype_, start + tokens) : nullptr;
+
+  const at::Tensor qkv = scratch(slot_qkv, {rows, (heads + source_heads + kv_heads) * d}, dtype_);
+  qkv_->apply(x, qkv);
+
+  // All as [sequences, heads, tokens, head_dim]; keys and values with every earlier token in front.
+  at::Tensor queries = scratch(slot_queries, {count, heads, tokens, d}, dtype_);
+  at::Tensor keys, values;
+  if (cache != nullptr) {
+    keys = cache->keys.slice(0, first, first + count).slice(1, 0, start + tokens).transpose(1, 2);
+    values = cache->values.slice(0, first, first + count).slice(1, 0, start + tokens).transpose(1, 2);
+  } else {
+    // Rotated keys that an observer wants stand as [sequences, tokens, heads, head_dim]; attention can use them where they are.
+    keys = observed_keys.defined() && !projected ? observed_keys.slice(0, first, first + count).transpose(1, 2)
+                                                 : scratch(slot_keys, {count, kv_heads, tokens, d}, dtype_);
+    values = scratch(slot_values, {count, kv_heads, tokens, d}, dtype_);
+  }
+  const at::Tensor new_keys = keys.slice(2, start, start + tokens);
+  const std::vector<HeadMove> query_and_value = {{0, queries, table.get()},
+                                                 {(heads + source_heads) * d, values.slice(2, start, start + tokens), nullptr}};
+  std::vector<HeadMove> moves = query_and_value;
+  at::Tensor source_keys;
+  if (projected) {
+    source_keys = observed_keys.defined() ? observed_keys.slice(0, first, first + count)
+                                          : scratch(slot_source_keys, {count, tokens, source_heads, d}, dtype_);
+    moves.push_back({heads * d, source_keys.transpose(1, 2), table.get()});
+  } else {
+    moves.push_back({heads * d, new_keys, table.get()});
+  }
+  move_heads(qkv, tokens, start, moves);
+  if (observed_keys.defined() && cache != nullptr && !projected)
+    observed_keys.slice(0, first, first + count).copy_(new_keys.transpose(1, 2));
+
+  if (projected) {
+    const std::int64_t members = source_heads / kv_heads;
+    const at::Tensor stacked = source_keys.view({count, tokens, source_heads * d});
+    const at::Tensor folded = scratch(slot_folded_queries, {count, heads, tokens, d}, dtype_);
+    const std::int64_t readers = heads / source_heads;
+    at::parallel_for(0, count * (kv_heads + heads), 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t sequence = task / (kv_heads + heads);
+        const std::int64_t item = task % (kv_heads + heads);
+        if (item < kv_heads) {
+          key_folds_[static_cast<std::size_t>(item)]->apply(stacked.select(0, sequence).slice(1, item * members * d, (item + 1) * members * d),
+                                                            new_keys.select(0, sequence).select(0, item));
+        } else {
+          const std::int64_t head = item - kv_heads;
+          query_folds_[static_cast<std::size_t>(head / readers)]->apply(queries.select(0, sequence).select(0, head),
+                                                                        folded.select(0, sequence).select(0, head));
+        }
+      }
+    });
+    queries = folded;
+  }
+
+  const at::Tensor attended = scratch(slot_attention, {rows, heads * d}, dtype_);
+  Attention attention;
+  attention.dtype = dtype_;
+  attention.heads = heads;
+  attention.kv_heads = kv_heads;
+  attention.head_dim = d;
+  attention.tokens = tokens;
+  attention.start = start;
+  attention.output_stride = heads * d;
+  attention.slopes = slopes_.defined() ? slopes_.data_ptr<float>() : nullptr;
+  const auto heads_of = [](const at::Tensor& tensor, std::int64_t sequence) {
+    const at::Tensor own = tensor.select(0, sequence);
+    return Heads{own.data_ptr(), own.stride(0), own.stride(1)};
+  };
+  for (std::int64_t sequence = 0; sequence < count; ++sequence) {
+    attention.queries = heads_of(queries, sequence);
+    attention.keys = heads_of(keys, sequence);
+    attention.values = heads_of(values, sequence);
+    attention.output = attended.slice(0, sequence * tokens).data_ptr();
+    attend(attention);
+  }
+  output_->apply(attended, out, /*accumulate=*/true);
+}
+
+/// out [rows, hidden] += MLP of x.
+void DecoderLayer::feed_forward(const at::Tensor& x, const at::Tensor& out) const {
+  const auto& kernel = kernels::table(dtype_);
+  const auto size = static_cast<std::int64_t>(x.element_size());
+  for (std::int64_t begin = 0; begin < x.size(0); begin += kRows) {
+    const std::int64_t rows = std::min(kRows, x.size(0) - begin);
+    const at::Tensor input = x.slice(0, begin, begin + rows);
+    const at::Tensor inner = scratch(slot_up, {rows, config_.ffn}, dtype_);
+    up_->apply(input, inner);
+    auto* inner_data = static_cast<char*>(inner.data_ptr());
+    if (gate_) {
+      const at::Tensor gate = scratch(slot_gate, {rows, config_.ffn}, dtype_);
+      gate_->apply(input, gate);
+      auto* gate_data = static_cast<char*>(gate.data_ptr());
+      for_elements(inner.numel(), [&](std::int64_t first, std::int64_t count) {
+        kernel.silu_times(gate_data + first * size, inner_data + first * size, count);
+      });
+      down_->apply(gate, out.slice(0, begin, begin + rows), /*accumulate=*/true);
+    } else {
+      for_elements(inner.numel(), [&](std::int64_t first, std::int64_t count) { kernel.gelu(inner_data + first * size, count); });
+      down_->apply(inner, out.slice(0, begin, begin + rows), /*accumulate=*/true);
+    }
+  }
+}
+
+at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* cache, LayerObserver* observer) const {
+  if (hidden_states.dim() != 3 || hidden_states.size(2) != config_.hidden || hidden_states.scalar_type() != dtype_)
+    throw InternalError(fmt::format("layer input {} {}, expected [batch, tokens, {}] {}", shape_text(hidden_states.sizes()),
+                                    c10::toString(hidden_states.scalar_type()), config_.hidden, c10::toString(dtype_)));
+  const std::int64_t batch = hidden_states.size(0);
+  const std::int64_t tokens = hidden_states.size(1);
+  if (cache != nullptr) {
+    for (const at::Tensor* tensor : {&cache->keys, &cache->values})
+      if (!tensor->defined() || tensor->dim() != 4 || tensor->size(0) != batch || tensor->size(2) != config_.kv_heads ||
+          tensor->size(3) != config_.head_dim || tensor->scalar_type() != dtype_ || !tensor->is_contiguous())
+        throw InternalError(fmt::format("KV cache {} for a batch of {}, expected [{}, capacity, {}, {}]",
+                                        tensor->defined() ? shape_text(tensor->sizes()) : "none", batch, batch, config_.kv_heads, config_.head_dim));
+    if (cache->length + tokens > std::min(cache->keys.size(1), cache->values.size(1)))
+      throw InputError(fmt::format("the KV cache has room for {} tokens: {} are in it and {} more do not fit", cache->keys.size(1), cache->length, tokens));
+  }
+  const at::Tensor hidden = hidden_states.contiguous();
+  const std::int64_t rows = batch * tokens;
+  const at::Tensor flat = hidden.view({rows, config_.hidden});
+  const at::Tensor x = observer != nullptr ? at::empty({rows, config_.hidden}, dtype_) : scratch(slot_norm, {rows, config_.hidden}, dtype_);
+  normalise(flat, norm1_weight_, norm1_bias_, config_.norm_eps, x);
+  if (observer != nullptr) observer->attention_input(x.view({batch, tokens, config_.hidden}));
+  const at::Tensor observed_keys = observer != nullptr && observer->wants_rotated_keys()
+                                       ? at::empty({batch, tokens, config_.source_kv_heads, config_.head_dim}, dtype_)
+                                       : at::Tensor();
+
+  const at::Tensor result = at::empty({batch, tokens, config_.hidden}, dtype_);
+  const at::Tensor out = result.view({rows, config_.hidden});
+  out.copy_(config_.post_layernorm_residual ? x : flat);
+  if (tokens > 0) {
+    const std::int64_t together = std::max<std::int64_t>(1, kRows / tokens);
+    for (std::int64_t first = 0; first < batch; first += together) {
+      const std::int64_t count = std::min(together, batch - first);
+      attend_sequences(x.slice(0, first * tokens, (first + count) * tokens), first, count, tokens, cache, observed_keys,
+                       out.slice(0, first * tokens, (first + count) * tokens));
+    }
+  }
+  if (cache != nullptr) cache->length += tokens;
+  if (observed_keys.defined()) observer->rotated_keys(observed_keys);
+
+  const at::Tensor y = scratch(slot_norm, {rows, config_.hidden}, dtype_);
+  normalise(out, norm2_weight_, norm2_bias_, config_.norm_eps, y);
+  if (config_.post_layernorm_residual) out.copy_(y);
+  feed_forward(y, out);
+  return result;
+}
+
+}  // namespace
+
+std::unique_ptr<Layer> load_layer(const checkpoint::Reader& reader, std::int64_t layer, at::ScalarType dtype) {
+  return std::make_unique<DecoderLayer>(reader.config(), layer, dtype, source_of(reader));
+}
+
+std::unique_ptr<Layer> load_layer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype, const TensorGetter& getter) {
+  return std::make_unique<DecoderLayer>(config, layer, dtype, Source{getter});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Embedding and head
+
+void check_ids(const at::Tensor& ids, const ModelConfig& config) {
+  if (!ids.defined() || ids.dim() != 2 || ids.scalar_type() != at::kLong)
+    throw InputError(fmt::format("token ids are {} {}, expected int64 [batch, tokens]", ids.defined() ? c10::toString(ids.scalar_type()) : "none",
+                                 ids.defined() ? shape_text(ids.sizes()) : ""));
+  const at::Tensor dense = ids.contiguous();
+  const auto* data = dense.data_ptr<std::int64_t>();
+  for (std::int64_t i = 0; i < dense.numel(); ++i)
+    if (data[i] < 0 || data[i] >= config.vocab)
+      throw InputError(fmt::format("token id {} at [{}, {}] is outside the vocabulary of {} ({} entries)", data[i], i / dense.size(1), i % dense.size(1),
+                                   config.file, config.vocab),
+                       "the ids were made with the tokenizer of another model");
+}
+
+namespace {
+
+bool bloom(const ModelConfig& config) { return config.family == Family::bloom; }
+
+at::Tensor load_table(const checkpoint::Reader& reader, const std::string& name, at::ScalarType dtype) {
+  require_dtype(dtype);
+  const at::Tensor table = reader.load(name, {reader.config().vocab, reader.config().hidden}, dtype);
+  reader.done_with(name);
+  return table;
+}
+
+}  // namespace
+
+Embedding::Embedding(const checkpoint::Reader& reader, at::ScalarType dtype) : config_(reader.config()) {
+  const Source source = source_of(reader);
+  if (bloom(config_)) {
+    table_ = load_table(reader, "transformer.word_embeddings.weight", dtype);
+    norm_weight_ = source.vector("transformer.word_embeddings_layernorm.weight", config_.hidden, dtype);
+    norm_bias_ = source.vector("transformer.word_embeddings_layernorm.bias", config_.hidden, dtype);
+  } else {
+    table_ = load_table(reader, "model.embed_tokens.weight", dtype);
+  }
+}
+
+at::Tensor Embedding::forward(const at::Tensor& ids) const {
+  check_ids(ids, config_);
+  const at::Tensor rows = at::index_select(table_, 0, ids.reshape({-1}));
+  if (norm_weight_.defined()) normalise(rows, norm_weight_, norm_bias_, config_.norm_eps, rows);
+  return rows.view({ids.size(0), ids.size(1), config_.hidden});
+}
+
+Head::Head(const checkpoint::Reader& reader, at::ScalarType dtype) : config_(reader.config()), dtype_(dtype) {
+  require_dtype(dtype);
+  const Source source = source_of(reader);
+  const std::string table = bloom(config_) ? "transformer.word_embeddings.weight" : "model.embed_tokens.weight";
+  norm_weight_ = source.vector(bloom(config_) ? "transformer.ln_f.weight" : "model.norm.weight", config_.hidden, dtype);
+  if (bloom(config_)) norm_bias_ = source.vector("transformer.ln_f.bias", config_.hidden, dtype);
+  const std::string name = config_.tied_embeddings ? table : "lm_head.weight";
+  projection_ = std::make_shared<const Product>(source.checked(name, {config_.vocab, config_.hidden}), at::Tensor(), dtype);
+  source.done(name);
+}
+
+at::Tensor Head::logits(const at::Tensor& hidden) const {
+  if (hidden.dim() < 1 || hidden.size(-1) != config_.hidden || hidden.scalar_type() != dtype_)
+    throw InternalError(fmt::format("head input {} {}, expected [..., {}] {}", shape_text(hidden.sizes()), c10::toString(hidden.scalar_type()),
+                                    config_.hidden, c10::toString(dtype_)));
+  const at::Tensor flat = hidden.contiguous().view({-1, config_.hidden});
+  const at::Tensor x = scratch(slot_norm, flat.sizes(), dtype_);
+  normalise(flat, norm_weight_, norm_bias_, config_.norm_eps, x);
+  std::vector<std::int64_t> shape = hidden.sizes().vec();
+  shape.back() = config_.vocab;
+  const at::Tensor result = at::empty(shape, dtype_);
+  projection_->apply(x, result.view({-1, config_.vocab}));
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Whole model
+
+Decoder::Decoder(const checkpoint::Reader& reader, at::ScalarType dtype)
+    : config_(reader.config()), dtype_(dtype), embedding_(reader, dtype), head_(reader, dtype) {
+  for (std::int64_t layer = 0; layer < config_.layers; ++layer) layers_.push_back(load_layer(reader, layer, dtype));
+}
+
+at::Tensor Decoder::logits(const at::Tensor& ids) const {
+  at::Tensor hidden = embedding_.forward(ids);
+  for (const auto& layer : layers_) hidden = layer->forward(hidden);
+  return head_.logits(hidden);
+}
+
+std::vector<LayerCache> Decoder::make_cache(std::int64_t batch, std::int64_t capacity) const {
+  std::vector<LayerCache> caches(layers_.size());
+  for (LayerCache& cache : caches) {
+    cache.keys = at::empty({batch, capacity, config_.kv_heads, config_.head_dim}, dtype_);
+    cache.values = at::empty({batch, capacity, config_.kv_heads, config_.head_dim}, dtype_);
+  }
+  return caches;
+}
+
+at::Tensor Decoder::step(const at::Tensor& ids, std::vector<LayerCache>& caches) const {
+  if (caches.size() != layers_.size()) throw InternalError(fmt::format("{} caches for {} layers", caches.size(), layers_.size()));
+  if (ids.dim() == 2 && ids.size(1) == 0) throw InputError("no token to continue from");
+  at::Tensor hidden = embedding_.forward(ids);
+  for (std::size_t i = 0; i < layers_.size(); ++i) hidden = layers_[i]->forward(hidden, &caches[i]);
+  return head_.logits(hidden.slice(1, hidden.size(1) - 1).squeeze(1));
+}
+
+}  // namespace headfold::model

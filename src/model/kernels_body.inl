@@ -1,0 +1,153 @@
+// Included once per instruction set and element type by kernels.cpp: HEADFOLD_ELEMENT is float or Bf16. Plain loops that the compiler
+// vectorises; no standard library calls, so that no inline function of the library is emitted for a newer instruction set.
+
+static inline __attribute__((always_inline)) float exp_of(float x) {
+  // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, Taylor-like polynomial of degree 6 (Cephes coefficients).
+  const float limited = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  const float shifted = limited * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
+  const float n = shifted - 12582912.0f;
+  const float r = (limited - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const std::int32_t power = (static_cast<std::int32_t>(n) + 127) << 23;
+  float scale;
+  __builtin_memcpy(&scale, &power, sizeof(scale));
+  const float value = p * scale;
+  const float flushed = x < -87.0f ? 0.0f : value;
+  return x == x ? flushed : x;
+}
+
+static void rms_norm(const void* x_, const void* weight_, void* y_, std::int64_t n, float eps) {
+  const auto* x = static_cast<const HEADFOLD_ELEMENT*>(x_);
+  const auto* weight = static_cast<const HEADFOLD_ELEMENT*>(weight_);
+  auto* y = static_cast<HEADFOLD_ELEMENT*>(y_);
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (std::int64_t i = 0; i < n; ++i) squares += get(x[i]) * get(x[i]);
+  const float factor = 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) put(y[i], rounded(y[i], get(x[i]) * factor) * get(weight[i]));
+}
+
+static void layer_norm(const void* x_, const void* weight_, const void* bias_, void* y_, std::int64_t n, float eps) {
+  const auto* x = static_cast<const HEADFOLD_ELEMENT*>(x_);
+  const auto* weight = static_cast<const HEADFOLD_ELEMENT*>(weight_);
+  const auto* bias = static_cast<const HEADFOLD_ELEMENT*>(bias_);
+  auto* y = static_cast<HEADFOLD_ELEMENT*>(y_);
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t i = 0; i < n; ++i) sum += get(x[i]);
+  const float mean = sum / static_cast<float>(n);
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float d = get(x[i]) - mean;
+    squares += d * d;
+  }
+  const float factor = 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) put(y[i], (get(x[i]) - mean) * factor * get(weight[i]) + get(bias[i]));
+}
+
+static void rotate(const void* x_, const float* cosine, const float* sine, void* y_, std::int64_t half) {
+  const auto* x = static_cast<const HEADFOLD_ELEMENT*>(x_);
+  auto* y = static_cast<HEADFOLD_ELEMENT*>(y_);
+#pragma omp simd
+  for (std::int64_t i = 0; i < half; ++i) {
+    const float a = get(x[i]);
+    const float b = get(x[i + half]);
+    put(y[i], a * cosine[i] - b * sine[i]);
+    put(y[i + half], b * cosine[i] + a * sine[i]);
+  }
+}
+
+static void silu_times(void* gate_, const void* up_, std::int64_t n) {
+  auto* gate = static_cast<HEADFOLD_ELEMENT*>(gate_);
+  const auto* up = static_cast<const HEADFOLD_ELEMENT*>(up_);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float g = get(gate[i]);
+    put(gate[i], g / (1.0f + exp_of(-g)) * get(up[i]));
+  }
+}
+
+static void gelu(void* x_, std::int64_t n) {
+  auto* x = static_cast<HEADFOLD_ELEMENT*>(x_);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float v = get(x[i]);
+    // 0.5 (1 + tanh u) = 1 / (1 + exp(-2u))
+    const float u = 0.79788456f * v * (1.0f + 0.044715f * v * v);
+    put(x[i], v / (1.0f + exp_of(-2.0f * u)));
+  }
+}
+
+static void softmax(float* scores, void* probabilities_, const ScoreRow& row) {
+  auto* probabilities = static_cast<HEADFOLD_ELEMENT*>(probabilities_);
+  const std::int64_t n = row.visible;
+  const float scale = row.scale;
+  const float slope = row.slope;
+  float largest = -__builtin_inff();
+  if (slope != 0) {
+#pragma omp simd reduction(max : largest)
+    for (std::int64_t i = 0; i < n; ++i) {
+      const float s = scores[i] * scale + rounded(probabilities[i], slope * static_cast<float>(static_cast<std::int32_t>(i)));
+      scores[i] = s;
+      largest = s > largest ? s : largest;
+    }
+  } else {
+#pragma omp simd reduction(max : largest)
+    for (std::int64_t i = 0; i < n; ++i) {
+      const float s = scores[i] * scale;
+      scores[i] = s;
+      largest = s > largest ? s : largest;
+    }
+  }
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float e = exp_of(scores[i] - largest);
+    scores[i] = e;
+    sum += e;
+  }
+  const float factor = 1.0f / sum;
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) put(probabilities[i], scores[i] * factor);
+#pragma omp simd
+  for (std::int64_t i = n; i < row.total; ++i) put(probabilities[i], 0.0f);
+}
+
+static float dot(const void* a_, const void* b_, std::int64_t n) {
+  const auto* a = static_cast<const HEADFOLD_ELEMENT*>(a_);
+  const auto* b = static_cast<const HEADFOLD_ELEMENT*>(b_);
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t i = 0; i < n; ++i) sum += get(a[i]) * get(b[i]);
+  return sum;
+}
+
+static void add_scaled(float* sum, float factor, const void* x_, std::int64_t n) {
+  const auto* x = static_cast<const HEADFOLD_ELEMENT*>(x_);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) sum[i] += factor * get(x[i]);
+}
+
+static void store(const float* values, void* x_, std::int64_t n) {
+  auto* x = static_cast<HEADFOLD_ELEMENT*>(x_);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) put(x[i], values[i]);
+}
+
+static void exponential(const float* x, float* y, std::int64_t n) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) y[i] = exp_of(x[i]);
+}
+
+static constexpr Table make_table(const char* isa) {
+  return {isa, rms_norm, layer_norm, rotate, silu_times, gelu, softmax, dot, add_scaled, store, exponential};
+}

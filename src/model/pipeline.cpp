@@ -1,0 +1,227 @@
+#include <headfold/base/error.h>
+#include <headfold/model/pipeline.h>
+
+#include <deque>
+#include <optional>
+
+namespace headfold::model {
+namespace {
+
+constexpr int kTag = 7301;       // hidden states; messages of one pair of ranks arrive in the order they were sent
+constexpr std::size_t kAhead = 2;  // micro-batches that may wait on either side of a stage
+
+std::span<std::byte> bytes_of(const at::Tensor& tensor) { return {static_cast<std::byte*>(tensor.data_ptr()), tensor.nbytes()}; }
+
+double parameters_of(const std::vector<checkpoint::TensorShape>& tensors) {
+  double sum = 0;
+  for (const auto& tensor : tensors) sum += static_cast<double>(tensor.elements());
+  return sum;
+}
+
+/// Parameters of the parts that balancing looks at.
+struct Weights {
+  double layer = 0, embedding = 0, head = 0;
+};
+
+Weights weights_of(const ModelConfig& config) {
+  Weights weights;
+  weights.layer = parameters_of(checkpoint::layer_tensors(config, 0));
+  const auto table = static_cast<double>(config.vocab) * static_cast<double>(config.hidden);
+  const bool bloom = config.family == checkpoint::Family::bloom;
+  weights.embedding = table + (bloom ? 2.0 * static_cast<double>(config.hidden) : 0.0);
+  weights.head = table + static_cast<double>(config.hidden) * (bloom ? 2.0 : 1.0);  // a tied head is a copy on its own rank
+  return weights;
+}
+
+/// Sends with a bounded number in flight; keeps the tensors alive meanwhile.
+class Sender {
+ public:
+  Sender(const comm::Communicator& pipeline, int to, std::size_t limit) : pipeline_(pipeline), to_(to), limit_(limit) {}
+  void send(at::Tensor tensor) {
+    while (flights_.size() >= limit_) settle();
+    tensor = tensor.contiguous();
+    comm::Request request = pipeline_.isend(bytes_of(tensor), to_, kTag);
+    flights_.push_back({std::move(tensor), std::move(request)});
+  }
+  void finish() {
+    while (!flights_.empty()) settle();
+  }
+
+ private:
+  struct Flight {
+    at::Tensor tensor;
+    comm::Request request;  // after the tensor: destroyed, and so waited for, first
+  };
+  void settle() {
+    flights_.front().request.wait();
+    flights_.pop_front();
+  }
+  const comm::Communicator& pipeline_;
+  int to_;
+  std::size_t limit_;
+  std::deque<Flight> flights_;
+};
+
+/// Receives of known shapes, posted ahead.
+class Receiver {
+ public:
+  Receiver(const comm::Communicator& pipeline, int from, std::vector<std::vector<std::int64_t>> shapes, at::ScalarType dtype)
+      : pipeline_(pipeline), from_(from), shapes_(std::move(shapes)), dtype_(dtype) {
+    while (posted_.size() < kAhead && next_ < shapes_.size()) post();
+  }
+  at::Tensor receive() {
+    posted_.front().request.wait();
+    at::Tensor tensor = std::move(posted_.front().tensor);
+    posted_.pop_front();
+    if (next_ < shapes_.size()) post();
+    return tensor;
+  }
+
+ private:
+  struct Flight {
+    at::Tensor tensor;
+    comm::Request request;
+  };
+  void post() {
+    at::Tensor tensor = at::empty(shapes_[next_++], dtype_);
+    comm::Request request = pipeline_.irecv(bytes_of(tensor), from_, kTag);
+    posted_.push_back({std::move(tensor), std::move(request)});
+  }
+  const comm::Communicator& pipeline_;
+  int from_;
+  std::vector<std::vector<std::int64_t>> shapes_;
+  at::ScalarType dtype_;
+  std::size_t next_ = 0;
+  std::deque<Flight> posted_;
+};
+
+}  // namespace
+
+struct Pipeline::State {
+  const checkpoint::Reader* reader = nullptr;
+  comm::Grid grid;
+  PipelineOptions options;
+  std::optional<Embedding> embedding;
+  std::vector<std::unique_ptr<Layer>> layers;
+  std::optional<Head> head;
+};
+
+Pipeline::Pipeline(const checkpoint::Reader& reader, const comm::Grid& grid, PipelineOptions options) : state_(std::make_unique<State>()) {
+  if (options.dtype != at::kFloat && options.dtype != at::kBFloat16)
+    throw UsageError(fmt::format("models compute in float32 or bfloat16, not {}", c10::toString(options.dtype)));
+  state_->reader = &reader;
+  state_->grid = grid;
+  state_->options = options;
+  range_ = stage_layers(reader.config(), grid.stages)[static_cast<std::size_t>(grid.stage)];
+  if (options.residency == Residency::resident) {
+    if (grid.first_stage()) state_->embedding.emplace(reader, options.dtype);
+    for (std::int64_t layer = range_.begin; layer < range_.end; ++layer) state_->layers.push_back(load_layer(reader, layer, options.dtype));
+    if (grid.last_stage() && options.head) state_->head.emplace(reader, options.dtype);
+  }
+  grid.world.barrier("loading the model");
+}
+
+Pipeline::~Pipeline() = default;
+
+const ModelConfig& Pipeline::config() const { return state_->reader->config(); }
+
+const Head& Pipeline::head() const {
+  if (!state_->grid.last_stage() || !state_->options.head)
+    throw InternalError(fmt::format("the head was asked for on stage {} of {}", state_->grid.stage, state_->grid.stages));
+  if (!state_->head) state_->head.emplace(*state_->reader, state_->options.dtype);
+  return *state_->head;
+}
+
+void Pipeline::run(const std::vector<at::Tensor>& micro_batches, const PipelineHooks& hooks) const {
+  State& state = *state_;
+  const comm::Grid& grid = state.grid;
+  const std::int64_t hidden_size = config().hidden;
+  std::vector<std::vector<std::int64_t>> shapes;
+  // Every stage looks at every id, so that all of them refuse a bad one and none waits for another.
+  for (const at::Tensor& ids : micro_batches) {
+    check_ids(ids, config());
+    shapes.push_back({ids.size(0), ids.size(1), hidden_size});
+  }
+  const std::size_t count = micro_batches.size();
+  const bool streamed = state.options.residency == Residency::streamed;
+
+  std::optional<Receiver> receiver;
+  if (!grid.first_stage()) receiver.emplace(grid.pipeline, grid.stage - 1, shapes, state.options.dtype);
+  std::optional<Sender> sender;
+  if (!grid.last_stage()) sender.emplace(grid.pipeline, grid.stage + 1, streamed ? std::max<std::size_t>(count, 1) : kAhead);
+  const auto observer_of = [&](std::int64_t layer) { return hooks.observer ? hooks.observer(layer) : nullptr; };
+  const auto enter = [&](std::int64_t layer, std::size_t index) {
+    if (hooks.before_layer) hooks.before_layer(layer, static_cast<std::int64_t>(index));
+  };
+  const auto leave = [&](std::size_t index, at::Tensor hidden) {
+    if (!grid.last_stage()) {
+      sender->send(std::move(hidden));
+    } else if (hooks.output) {
+      hooks.output(static_cast<std::int64_t>(index), hidden);
+    }
+  };
+  const auto progress = [&](double amount) {
+    if (hooks.progress) hooks.progress(amount);
+  };
+
+  if (streamed) {
+    std::vector<at::Tensor> states(count);
+    if (grid.first_stage()) {
+      const Embedding embedding(*state.reader, state.options.dtype);
+      for (std::size_t i = 0; i < count; ++i) states[i] = embedding.forward(micro_batches[i]);
+    }
+    for (std::int64_t layer = range_.begin; layer < range_.end && count > 0; ++layer) {
+      const auto loaded = load_layer(*state.reader, layer, state.options.dtype);
+      LayerObserver* observer = observer_of(layer);
+      for (std::size_t i = 0; i < count; ++i) {
+        if (layer == range_.begin && receiver) states[i] = receiver->receive();
+        enter(layer, i);
+        states[i] = loaded->forward(states[i], nullptr, observer);
+        if (layer + 1 == range_.end) leave(i, std::move(states[i]));
+        progress(1.0 / static_cast<double>(range_.size()));
+      }
+    }
+  } else {
+    std::vector<LayerObserver*> observers;
+    for (std::int64_t layer = range_.begin; layer < range_.end; ++layer) observers.push_back(count > 0 ? observer_of(layer) : nullptr);
+    for (std::size_t i = 0; i < count; ++i) {
+      at::Tensor hidden = receiver ? receiver->receive() : state.embedding->forward(micro_batches[i]);
+      for (std::int64_t layer = range_.begin; layer < range_.end; ++layer) {
+        const auto local = static_cast<std::size_t>(layer - range_.begin);
+        enter(layer, i);
+        hidden = state.layers[local]->forward(hidden, nullptr, observers[local]);
+      }
+      leave(i, std::move(hidden));
+      progress(1.0);
+    }
+  }
+  if (sender) sender->finish();
+}
+
+std::vector<comm::LayerRange> stage_layers(const ModelConfig& config, int stages) {
+  const Weights weights = weights_of(config);
+  return comm::split_layers(config.layers, stages, weights.embedding / weights.layer, weights.head / weights.layer);
+}
+
+std::int64_t stage_weight_bytes(const ModelConfig& config, int stages, int stage, at::ScalarType dtype) {
+  const auto ranges = stage_layers(config, stages);
+  if (stage < 0 || stage >= stages) throw InternalError(fmt::format("stage {} of {}", stage, stages));
+  const Weights weights = weights_of(config);
+  const double parameters = weights.layer * static_cast<double>(ranges[static_cast<std::size_t>(stage)].size()) +
+                            (stage == 0 ? weights.embedding : 0) + (stage + 1 == stages ? weights.head : 0);
+  return static_cast<std::int64_t>(parameters) * static_cast<std::int64_t>(c10::elementSize(dtype));
+}
+
+int fewest_stages(const ModelConfig& config, at::ScalarType dtype, std::int64_t extra_bytes_per_layer, std::int64_t budget, int max_stages) {
+  const auto most = static_cast<int>(std::min<std::int64_t>(std::max(max_stages, 1), config.layers));
+  for (int stages = 1; stages < most; ++stages) {
+    const auto ranges = stage_layers(config, stages);
+    bool fits = true;
+    for (int stage = 0; stage < stages && fits; ++stage)
+      fits = stage_weight_bytes(config, stages, stage, dtype) + extra_bytes_per_layer * ranges[static_cast<std::size_t>(stage)].size() <= budget;
+    if (fits) return stages;
+  }
+  return most;
+}
+
+}  // namespace headfold::model
