@@ -1,5 +1,405 @@
+// headfold calibrate: sequences of calibration text through the model, sufficient statistics of every layer into one
+// HDF5 file.
+
+#include <headfold/base/files.h>
+#include <headfold/base/log.h>
+#include <headfold/base/progress.h>
+#include <headfold/base/table.h>
+#include <headfold/base/version.h>
+#include <headfold/calibration/collect.h>
+#include <headfold/calibration/text.h>
+#include <headfold/device/device.h>
+#include <headfold/tokenizer/tokenizer.h>
+
+#include <iostream>
+
 #include "job.h"
 
 namespace headfold::jobs {
-void calibrate(const Context&, const std::vector<std::string>&) { throw InternalError("PLACEHOLDER to be replaced before landing"); }
+namespace {
+
+struct Settings {
+  fs::path model;
+  std::vector<fs::path> data;
+  std::string field;
+  std::int64_t samples = 0, length = 0, seed = 0, micro_batch = 0;
+  tokenizer::Bos bos = tokenizer::Bos::model_default;
+  std::string bos_name;
+  int stages = 0;  // 0: chosen by memory
+  at::ScalarType dtype = at::kFloat;
+  bool streamed = false, dry_run = false, rotated_keys = true, overwrite = false;
+  fs::path out;
+};
+
+po::options_description options() {
+  po::options_description own("calibrate");
+  own.add_options()("model", po::value<std::string>()->required(), "model folder (Hugging Face layout)")(
+      "data", po::value<std::vector<std::string>>()->required()->multitoken(), "text files, .txt or .jsonl")(
+      "field", po::value<std::string>()->default_value("text"), "field of .jsonl lines that holds the text")(
+      "samples", po::value<std::int64_t>()->default_value(128), "number of sequences")(
+      "seq-len", po::value<std::int64_t>()->default_value(2048),
+      "tokens per sequence, clipped to what the model takes")("seed", po::value<std::int64_t>()->default_value(0),
+                                                              "seed that draws the sequences")(
+      "bos", po::value<std::string>()->default_value("default"),
+      "beginning-of-sequence token before every document: default (what the model's own tokenizer does), always, "
+      "never")("micro-batch", po::value<std::int64_t>()->default_value(1),
+               "sequences that run through a layer together")(
+      "pipeline-ranks", po::value<int>()->default_value(0),
+      "ranks that share the layers of one model copy; 0 = as few as memory allows")(
+      "dtype", po::value<std::string>()->default_value("auto"),
+      "compute in float32 or bfloat16; auto = bfloat16 for 16-bit checkpoints where the CPU has fast bfloat16")(
+      "streamed", po::bool_switch(), "keep one layer in memory at a time (models larger than memory)")(
+      "rotated-keys", po::value<std::string>()->default_value("yes"),
+      "collect the Gram of rotated keys, which post-rotation folds need: yes, no")(
+      "dry-run", po::bool_switch(), "print the plan and stop")("overwrite", po::bool_switch(),
+                                                               "replace an existing output made otherwise")(
+      "out", po::value<std::string>()->required(), "statistics file to write (.h5)");
+  return own;
+}
+
+std::int64_t at_least(const po::variables_map& values, const char* name, std::int64_t least) {
+  const auto value = values[name].as<std::int64_t>();
+  if (value < least) throw UsageError(fmt::format("--{} {}: at least {} is needed", name, value, least));
+  return value;
+}
+
+Settings read_settings(const po::variables_map& values, const checkpoint::ModelConfig& config) {
+  Settings settings;
+  settings.model = values["model"].as<std::string>();
+  for (const std::string& file : values["data"].as<std::vector<std::string>>()) settings.data.emplace_back(file);
+  settings.field = values["field"].as<std::string>();
+  settings.samples = at_least(values, "samples", 1);
+  settings.length = at_least(values, "seq-len", 2);
+  settings.seed = at_least(values, "seed", 0);
+  settings.micro_batch = std::min(at_least(values, "micro-batch", 1), settings.samples);
+  settings.bos_name = values["bos"].as<std::string>();
+  if (settings.bos_name == "always")
+    settings.bos = tokenizer::Bos::always;
+  else if (settings.bos_name == "never")
+    settings.bos = tokenizer::Bos::never;
+  else if (settings.bos_name != "default")
+    throw UsageError(fmt::format("--bos {}: choose default, always or never", settings.bos_name));
+  settings.stages = values["pipeline-ranks"].as<int>();
+  if (settings.stages < 0)
+    throw UsageError(
+        fmt::format("--pipeline-ranks {}: at least 1 is needed, or 0 to choose by memory", settings.stages));
+  settings.dtype = parse_dtype(values["dtype"].as<std::string>(), config.dtype);
+  settings.streamed = values["streamed"].as<bool>();
+  settings.dry_run = values["dry-run"].as<bool>();
+  settings.overwrite = values["overwrite"].as<bool>();
+  const auto keys = values["rotated-keys"].as<std::string>();
+  if (keys != "yes" && keys != "no") throw UsageError(fmt::format("--rotated-keys {}: choose yes or no", keys));
+  settings.rotated_keys = calibration::collects_rotated_keys(config, keys == "yes");
+  settings.out = values["out"].as<std::string>();
+  if (settings.out.filename().empty()) throw UsageError(fmt::format("--out {}: names no file", settings.out.string()));
+  if (fs::is_directory(settings.out))
+    throw UsageError(fmt::format("--out {} is a folder", settings.out.string()),
+                     "name a file in it, for example calibration.h5");
+  return settings;
+}
+
+calibration::StatisticsHeader make_header(const Settings& settings, const checkpoint::ModelConfig& config) {
+  calibration::StatisticsHeader header;
+  header.headfold_version = version();
+  header.family = checkpoint::name_of(config.family);
+  header.layers = config.layers;
+  header.hidden = config.hidden;
+  header.kv_heads = config.source_kv_heads;
+  header.head_dim = config.head_dim;
+  header.samples = settings.samples;
+  header.sequence_length = settings.length;
+  header.seed = settings.seed;
+  header.dtype = settings.dtype == at::kFloat ? "float32" : "bfloat16";
+  header.has_rotated_keys = settings.rotated_keys;
+  // Only what changes the statistics: neither the grid nor the micro-batch does, beyond rounding.
+  OrderedJson json;
+  json["field"] = settings.field;
+  json["samples"] = settings.samples;
+  json["seq_len"] = settings.length;
+  json["seed"] = settings.seed;
+  json["bos"] = settings.bos_name;
+  json["dtype"] = header.dtype;
+  json["rotated_keys"] = settings.rotated_keys;
+  header.options = json.dump();
+  return header;
+}
+
+std::int64_t element_size(at::ScalarType dtype) {
+  return static_cast<std::int64_t>(c10::elementSize(dtype));
+}
+
+/// Memory of one rank in bytes.
+struct Memory {
+  double weights = 0, statistics = 0, activations = 0;
+  double total() const { return weights + statistics + activations; }
+};
+
+double weight_bytes(const checkpoint::ModelConfig& config, std::int64_t layer, at::ScalarType dtype) {
+  double elements = 0;
+  for (const checkpoint::TensorShape& tensor : checkpoint::layer_tensors(config, layer)) {
+    double count = 1;
+    for (const std::int64_t size : tensor.shape) count *= static_cast<double>(size);
+    elements += count;
+  }
+  return elements * static_cast<double>(element_size(dtype));
+}
+
+Memory stage_memory(const Settings& settings, const checkpoint::ModelConfig& config, const comm::LayerRange& range,
+                    bool first_stage, std::int64_t replicas) {
+  Memory memory;
+  const auto element = static_cast<double>(element_size(settings.dtype));
+  const auto hidden = static_cast<double>(config.hidden);
+  for (std::int64_t layer = range.begin; layer < range.end; ++layer) {
+    const double layer_bytes = weight_bytes(config, layer, settings.dtype);
+    memory.weights = settings.streamed ? std::max(memory.weights, layer_bytes) : memory.weights + layer_bytes;
+  }
+  if (first_stage) memory.weights += static_cast<double>(config.vocab) * hidden * element;
+  const std::int64_t key_width = config.source_kv_heads * config.head_dim;
+  // Per layer the packed sums and the buffer of position-0 rows; once, the float32 blocks of a Gram.
+  memory.statistics =
+      static_cast<double>(range.size()) *
+          (static_cast<double>(calibration::layer_statistics_bytes(config.hidden, key_width, settings.rotated_keys)) +
+           64 * 8 * hidden) +
+      1024 * 4 * static_cast<double>(std::max(config.hidden, key_width));
+  const double tokens = static_cast<double>(settings.micro_batch * settings.length);
+  // Hidden states in, out, normalised, residual and two in flight; queries, keys, values and their attention; three MLP
+  // widths.
+  const double widths = 6 * hidden + 2 * static_cast<double>(config.heads * config.head_dim) +
+                        2 * static_cast<double>(key_width) + 3 * static_cast<double>(config.ffn);
+  memory.activations = tokens * widths * element + static_cast<double>(model::attention_block_bytes());
+  if (settings.streamed) {
+    const double batches = std::ceil(static_cast<double>(settings.samples) / static_cast<double>(settings.micro_batch));
+    memory.activations += std::ceil(batches / static_cast<double>(replicas)) * tokens * hidden * element;
+  }
+  return memory;
+}
+
+Memory widest_stage(const Settings& settings, const checkpoint::ModelConfig& config, int stages, int world) {
+  Memory widest;
+  const auto ranges = model::stage_layers(config, stages);
+  for (std::size_t stage = 0; stage < ranges.size(); ++stage) {
+    const Memory memory = stage_memory(settings, config, ranges[stage], stage == 0, world / stages);
+    if (memory.total() > widest.total()) widest = memory;
+  }
+  return widest;
+}
+
+/// The fewest stages that divide the world and fit the memory of the smallest host share. Collective.
+int choose_stages(const Settings& settings, const checkpoint::ModelConfig& config, const comm::Communicator& world,
+                  double budget) {
+  if (settings.stages > 0) {
+    if (settings.stages > config.layers)
+      throw UsageError(fmt::format("--pipeline-ranks {}: {} has only {} layers, and every pipeline rank needs one",
+                                   settings.stages, settings.model.string(), config.layers),
+                       fmt::format("use --pipeline-ranks {} or fewer; further ranks work as replicas", config.layers));
+    return settings.stages;
+  }
+  int most = 1;
+  for (int stages = 1; stages <= world.size() && stages <= config.layers; ++stages) {
+    if (world.size() % stages != 0) continue;
+    most = stages;
+    if (widest_stage(settings, config, stages, world.size()).total() <= budget) return stages;
+  }
+  const double needed = widest_stage(settings, config, most, world.size()).total();
+  throw UsageError(fmt::format("a rank would need {} even with {} pipeline rank(s), but only {} are available to it",
+                               human_bytes(needed), most, human_bytes(budget)),
+                   settings.streamed
+                       ? "use more ranks on more hosts, shorter sequences or smaller micro-batches"
+                       : "use --streamed, or more ranks on more hosts; --pipeline-ranks N overrides this estimate");
+}
+
+bool same_content(const calibration::StatisticsHeader& a, const calibration::StatisticsHeader& b) {
+  return a.model_hash == b.model_hash && a.data_hash == b.data_hash && a.options == b.options && a.layers == b.layers;
+}
+
+/// Whether the output is there already. UsageError when it is something else.
+bool is_finished(const Settings& settings, const calibration::StatisticsHeader& header) {
+  if (settings.overwrite || !fs::exists(settings.out)) return false;
+  std::string other;
+  try {
+    if (same_content(calibration::StatisticsFile(settings.out).header(), header)) return true;
+    other = "holds statistics of another model, other data or other options";
+  } catch (const CorruptFile&) {
+    other = "exists and is not a readable statistics file";
+  }
+  throw UsageError(fmt::format("{} {}", settings.out.string(), other),
+                   "choose another --out, or --overwrite to replace it");
+}
+
+std::string plan_text(const Settings& settings, const checkpoint::ModelConfig& config,
+                      const calibration::StatisticsHeader& header, int stages, int world, double budget) {
+  const int replicas = world / stages;
+  const std::int64_t batches = (settings.samples + settings.micro_batch - 1) / settings.micro_batch;
+  const std::int64_t batches_each = (batches + replicas - 1) / replicas;
+  std::string text = fmt::format("model       {} ({}, {} layers, hidden {}, {} heads, {} KV heads of {}), {}\n",
+                                 settings.model.string(), header.family, config.layers, config.hidden, config.heads,
+                                 header.kv_heads, config.head_dim, header.dtype);
+  text += fmt::format("sequences   {} x {} tokens = {} tokens, seed {}, micro-batches of {}\n", settings.samples,
+                      settings.length, settings.samples * settings.length, settings.seed, settings.micro_batch);
+  text += fmt::format("statistics  input moments [{0}, {0}]{1}, float64, position 0 apart\n", config.hidden,
+                      header.has_rotated_keys ? fmt::format(", rotated keys [{0}, {0}]", header.key_width())
+                      : config.family == checkpoint::Family::bloom
+                          ? "; no rotated keys: this model does not rotate"
+                          : "; no rotated keys: post-rotation folds will not be possible");
+  text += fmt::format(
+      "grid        {} rank(s) = {} pipeline rank(s) x {} replica(s); {} micro-batches per replica, {:.1f} % of rank "
+      "time lost filling and draining{}\n",
+      world, stages, replicas, batches_each,
+      100 * (settings.streamed ? 0.0 : comm::pipeline_bubble(stages, batches_each)),
+      settings.streamed && stages > 1 ? fmt::format(" micro-batches, but streamed stages work one after the other")
+                                      : "");
+  Table table({"stage", "layers", "weights", "statistics", "activations", "memory per rank"});
+  const auto ranges = model::stage_layers(config, stages);
+  for (std::size_t stage = 0; stage < ranges.size(); ++stage) {
+    const Memory memory = stage_memory(settings, config, ranges[stage], stage == 0, replicas);
+    table.add({std::to_string(stage), fmt::format("{}-{}", ranges[stage].begin, ranges[stage].end - 1),
+               human_bytes(memory.weights), human_bytes(memory.statistics), human_bytes(memory.activations),
+               human_bytes(memory.total())});
+  }
+  text += table.text();
+  text += fmt::format("memory      {} available to each rank\n", human_bytes(budget));
+  if (settings.streamed)
+    text +=
+        "streamed    one layer in memory at a time; the hidden states of all micro-batches of a replica are held on "
+        "its rank (counted under activations)\n";
+  text += fmt::format("output      {}: {}, {} free\n", settings.out.string(),
+                      human_bytes(static_cast<double>(calibration::statistics_file_bytes(header))),
+                      human_bytes(static_cast<double>(free_bytes(settings.out))));
+  return text;
+}
+
+at::Tensor load_sequences(const Context& context, const Settings& settings, std::int64_t vocab) {
+  // Rank 0 reads and tokenises; the sequences are small.
+  at::Tensor sequences = at::empty({settings.samples, settings.length}, at::kLong);
+  context.world.on_root([&] {
+    const auto tokenizer = tokenizer::load_tokenizer(settings.model);
+    const std::vector<std::string> documents = calibration::read_documents(settings.data, settings.field);
+    const std::vector<std::int64_t> stream = calibration::token_stream(*tokenizer, documents, settings.bos);
+    spdlog::info("{} documents, {} tokens", documents.size(), stream.size());
+    sequences.copy_(calibration::draw_sequences(stream, settings.samples, settings.length,
+                                                static_cast<std::uint64_t>(settings.seed)));
+    const auto largest = sequences.max().item<std::int64_t>();
+    if (largest >= vocab)
+      throw InputError(fmt::format("{}: the tokenizer gives id {}, but the model's vocabulary has {} entries",
+                                   settings.model.string(), largest, vocab),
+                       "do tokenizer and weights belong together?");
+  });
+  context.world.broadcast(std::as_writable_bytes(
+      std::span(sequences.data_ptr<std::int64_t>(), static_cast<std::size_t>(sequences.numel()))));
+  return sequences;
+}
+
+}  // namespace
+
+void calibrate(const Context& context, const std::vector<std::string>& arguments) {
+  const po::variables_map values =
+      parse(context, "calibrate", "headfold calibrate --model DIR --data FILE... --out calibration.h5 [options]",
+            options(), arguments);
+  const comm::Communicator& world = context.world;
+  const checkpoint::Reader reader(values["model"].as<std::string>());
+  const checkpoint::ModelConfig& config = reader.config();
+  Settings settings = read_settings(values, config);
+  if (settings.length > config.max_positions) {
+    if (world.root()) spdlog::info("sequences are clipped to the {} positions of the model", config.max_positions);
+    settings.length = config.max_positions;
+  }
+  calibration::StatisticsHeader header = make_header(settings, config);
+  world.on_root([&] {
+    header.model_hash = reader.fingerprint();
+    header.data_hash = calibration::data_hash(settings.data, settings.field);
+  });
+  world.broadcast(header.model_hash);
+  world.broadcast(header.data_hash);
+
+  std::int64_t finished = 0;
+  world.on_root([&] { finished = is_finished(settings, header) ? 1 : 0; });
+  finished = world.all_reduce(finished, comm::Reduce::max);
+
+  const comm::Communicator host = world.split_by_host();
+  const double budget =
+      world.all_reduce(static_cast<double>(available_memory_bytes()) / host.size(), comm::Reduce::min);
+  const int stages = choose_stages(settings, config, world, budget);
+  const comm::Grid grid = comm::make_grid(world, stages);
+  if (world.root()) {
+    std::cout << plan_text(settings, config, header, stages, world.size(), budget) << std::flush;
+    const std::int64_t batches = (settings.samples + settings.micro_batch - 1) / settings.micro_batch;
+    if (batches < grid.replicas)
+      spdlog::warn("{} micro-batches keep only that many of {} replicas busy", batches, grid.replicas);
+    const double needed = widest_stage(settings, config, stages, world.size()).total();
+    if (needed > budget)
+      spdlog::warn(
+          "a rank may need {}, but only {} are available to it: it may be killed; --streamed or more --pipeline-ranks "
+          "need less",
+          human_bytes(needed), human_bytes(budget));
+  }
+  const std::string next = fmt::format(
+      "headfold convert --model {} --calibration {} --kv-heads {} --out {}", settings.model.string(),
+      settings.out.string(), std::max<std::int64_t>(1, config.kv_heads / 2),
+      (settings.out.parent_path() / fmt::format("kv{}", std::max<std::int64_t>(1, config.kv_heads / 2))).string());
+  if (finished == 1) {
+    if (world.root()) {
+      spdlog::info("{} is already complete for this model, data and options: nothing to do", settings.out.string());
+      std::cout << "next: " << next << '\n';
+    }
+    return;
+  }
+  if (settings.dry_run) {
+    if (world.root()) std::cout << "dry run: nothing was loaded or written\n";
+    return;
+  }
+  const auto needed_bytes = calibration::statistics_file_bytes(header);
+  world.on_root([&] {
+    // Both are known before the work starts, so that hours of it are not lost at its end.
+    if (settings.out.has_parent_path()) make_folder(settings.out.parent_path());
+    if (free_bytes(settings.out) < needed_bytes)
+      throw IoError(settings.out.string(),
+                    fmt::format("needs {}, but only {} are free", human_bytes(static_cast<double>(needed_bytes)),
+                                human_bytes(static_cast<double>(free_bytes(settings.out)))),
+                    "choose another --out");
+  });
+
+  const at::Tensor sequences = load_sequences(context, settings, config.vocab);
+  const auto start = std::chrono::steady_clock::now();
+  const auto own_batches =
+      calibration::micro_batches_of(sequences, settings.micro_batch, grid.replica, grid.replicas).size();
+  const double tokens_all = static_cast<double>(settings.samples * settings.length);
+  Progress progress("calibrate", "tokens", tokens_all, world.root());
+  calibration::CollectOptions collect_options;
+  collect_options.dtype = settings.dtype;
+  collect_options.residency = settings.streamed ? model::Residency::streamed : model::Residency::resident;
+  collect_options.micro_batch = settings.micro_batch;
+  collect_options.rotated_keys = settings.rotated_keys;
+  // Rank 0's share stands for all: the replicas have equal work.
+  collect_options.progress = [&](double done) {
+    progress.advance(tokens_all * done / static_cast<double>(own_batches));
+  };
+  const auto layers = calibration::collect(reader, grid, sequences, collect_options);
+  world.barrier("end of calibration");
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const std::int64_t first = model::stage_layers(config, stages)[static_cast<std::size_t>(grid.stage)].begin;
+  calibration::write_statistics(settings.out, header, world, calibration::layers_to_write(layers, first, grid));
+
+  const double rate = tokens_all / seconds;
+  const double all_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  OrderedJson record = run_record(context, "calibrate", arguments, all_seconds);
+  record["format"] = "headfold-calibration";
+  record["model"] = {{"folder", fs::weakly_canonical(settings.model).filename().string()},
+                     {"fingerprint", header.model_hash}};
+  record["data_hash"] = header.data_hash;
+  record["options"] = OrderedJson::parse(header.options);
+  record["options"]["micro_batch"] = settings.micro_batch;
+  record["options"]["streamed"] = settings.streamed;
+  record["tokens"] = settings.samples * settings.length;
+  record["tokens_per_second"] = rate;
+  record["stages"] = grid.stages;
+  record["replicas"] = grid.replicas;
+  const auto batches_each = static_cast<std::int64_t>(own_batches);
+  record["pipeline_bubble"] = comm::pipeline_bubble(grid.stages, world.all_reduce(batches_each, comm::Reduce::max));
+  world.on_root([&] {
+    write_json(settings.out.string() + ".json", record);
+    std::cout << fmt::format("{}: {} layers, {} tokens, {:.0f} tokens/s\nnext: {}\n", settings.out.string(),
+                             config.layers, settings.samples * settings.length, rate, next);
+  });
+}
+
 }  // namespace headfold::jobs

@@ -92,7 +92,7 @@ void LayerAccumulator::flush() {
 void LayerAccumulator::finish(const comm::Communicator& peers, std::int64_t layer) {
   if (finished_) throw InternalError("statistics are finished twice");
   flush();
-  first_rows_ = {};
+  first_rows_ = at::Tensor();
   finished_ = true;
   std::array<double, 2> counts{statistics_.count, statistics_.count_0};
   peers.all_reduce(counts);

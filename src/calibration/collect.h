@@ -43,7 +43,7 @@ struct CollectOptions {
   model::Residency residency = model::Residency::resident;
   std::int64_t micro_batch = 1;  ///< sequences per micro-batch
   bool rotated_keys = true;      ///< ignored for models without RoPE
-  /// Micro-batches of this replica that went through this rank's layers so far (a fraction in between when streamed).
+  /// Work done since the last call, in micro-batches of this replica (model::PipelineHooks::progress).
   std::function<void(double done)> progress;
 };
 

@@ -117,13 +117,15 @@ Eigen eigh(const at::Tensor& matrix) {
   const std::int64_t n = matrix.size(0);
   const auto real = at::TensorOptions().dtype(at::kDouble);
   if (n == 0) return {at::empty({0}, real), at::empty_like(matrix)};
-  const double scale = matrix.abs().max().item<double>();  // NaN propagates
+  // By parts: the modulus of a complex number overflows where its parts do not. NaN propagates through max().
+  const at::Tensor parts = is_complex ? at::view_as_real(matrix.resolve_conj()) : matrix;
+  const double scale = parts.abs().max().item<double>();
   if (!std::isfinite(scale))
     throw NumericalError(fmt::format("a {} x {} matrix to be factorised contains NaN or Inf", n, n),
                          "look for overflow in the activations: calibrate in float32, and check the checkpoint");
   if (scale == 0) return {at::zeros({n}, real), at::eye(n, matrix.options())};
 
-  const at::Tensor scaled = matrix / scale;
+  const at::Tensor scaled = is_complex ? at::view_as_complex(parts / scale) : parts / scale;
   const at::Tensor a = ((scaled + scaled.transpose(0, 1).conj()) * 0.5).contiguous();
   const double norm = a.norm().abs().item<double>();
   const auto finish = [&](const at::Tensor& ascending, const at::Tensor& columns) -> Eigen {

@@ -1,0 +1,197 @@
+// What share of the matrix-product rate calibration reaches at the layer shapes of LLaMA2-7B (docs/performance.md,
+// section "Calibration").
+//
+//   bench_calibrate [--model DIR] [--tokens 2048] [--repeat 5] [--threads N] [--gram-only]
+//
+// Without --model, a checkpoint of one layer of random weights is written to a temporary folder. Every repetition
+// measures at::linear on the layer's own shapes and the calibration of the layer right after one another, so that a
+// busy machine slows both; medians are printed.
+
+#include <ATen/Parallel.h>
+#include <headfold/base/json.h>
+#include <headfold/base/log.h>
+#include <headfold/calibration/collect.h>
+#include <headfold/checkpoint/reader.h>
+#include <headfold/checkpoint/safetensors.h>
+#include <headfold/model/model.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <iostream>
+
+namespace {
+
+namespace fs = std::filesystem;
+using namespace headfold;
+
+double seconds(const std::function<void()>& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+/// Removes the folder it made.
+class Temporary {
+ public:
+  Temporary() : path_(fs::temp_directory_path() / fmt::format("headfold-bench-{}", ::getpid())) {
+    fs::create_directories(path_);
+  }
+  ~Temporary() {
+    std::error_code code;
+    fs::remove_all(path_, code);
+  }
+  Temporary(const Temporary&) = delete;
+  Temporary& operator=(const Temporary&) = delete;
+  const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+};
+
+void write_model(const fs::path& folder) {
+  write_json(folder / "config.json", Json{{"architectures", {"LlamaForCausalLM"}},
+                                          {"model_type", "llama"},
+                                          {"hidden_act", "silu"},
+                                          {"hidden_size", 4096},
+                                          {"intermediate_size", 11008},
+                                          {"num_hidden_layers", 1},
+                                          {"num_attention_heads", 32},
+                                          {"num_key_value_heads", 32},
+                                          {"vocab_size", 256},
+                                          {"max_position_embeddings", 4096},
+                                          {"rms_norm_eps", 1e-5},
+                                          {"rope_theta", 10000.0},
+                                          {"tie_word_embeddings", false},
+                                          {"bos_token_id", 1},
+                                          {"eos_token_id", 2},
+                                          {"torch_dtype", "bfloat16"}});
+  std::map<std::string, at::Tensor> tensors;
+  for (const auto& tensor : checkpoint::model_tensors(checkpoint::read_config(folder))) {
+    const bool norm = tensor.shape.size() == 1;
+    tensors[tensor.name] =
+        norm ? at::ones(tensor.shape, at::kBFloat16) : (at::randn(tensor.shape) * 0.02).to(at::kBFloat16);
+  }
+  checkpoint::write_safetensors(folder / "model.safetensors", tensors);
+}
+
+void bench_gram(std::int64_t n, std::int64_t tokens, int repeat) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor x = at::randn({tokens, n}).to(dtype);
+    linalg::GramAccumulator gram(n);
+    gram.add(x);
+    at::matmul(x.transpose(0, 1), x);
+    std::vector<double> product, own;
+    for (int i = 0; i < repeat; ++i) {
+      product.push_back(seconds([&] { at::matmul(x.transpose(0, 1), x); }));
+      own.push_back(seconds([&] { gram.add(x); }));
+    }
+    const double flops = static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(tokens);
+    std::cout << fmt::format(
+                     "gram {:<9} n {} tokens {}: {:.1f} ms, {:.1f} GFLOP/s of n^2 t; at::matmul {:.1f} ms, {:.1f} "
+                     "GFLOP/s of 2 n^2 t; share {:.2f}\n",
+                     c10::toString(dtype), n, tokens, 1e3 * median(own), flops / median(own) / 1e9,
+                     1e3 * median(product), 2 * flops / median(product) / 1e9, median(product) / median(own) / 2)
+              << std::flush;
+  }
+}
+
+void bench_layer(const checkpoint::Reader& reader, std::int64_t tokens, int repeat) {
+  const auto& config = reader.config();
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const auto layer = model::load_layer(reader, 0, dtype);
+    const at::Tensor hidden = at::randn({1, tokens, config.hidden}).to(dtype);
+    calibration::LayerAccumulator accumulator(config.hidden, config.source_kv_heads * config.head_dim);
+    // The layer's linear maps, [out, in].
+    std::vector<at::Tensor> weights;
+    double linear_flops = 0;
+    for (const auto& tensor : checkpoint::layer_tensors(config, 0)) {
+      if (tensor.shape.size() != 2) continue;
+      weights.push_back(at::randn(tensor.shape).to(dtype));
+      linear_flops += 2.0 * static_cast<double>(tokens * tensor.shape[0] * tensor.shape[1]);
+    }
+    std::vector<at::Tensor> inputs;
+    for (const at::Tensor& weight : weights) inputs.push_back(at::randn({tokens, weight.size(1)}).to(dtype));
+    const auto linear = [&] {
+      for (std::size_t i = 0; i < weights.size(); ++i) at::linear(inputs[i], weights[i]);
+    };
+    linear();
+    layer->forward(hidden, nullptr, &accumulator);
+    const auto t = static_cast<double>(tokens);
+    const auto width = static_cast<double>(config.heads * config.head_dim);
+    const auto n = static_cast<double>(config.hidden);
+    const auto k = static_cast<double>(config.source_kv_heads * config.head_dim);
+    const double gram_flops = t * (n * n + k * k);
+    const double attention_flops = 2 * t * t * width;
+    const double all_flops = linear_flops + attention_flops + gram_flops;
+    std::vector<double> shares, rates, peaks, plain;
+    for (int i = 0; i < repeat; ++i) {
+      const double peak = linear_flops / seconds(linear);
+      const double rate = all_flops / seconds([&] { layer->forward(hidden, nullptr, &accumulator); });
+      plain.push_back((linear_flops + attention_flops) / seconds([&] { layer->forward(hidden, nullptr, nullptr); }) /
+                      peak);
+      shares.push_back(rate / peak);
+      rates.push_back(rate);
+      peaks.push_back(peak);
+    }
+    std::cout << fmt::format(
+                     "layer {:<9} {} tokens: calibrate {:.1f} GFLOP/s, at::linear on its shapes {:.1f} GFLOP/s; share "
+                     "{:.3f} (forward alone {:.3f})\n",
+                     c10::toString(dtype), tokens, median(rates) / 1e9, median(peaks) / 1e9, median(shares),
+                     median(plain))
+              << std::flush;
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const at::NoGradGuard no_grad;
+  std::string folder;
+  std::int64_t tokens = 2048;
+  int repeat = 5;
+  bool gram_only = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = argv[i];
+    if (name == "--gram-only") {
+      gram_only = true;
+      continue;
+    }
+    if (i + 1 == argc) {
+      std::cerr << name << " needs a value\n";
+      return 64;
+    }
+    const std::string value = argv[++i];
+    if (name == "--model")
+      folder = value;
+    else if (name == "--tokens")
+      tokens = std::stoll(value);
+    else if (name == "--repeat")
+      repeat = std::stoi(value);
+    else if (name == "--threads")
+      at::set_num_threads(std::stoi(value));
+    else {
+      std::cerr << "unknown option " << name << '\n';
+      return 64;
+    }
+  }
+  try {
+    std::cout << at::get_num_threads() << " thread(s)\n";
+    bench_gram(4096, tokens, repeat);
+    if (gram_only) return 0;
+    std::optional<Temporary> made;
+    if (folder.empty()) {
+      made.emplace();
+      write_model(made->path());
+      folder = made->path().string();
+    }
+    bench_layer(checkpoint::Reader(folder), tokens, repeat);
+  } catch (const std::exception& error) {
+    std::cerr << describe(error) << '\n';
+    return 70;
+  }
+  return 0;
+}
