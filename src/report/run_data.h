@@ -1,0 +1,142 @@
+#pragma once
+// What a run folder holds: calibrations, converted models, verifications and evaluations, read from the files their
+// jobs left and put together by base model. File formats: docs/formats.md, section "Files of a run".
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace headfold::report {
+
+/// How one job ran (jobs/job.h run_record). Absent values stay empty.
+struct Record {
+  std::string job;
+  std::string command;  ///< without machine paths
+  double date = 0;      ///< UNIX seconds; 0: not recorded
+  std::optional<double> seconds;
+  std::optional<std::int64_t> ranks, hosts, threads_per_rank;
+  std::optional<double> peak_resident_bytes;
+  std::string version;
+};
+
+struct Calibration {
+  std::string file;  ///< relative to the run folder
+  Record record;
+  std::string model, fingerprint, data_hash;
+  std::vector<std::pair<std::string, std::string>> options;
+  std::optional<std::int64_t> tokens, stages, replicas;
+  std::optional<double> tokens_per_second, pipeline_bubble;
+};
+
+/// One layer of a conversion. Losses are relative: lost over total energy in the fold's own weighted norm.
+struct LayerFold {
+  std::int64_t layer = 0;
+  std::int64_t groups = 0;
+  std::optional<double> key_loss, value_loss;
+  std::vector<double> key_energy, value_energy;  ///< cumulative share kept, by channel count; empty when not recorded
+};
+
+/// One layer of a verification.
+struct LayerCheck {
+  std::int64_t layer = 0;
+  std::optional<double> key_predicted, key_measured, value_predicted, value_measured, score_error, output_error;
+};
+
+struct Verification {
+  std::string file, model, text;
+  Record record;
+  std::vector<LayerCheck> layers;
+};
+
+struct Shapes {
+  std::int64_t hidden = 0, layers = 0, heads = 0, head_dim = 0, vocab = 0;
+  std::string family;
+};
+
+struct Conversion {
+  std::string folder;  ///< relative to the run folder
+  std::string source, source_fingerprint, statistics_file, statistics_hash;
+  std::string keys, key_metric, values, value_metric;
+  std::optional<double> sink_weight, weight_ridge;
+  std::string layout;
+  bool stock = false;
+  std::int64_t kv_heads_before = 0, kv_heads_after = 0, heads = 0, layers_total = 0;
+  std::int64_t cache_before = 0, cache_after = 0;  ///< bytes per token
+  std::int64_t parameters_before = 0, parameters_after = 0;
+  std::vector<LayerFold> layers;
+  std::optional<Shapes> shapes;  ///< from config.json beside it, when that can be read
+  std::optional<Record> record;  ///< convert.json
+  std::optional<double> seconds_plan, seconds_apply;
+  std::optional<Verification> verification;
+
+  double share() const { return static_cast<double>(cache_after) / static_cast<double>(cache_before); }
+};
+
+/// One task of a results file. A metric that was recorded but is no finite number has an empty value.
+struct TaskResult {
+  std::string file;
+  double date = 0;
+  std::string text_hash;                                 ///< of the evaluated samples; empty when not recorded
+  std::map<std::string, std::optional<double>> metrics;  ///< by the harness's "metric,filter" name
+};
+
+/// All results of one model; for every task the newest file wins.
+struct Evaluation {
+  std::string name, folder, fingerprint, layout, dtype;
+  std::string reference;  ///< name of the reference model, may be empty
+  std::string reference_fingerprint;
+  std::optional<std::int64_t> kv_heads, heads, parameters, cache_bytes_per_token;
+  std::map<std::string, TaskResult> tasks;
+  std::vector<std::pair<std::string, Record>>
+      records;                              ///< file and how it ran, oldest first; only files that still contribute
+  std::optional<double> tokens_per_second;  ///< of the newest file
+};
+
+/// One line of every table: the original or a conversion, with what was measured on it.
+struct ModelRow {
+  std::string name;  ///< unique within its section
+  bool original = false;
+  std::optional<Conversion> conversion;
+  std::optional<Evaluation> evaluation;
+  std::string
+      fold;  ///< short label of the fold, equal for conversions that differ only in the number of KV heads; "original"
+  int series = -1;  ///< index of the fold among the section's folds; -1 for the original
+  std::string layout;
+  std::optional<bool> stock;
+  std::optional<std::int64_t> kv_heads, cache_bytes, parameters;
+  std::optional<double> share;  ///< of the original's KV bytes
+  /// Metrics of the section's perplexity task, absent when not evaluated. Inner empty: recorded, but no finite number.
+  std::optional<std::optional<double>> perplexity, kl, top1;
+  std::optional<double> ratio;  ///< to the original's perplexity on the same text
+};
+
+/// All that was done with one base model.
+struct Section {
+  std::string name, fingerprint;
+  std::optional<std::int64_t> heads, kv_heads, layers, cache_bytes, parameters;
+  std::optional<Shapes> shapes;
+  std::vector<Calibration> calibrations;
+  std::vector<ModelRow> models;    ///< the original first, then by KV heads and quality
+  std::vector<std::string> folds;  ///< labels, index = ModelRow::series
+  std::string perplexity_task;  ///< the task of ModelRow::perplexity, e.g. "ppl_blocks@256"; empty when there is none
+  std::vector<std::string> missing;  ///< sentences: what a complete report would have and this run does not
+  double first_date = 0;
+};
+
+struct RunData {
+  std::string name;  ///< last part of the run folder's path
+  std::vector<Section> sections;
+  std::vector<std::string> files;    ///< read, relative to the run folder
+  std::vector<std::string> ignored;  ///< had a name we look for but not our content
+};
+
+/// Reads every agreed file below `run`, `skip` (the report's own folder) excepted. Files are never followed through
+/// links to folders. Throws InputError when `run` is no folder, CorruptFile / InputError naming the file for one that
+/// claims a headfold format and breaks it, InputError saying what was looked for when there is nothing to report.
+RunData read_run(const std::filesystem::path& run, const std::filesystem::path& skip = {});
+
+}  // namespace headfold::report

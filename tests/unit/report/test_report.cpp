@@ -1,0 +1,606 @@
+#include <headfold/base/error.h>
+#include <headfold/base/files.h>
+#include <headfold/base/json.h>
+#include <headfold/report/page.h>
+#include <headfold/report/run_data.h>
+#include <headfold/report/text.h>
+
+#include <gmock/gmock.h>
+
+#include <regex>
+#include <sstream>
+
+#include "markup.h"
+#include "world.h"
+
+namespace headfold::report {
+namespace {
+
+using testing::HasSubstr;
+using testing::Not;
+using testing_support::ScratchFolder;
+using testing_support::svgs_of;
+using testing_support::xml_error;
+
+/// A made-up run folder in the agreed formats.
+class RunFolder {
+ public:
+  explicit RunFolder(fs::path folder) : folder_(std::move(folder)) {}
+  const fs::path& folder() const { return folder_; }
+
+  OrderedJson record(const std::string& job, const std::string& command, double seconds) {
+    OrderedJson json;
+    json["job"] = job;
+    json["command"] = "headfold " + job + " " + command;
+    json["date"] = 1790000000 + 60 * ++clock_;
+    json["seconds"] = seconds;
+    json["ranks"] = 2;
+    json["hosts"] = 1;
+    json["threads_per_rank"] = 1;
+    json["peak_resident_bytes"] = 123456789;
+    json["headfold_version"] = "0.1.0";
+    return json;
+  }
+
+  void calibration(const std::string& file, const std::string& model, const std::string& fingerprint) {
+    OrderedJson json = record(
+        "calibrate",
+        fmt::format("--model /secret/models/{} --data /secret/text.jsonl --out {}", model, (folder_ / file).string()),
+        12.5);
+    json["format"] = "headfold-calibration";
+    json["model"] = {{"folder", "/secret/models/" + model}, {"fingerprint", fingerprint}};
+    json["data_hash"] = "d47a" + fingerprint;
+    json["options"] = {{"samples", 64}, {"seq_len", 256}, {"data", OrderedJson::array({"/secret/text.jsonl"})}};
+    json["tokens"] = 16384;
+    json["tokens_per_second"] = 3456.7;
+    json["stages"] = 2;
+    json["replicas"] = 1;
+    json["pipeline_bubble"] = 0.03;
+    write_json(folder_ / (file + ".json"), json);
+  }
+
+  struct Fold {
+    std::string keys = "rope-commuting", key_metric = "act+query", layout = "gqa";
+    bool stock = true;
+    int kv_heads = 4, layers = 6;
+  };
+
+  OrderedJson model_json(const std::string& source, const std::string& fingerprint, const Fold& fold) {
+    OrderedJson json;
+    json["format"] = "headfold-model";
+    json["format_version"] = 1;
+    json["headfold_version"] = "0.1.0";
+    json["source"] = {{"folder", source}, {"fingerprint", fingerprint}};
+    json["statistics"] = {{"file", "calibration.h5"}, {"content_hash", "5747"}};
+    json["fold"] = {{"keys", fold.keys},
+                    {"key_metric", fold.key_metric},
+                    {"values", fold.keys == "meanpool" ? "meanpool" : "svd"},
+                    {"value_metric", "act"},
+                    {"sink_weight", 1.0},
+                    {"weight_ridge", 0.0}};
+    json["layout"] = fold.layout;
+    json["stock"] = fold.stock;
+    json["kv_heads"] = {{"before", 8}, {"after", fold.kv_heads}};
+    json["heads"] = 8;
+    json["layers_total"] = fold.layers;
+    json["cache_bytes_per_token"] = {{"before", 6144}, {"after", 768 * fold.kv_heads}};
+    json["parameters"] = {{"before", 6815744}, {"after", 6815744 - 65536 * (8 - fold.kv_heads)}};
+    json["layers"] = OrderedJson::array();
+    for (int l = 0; l < fold.layers; ++l) {
+      OrderedJson layer;
+      layer["layer"] = l;
+      layer["groups"] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}};
+      layer["key_relative_loss"] = 0.01 * (l + 1) * (8.0 / fold.kv_heads);
+      layer["value_relative_loss"] = 0.02 * (6 - l) / 10.0 + 0.01;
+      std::vector<double> energy;
+      for (int i = 1; i <= 32; ++i) energy.push_back(1 - (0.6 - 0.05 * (l % 6)) * (1 - i / 32.0) * (1 - i / 32.0));
+      layer["key_energy"] = energy;
+      layer["value_energy"] = energy;
+      json["layers"].push_back(layer);
+    }
+    return json;
+  }
+
+  void conversion(const std::string& path, const std::string& source, const std::string& fingerprint, const Fold& fold,
+                  bool verified = true) {
+    write_json(folder_ / path / "headfold.json", model_json(source, fingerprint, fold));
+    OrderedJson timing = record("convert", fmt::format("--out {}", (folder_ / path).string()), 3.25);
+    timing["seconds_plan"] = 2.0;
+    timing["seconds_apply"] = 1.0;
+    write_json(folder_ / path / "convert.json", timing);
+    write_json(folder_ / path / "config.json", OrderedJson{{"model_type", "llama"},
+                                                           {"hidden_size", 256},
+                                                           {"num_hidden_layers", 6},
+                                                           {"num_attention_heads", 8},
+                                                           {"vocab_size", 4096}});
+    if (!verified) return;
+    OrderedJson check;
+    check["format"] = "headfold-verification";
+    check["model"] = fs::path(path).filename().string();
+    check["text"] = "/secret/heldout.jsonl";
+    check["layers"] = OrderedJson::array();
+    for (int l = 0; l < fold.layers; ++l)
+      check["layers"].push_back({{"layer", l},
+                                 {"key_predicted", 0.01 * (l + 1)},
+                                 {"key_measured", 0.011 * (l + 1)},
+                                 {"value_predicted", 0.02},
+                                 {"value_measured", 0.03 - 0.001 * l},
+                                 {"score_error", 0.1},
+                                 {"output_error", 0.05}});
+    check["record"] = record("verify", "--model x", 4.5);
+    write_json(folder_ / path / "verification.json", check);
+  }
+
+  struct Measured {
+    OrderedJson perplexity = 30.0, kl = nullptr, top1 = nullptr;
+    bool reference = true;
+    int kv_heads = 8;
+    std::string layout = "gqa", hash = "7e87", reference_fingerprint;
+  };
+
+  std::string results(const std::string& folder, const std::string& model_folder, const std::string& fingerprint,
+                      const Measured& measured, const std::string& time = {}) {
+    OrderedJson json;
+    OrderedJson task = {
+        {"name", "ppl"}, {"alias", "ppl"}, {"perplexity,none", measured.perplexity}, {"loss,none", 3.4}};
+    if (measured.reference) {
+      task["kl,none"] = measured.kl;
+      task["top1_agreement,none"] = measured.top1;
+    }
+    json["results"]["ppl_blocks@256"] = task;
+    json["results"]["rolling"] = {
+        {"word_perplexity,none", 120.5}, {"byte_perplexity,none", 2.25}, {"bits_per_byte,none", 1.17}};
+    json["task_hashes"] = {{"ppl_blocks@256", measured.hash}, {"rolling", measured.hash}};
+    const std::string name = fs::path(model_folder).filename().string();
+    OrderedJson own;
+    own["format"] = "headfold-results";
+    own["format_version"] = 1;
+    own["model"] = {{"name", name},
+                    {"folder", model_folder},
+                    {"fingerprint", fingerprint},
+                    {"layout", measured.layout},
+                    {"kv_heads", measured.kv_heads},
+                    {"heads", 8},
+                    {"dtype", "float32"},
+                    {"parameters", 6815744},
+                    {"cache_bytes_per_token", 768 * measured.kv_heads}};
+    own["reference"] = measured.reference
+                           ? OrderedJson{{"name", "original"}, {"fingerprint", measured.reference_fingerprint}}
+                           : OrderedJson(nullptr);
+    own["bos"] = true;
+    own["world_size"] = 2;
+    own["record"] = record("evaluate", "--model " + model_folder, 20.0);
+    own["tokens_per_second"] = 2500.0;
+    json["headfold"] = own;
+    const std::string file = fmt::format("{}/results_{}.json", folder,
+                                         time.empty() ? fmt::format("2026-09-21T10-{:02d}-00", clock_ % 60) : time);
+    write_json(folder_ / file, json);
+    return file;
+  }
+
+  /// Two base models, three folds of the first at two sizes, one of the second; everything present.
+  void complete() {
+    calibration("llama/calibration.h5", "prose-llama", "aaaa");
+    results("llama/eval/prose-llama", "/secret/models/prose-llama", "aaaa",
+            {30.0, nullptr, nullptr, false, 8, "gqa", "7e87", ""});
+    const struct {
+      const char *name, *keys, *metric, *layout;
+      int heads;
+      double perplexity;
+    } folds[] = {{"meanpool-4", "meanpool", "weights", "gqa", 4, 79.5},
+                 {"meanpool-2", "meanpool", "weights", "gqa", 2, 198.0},
+                 {"post-rotation-4", "post-rotation", "act", "projected", 4, 31.02},
+                 {"post-rotation-2", "post-rotation", "act", "projected", 2, 34.8},
+                 {"rope-commuting-4", "rope-commuting", "act+query", "gqa", 4, 32.97},
+                 {"rope-commuting-2", "rope-commuting", "act+query", "gqa", 2, 39.9}};
+    for (const auto& fold : folds) {
+      const std::string path = std::string("llama/") + fold.name;
+      conversion(path, "prose-llama", "aaaa",
+                 {fold.keys, fold.metric, fold.layout, std::string(fold.layout) == "gqa", fold.heads, 6});
+      results("llama/eval/" + std::string(fold.name), (folder_ / path).string(), "cc",
+              {fold.perplexity, 0.0951, 0.873, true, fold.heads, fold.layout, "7e87", "aaaa"});
+    }
+    calibration("bloom/calibration.h5", "prose-bloom", "bbbb");
+    results("bloom/eval/prose-bloom", "/secret/models/prose-bloom", "bbbb",
+            {40.0, nullptr, nullptr, false, 8, "gqa", "b100", ""});
+    // The same folder name as one of the other model's conversions.
+    conversion("bloom/meanpool-4", "prose-bloom", "bbbb", {"norope", "act", "gqa", true, 4, 6});
+    results("bloom/eval/meanpool-4", (folder_ / "bloom/meanpool-4").string(), "dd",
+            {41.0, 0.02, 0.95, true, 4, "gqa", "b100", "bbbb"});
+  }
+
+ private:
+  fs::path folder_;
+  int clock_ = 0;
+};
+
+Page page_of(const RunFolder& run) {
+  return make_page(read_run(run.folder()), "A report");
+}
+
+/// Text between tags of one table row of the page.
+std::string row_with(const std::string& html, const std::string& table, const std::string& model) {
+  const std::size_t at = html.find("aria-label=\"" + table);
+  if (at == std::string::npos) return {};
+  const std::string body = html.substr(at, html.find("</table>", at) - at);
+  for (std::size_t row = body.find("<tr"); row != std::string::npos; row = body.find("<tr", row + 1)) {
+    const std::string line = body.substr(row, body.find("</tr>", row) - row);
+    if (line.find(">" + model + "<") != std::string::npos || line.find("</svg>" + model + "<") != std::string::npos)
+      return std::regex_replace(line, std::regex("<[^>]*>"), "|");
+  }
+  return {};
+}
+
+/// RFC 4180.
+std::vector<std::vector<std::string>> parse_csv(const std::string& text) {
+  std::vector<std::vector<std::string>> rows;
+  std::vector<std::string> row;
+  std::string cell;
+  bool quoted = false;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (quoted) {
+      if (c == '"' && i + 1 < text.size() && text[i + 1] == '"') {
+        cell += '"';
+        ++i;
+      } else if (c == '"') {
+        quoted = false;
+      } else {
+        cell += c;
+      }
+    } else if (c == '"') {
+      quoted = true;
+    } else if (c == ',' || c == '\n') {
+      row.push_back(cell);
+      cell.clear();
+      if (c == '\n') {
+        rows.push_back(row);
+        row.clear();
+      }
+    } else {
+      cell += c;
+    }
+  }
+  return rows;
+}
+
+/// What must hold for any page.
+void expect_sound(const Page& page, const RunFolder& run) {
+  for (const std::string& svg : svgs_of(page.html)) EXPECT_EQ(xml_error(svg), std::nullopt) << svg.substr(0, 2000);
+  for (const std::string* text : {&page.html, &page.markdown, &page.quality_csv, &page.layers_csv, &page.timing_csv}) {
+    EXPECT_FALSE(std::regex_search(*text, std::regex("\\b(nan|inf|NaN|Infinity|null)\\b")));
+    EXPECT_THAT(*text, Not(HasSubstr("<script")));
+    EXPECT_THAT(*text, Not(HasSubstr(run.folder().string())));
+    EXPECT_THAT(*text, Not(HasSubstr("/secret")));
+    EXPECT_THAT(*text, Not(HasSubstr("/tmp")));
+  }
+  // Nothing is loaded from elsewhere, and nothing runs.
+  EXPECT_FALSE(std::regex_search(page.html, std::regex("(src|href)=\"(?!#)|url\\(|@import|\\son[a-z]+=")));
+  // Tags nest: void elements closed, doctype cut off, the page is XML but for those.
+  std::string body = page.html.substr(page.html.find("<body>"));
+  body = body.substr(0, body.find("</html>"));
+  EXPECT_EQ(xml_error(body), std::nullopt);
+  // Ids are unique and every reference has one.
+  std::set<std::string> ids;
+  const std::regex id_pattern("\\sid=\"([^\"]*)\"");
+  for (std::sregex_iterator it(page.html.begin(), page.html.end(), id_pattern), end; it != end; ++it)
+    EXPECT_TRUE(ids.insert((*it)[1]).second) << (*it)[1];
+  const std::regex link_pattern("href=\"#([^\"]*)\"");
+  for (std::sregex_iterator it(page.html.begin(), page.html.end(), link_pattern), end; it != end; ++it)
+    EXPECT_EQ(ids.count((*it)[1]), 1U) << (*it)[1];
+}
+
+TEST(ReportTest, complete_run_shows_every_model_in_every_table) {
+  const ScratchFolder scratch;
+  RunFolder run(scratch / "run");
+  run.complete();
+  const RunData data = read_run(run.folder());
+  ASSERT_EQ(data.sections.size(), 2U);
+  EXPECT_EQ(data.sections[0].name, "prose-llama");
+  EXPECT_EQ(data.sections[1].name, "prose-bloom");
+  ASSERT_EQ(data.sections[0].models.size(), 7U);
+  ASSERT_EQ(data.sections[1].models.size(), 2U);
+  EXPECT_TRUE(data.ignored.empty());
+  const Page page = make_page(data, "A report");
+  expect_sound(page, run);
+  for (const Section& section : data.sections) {
+    EXPECT_TRUE(section.missing.empty()) << section.missing[0];
+    for (const ModelRow& row : section.models) {
+      for (const char* table : {"Quality of the original and of every conversion of ", "Further metrics of ",
+                                "Parameters and seconds of every model of "})
+        EXPECT_NE(row_with(page.html, table + section.name, row.name), "") << table << row.name;
+      if (!row.original) {
+        EXPECT_NE(row_with(page.html, "Mean loss of every conversion of " + section.name, row.name), "") << row.name;
+      }
+      EXPECT_THAT(page.markdown, HasSubstr("| " + escape_markdown(row.name) + " "));
+    }
+  }
+  // Bars, quality, 2 × loss for 7 conversions, energy for the distinct folds; all are there.
+  EXPECT_GE(svgs_of(page.html).size(), 2U + 14U + 8U);
+  EXPECT_THAT(page.html, HasSubstr("d47aaaaa"));
+  EXPECT_THAT(
+      page.html,
+      HasSubstr(
+          "mpirun -np 2 headfold calibrate --model …/prose-llama --data …/text.jsonl --out llama/calibration.h5"));
+  EXPECT_THAT(page.html, HasSubstr("prefers-color-scheme:dark"));
+  EXPECT_THAT(page.html, HasSubstr("@media print"));
+}
+
+TEST(ReportTest, arithmetic_of_the_quality_table) {
+  const ScratchFolder scratch;
+  RunFolder run(scratch / "run");
+  run.complete();
+  const RunData data = read_run(run.folder());
+  const auto& models = data.sections[0].models;
+  EXPECT_TRUE(models[0].original);
+  EXPECT_EQ(models[1].name, "post-rotation-4") << "ordered by KV heads, then quality";
+  EXPECT_EQ(models[2].name, "rope-commuting-4");
+  EXPECT_NEAR(*models[2].ratio, 32.97 / 30.0, 1e-12);
+  EXPECT_DOUBLE_EQ(*models[2].share, 0.5);
+  EXPECT_DOUBLE_EQ(*models[5].share, 0.25);
+  // The bloom conversion of the same folder name got its own result.
+  EXPECT_NEAR(*data.sections[1].models[1].ratio, 41.0 / 40.0, 1e-12);
+  const Page page = make_page(data);
+  const std::string row =
+      row_with(page.html, "Quality of the original and of every conversion of prose-llama", "rope-commuting-4");
+  for (const char* cell :
+       {"|rope-commuting (act+query)|", "|svd (act)|", "|4|", "|of 8|", "|stock|", "|gqa|", "|3.0 KiB|",
+        "|50\xC2\xA0%|", "|32.97|", "|1.099|", "|+9.9\xC2\xA0%|", "|0.0951|", "|87.3\xC2\xA0%|"})
+    EXPECT_THAT(row, HasSubstr(cell));
+  EXPECT_THAT(row_with(page.html, "Quality of the original and of every conversion of prose-llama", "post-rotation-4"),
+              HasSubstr("|headfold only|"));
+  EXPECT_EQ(headline(data.sections[0]),
+            "prose-llama: half the KV cache costs +9.9\xC2\xA0% perplexity as a stock checkpoint (rope-commuting); a "
+            "quarter costs +33.0\xC2\xA0% perplexity. In headfold's own runtime, "
+            "which stock engines do not have (post-rotation), half the KV cache costs +3.4\xC2\xA0% perplexity, a "
+            "quarter +16.0\xC2\xA0% perplexity.");
+}
+
+TEST(ReportTest, csv_reads_back) {
+  const ScratchFolder scratch;
+  RunFolder run(scratch / "run");
+  run.complete();
+  const Page page = page_of(run);
+  const auto quality = parse_csv(page.quality_csv), layers = parse_csv(page.layers_csv),
+             timing = parse_csv(page.timing_csv);
+  for (const auto* table : {&quality, &layers, &timing})
+    for (const auto& row : *table) ASSERT_EQ(row.size(), (*table)[0].size());
+  ASSERT_EQ(quality.size(), 1U + 7 + 2);
+  ASSERT_EQ(layers.size(), 1U + 7 * 6);
+  ASSERT_EQ(timing.size(), 1U + 2 + 7 + 7 + 9);
+  const auto column = [](const auto& table, const std::string& name) {
+    return static_cast<std::size_t>(std::find(table[0].begin(), table[0].end(), name) - table[0].begin());
+  };
+  for (const auto& row : quality) {
+    if (row[column(quality, "model")] != "rope-commuting-2") continue;
+    EXPECT_DOUBLE_EQ(std::stod(row[column(quality, "perplexity_ratio")]), 39.9 / 30.0);
+    EXPECT_EQ(row[column(quality, "cache_bytes_per_token")], "1536");
+    EXPECT_EQ(row[column(quality, "word_perplexity")], "120.5");
+    EXPECT_EQ(row[column(quality, "result_file")].substr(0, 33), "llama/eval/rope-commuting-2/resul");
+  }
+  EXPECT_DOUBLE_EQ(std::stod(layers[1][column(layers, "key_loss_measured")]), 0.011);
+  EXPECT_EQ(timing[1][column(timing, "seconds")], "12.5");
+}
+
+TEST(ReportTest, hostile_names_stay_text) {
+  const ScratchFolder scratch;
+  RunFolder run(scratch / "run");
+  const std::string evil = "<script>alert('x')<\\script>\"&|`*";
+  run.calibration("c.h5", evil, evil);
+  run.results("eval/base", evil, evil, {30.0, nullptr, nullptr, false, 8, "gqa", "1", ""});
+  run.conversion("a " + std::string("<img src=x onerror=1>"), evil, evil, {"<b>\"keys", "m'", "gqa", true, 4, 3});
+  run.results("eval/c", "a <img src=x onerror=1>", "zz", {33.0, 0.1, 0.9, true, 4, "gqa", "1", evil});
+  write_file(run.folder() / "bad\xff\xfename" / "headfold.json",
+             run.model_json(evil, evil, {"x\ny", "", "gqa", true, 2, 3}).dump());
+  const Page page = make_page(read_run(run.folder()), "</title><script>1</script>");
+  for (const std::string& svg : svgs_of(page.html)) EXPECT_EQ(xml_error(svg), std::nullopt) << svg.substr(0, 2000);
+  std::string body = page.html.substr(page.html.find("<body>"));
+  EXPECT_EQ(xml_error(body.substr(0, body.find("</html>"))), std::nullopt);
+  EXPECT_THAT(page.html, Not(HasSubstr("<script")));
+  EXPECT_THAT(page.html, Not(HasSubstr("<img")));
+  // Markdown keeps markup only in indented code, where it is text.
+  std::istringstream lines(page.markdown);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with("    ") || line == "<!-- headfold report -->") continue;
+    EXPECT_THAT(line, Not(HasSubstr("<")));
+  }
+  EXPECT_THAT(page.html, HasSubstr("<title>&lt;/title&gt;&lt;script&gt;1&lt;/script&gt;</title>"));
+  const auto quality = parse_csv(page.quality_csv);
+  ASSERT_EQ(quality.size(), 4U);
+  EXPECT_EQ(quality[2][3], "<b>\"keys") << "CSV keeps the name as it is, quoted";
+}
+
+TEST(ReportTest, numbers_that_are_none_are_said_so) {
+  const ScratchFolder scratch;
+  RunFolder run(scratch / "run");
+  run.results("e/base", "/secret/models/base", "aaaa", {30.0, nullptr, nullptr, false, 8, "gqa", "1", ""});
+  run.conversion("a-4", "base", "aaaa", {});
+  run.results("e/a", "a-4", "c1", {nullptr, "NaN", "Infinity", true, 4, "gqa", "1", "aaaa"});
+  run.conversion("b-4", "base", "aaaa", {"meanpool", "weights", "gqa", true, 4, 6}, false);
+  run.results("e/b", "b-4", "c2", {"inf", "nan", 0.5, true, 4, "gqa", "1", "aaaa"});
+  // Another text: no ratio.
+  run.conversion("c-2", "base", "aaaa", {"meanpool", "weights", "gqa", true, 2, 6}, false);
+  run.results("e/c", "c-2", "c3", {60.0, 0.1, 0.5, true, 2, "gqa", "other", "aaaa"});
+  const RunData data = read_run(run.folder());
+  const Page page = make_page(data, "A report");
+  expect_sound(page, run);
+  const std::string row = row_with(page.html, "Quality of the original", "a-4");
+  EXPECT_EQ(std::count(row.begin(), row.end(), 'f') > 2, true) << row;
+  EXPECT_THAT(row, HasSubstr("|not finite|"));
+  for (const ModelRow& model : data.sections[0].models)
+    if (!model.original) {
+      EXPECT_FALSE(model.ratio) << model.name;
+    }
+  EXPECT_THAT(page.html, HasSubstr("c-2 was evaluated on another text"));
+  EXPECT_THAT(headline(data.sections[0]), HasSubstr("3 conversions to 4 and 2 KV heads, none with a perplexity"));
+}
+
+TEST(ReportTest, partial_runs_say_what_is_missing) {
+  const ScratchFolder scratch;
+  {
+    RunFolder run(scratch / "calibration-only");
+    run.calibration("calibration.h5", "prose-llama", "aaaa");
+    const Page page = page_of(run);
+    expect_sound(page, run);
+    EXPECT_THAT(page.html, HasSubstr("nothing has been folded yet"));
+    EXPECT_THAT(page.html, HasSubstr("No converted model was found"));
+    EXPECT_THAT(page.html, HasSubstr("The original model was not evaluated"));
+    EXPECT_THAT(page.html, HasSubstr("16,384 tokens"));
+  }
+  {
+    RunFolder run(scratch / "conversion-only");
+    run.conversion("x-4", "prose-llama", "aaaa", {}, false);
+    fs::remove(run.folder() / "x-4" / "convert.json");
+    const Page page = page_of(run);
+    expect_sound(page, run);
+    for (const char* text : {"No calibration of this model", "Not evaluated: x-4", "Not verified", "No convert.json",
+                             "The original model was not evaluated", "3.0 KiB, 50", "Predicted loss, layer by layer"})
+      EXPECT_THAT(page.html, HasSubstr(text));
+    EXPECT_THAT(page.html, Not(HasSubstr("measured; a stem")));
+  }
+  {
+    RunFolder run(scratch / "results-only");
+    run.results("e/x", "/secret/x-4", "c1", {33.0, 0.1, 0.9, true, 4, "gqa", "1", "aaaa"});
+    const Page page = page_of(run);
+    expect_sound(page, run);
+    EXPECT_THAT(page.html, HasSubstr("its fold is unknown"));
+    EXPECT_THAT(row_with(page.html, "Quality of the original", "x-4"), HasSubstr("|33.00|"));
+  }
+  {
+    RunFolder run(scratch / "root");
+    run.conversion(".", "prose-llama", "aaaa", {});
+    const Page page = page_of(run);
+    expect_sound(page, run);
+    EXPECT_THAT(page.html, HasSubstr("converted"));
+  }
+}
+
+TEST(ReportTest, the_newest_result_wins_task_by_task) {
+  const ScratchFolder scratch;
+  RunFolder run(scratch / "run");
+  run.results("e/base", "/secret/base", "aaaa", {30.0, nullptr, nullptr, false, 8, "gqa", "1", ""});
+  run.conversion("x-4", "base", "aaaa", {});
+  run.results("e/x", "x-4", "c1", {99.0, 0.1, 0.9, true, 4, "gqa", "1", "aaaa"}, "2026-12-31T00-00-00");
+  const std::string newer =
+      run.results("e/x", "x-4", "c2", {33.0, 0.1, 0.9, true, 4, "gqa", "1", "aaaa"}, "2026-01-01T00-00-00");
+  Json json = read_json(run.folder() / newer);
+  json["results"].erase("rolling");
+  write_json(run.folder() / newer, json);
+  const RunData data = read_run(run.folder());
+  ASSERT_EQ(data.sections[0].models.size(), 2U);
+  const ModelRow& row = data.sections[0].models[1];
+  EXPECT_EQ(*row.perplexity, 33.0) << "the recorded date decides, not the file name";
+  EXPECT_EQ(row.evaluation->tasks.at("rolling").metrics.at("word_perplexity,none"), 120.5);
+  EXPECT_EQ(row.evaluation->records.size(), 2U);
+}
+
+TEST(ReportTest, the_reference_of_others_stands_in_for_the_original) {
+  const ScratchFolder scratch;
+  RunFolder run(scratch / "run");
+  run.conversion("x-4", "base", "aaaa", {});
+  const std::string file = run.results("e/x", "x-4", "c1", {33.0, 0.1, 0.9, true, 4, "gqa", "1", "aaaa"});
+  Json json = read_json(run.folder() / file);
+  json["results"]["ppl_blocks@256"]["reference_perplexity,none"] = 30.0;
+  write_json(run.folder() / file, json);
+  const RunData data = read_run(run.folder());
+  EXPECT_EQ(*data.sections[0].models[0].perplexity, 30.0);
+  EXPECT_NEAR(*data.sections[0].models[1].ratio, 1.1, 1e-12);
+  EXPECT_THAT(make_page(data).html, HasSubstr("no results file of its own"));
+}
+
+TEST(ReportTest, many_layers_become_a_heat_map) {
+  const ScratchFolder scratch;
+  RunFolder run(scratch / "run");
+  run.conversion("x-4", "big", "aaaa", {"rope-commuting", "act+query", "gqa", true, 4, 40});
+  const Page page = page_of(run);
+  expect_sound(page, run);
+  EXPECT_THAT(page.html, HasSubstr("≥99 %"));
+}
+
+TEST(ReportTest, foreign_files_are_ignored_broken_own_ones_are_errors) {
+  const ScratchFolder scratch;
+  RunFolder run(scratch / "run");
+  run.conversion("x-4", "base", "aaaa", {});
+  write_file(run.folder() / "results_2026.json", "{\"results\": {\"a\": {\"acc,none\": NaN}}}");
+  write_file(run.folder() / "sub/results_other.json", "{\"results\": {}}");
+  write_file(run.folder() / "other.h5.json", "{\"format\": \"else\"}");
+  write_file(run.folder() / "notes.json", "{broken");
+  write_file(run.folder() / "synthetic/headfold.json", "{\"format\": \"headfold-synthetic\"}");
+  const RunData data = read_run(run.folder());
+  EXPECT_EQ(data.ignored, (std::vector<std::string>{"other.h5.json", "results_2026.json", "sub/results_other.json"}));
+
+  const Json good = read_json(run.folder() / "x-4/headfold.json");
+  const auto expect_error = [&](const std::string& file, const std::string& content, const std::string& says) {
+    write_file(run.folder() / file, content);
+    try {
+      read_run(run.folder());
+      ADD_FAILURE() << "accepted: " << content.substr(0, 200);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ExitCode::bad_input);
+      EXPECT_THAT(error.what(), HasSubstr(file));
+      EXPECT_THAT(error.what(), HasSubstr(says));
+    }
+    fs::remove(run.folder() / file);
+  };
+  expect_error("y/headfold.json", "", "not valid JSON");
+  expect_error("y/headfold.json", good.dump().substr(0, 700), "not valid JSON");
+  expect_error("y/c.h5.json", "{\"format\": \"headfold-cal", "not valid JSON");
+  expect_error("y/c.h5.json", "{\"format\": \"headfold-calibration\"}", "\"model\"");
+  expect_error("results_x.json", "{\"headfold\": {\"format\": \"headfold-results\", ", "not valid JSON");
+  expect_error("results_x.json",
+               R"({"headfold": {"format": "headfold-results", "model": {"name": "m"}}, "results": {"t": 3}})", "\"t\"");
+  expect_error("x-4/verification.json", R"({"format": "headfold-verification", "layers": [{"layer": "x"}]})",
+               "\"layer\"");
+  const auto changed = [&](const std::string& pointer, const Json& value) {
+    Json json = good;
+    json[Json::json_pointer(pointer)] = value;
+    return json.dump();
+  };
+  expect_error("y/headfold.json", changed("/format_version", 2), "format_version is 2");
+  expect_error("y/headfold.json", changed("/kv_heads", 4), "\"kv_heads\"");
+  expect_error("y/headfold.json", changed("/kv_heads/after", 0), "\"after\" is 0");
+  expect_error("y/headfold.json", changed("/cache_bytes_per_token/before", -1), "positive");
+  expect_error("y/headfold.json", changed("/stock", "yes"), "\"stock\"");
+  expect_error("y/headfold.json", changed("/layers", 3), "\"layers\"");
+  expect_error("y/headfold.json", changed("/layers/0/key_energy", "x"), "\"key_energy\"");
+  EXPECT_NO_THROW(read_run(run.folder()));
+}
+
+TEST(ReportTest, nothing_to_report_says_what_was_looked_for) {
+  const ScratchFolder scratch;
+  make_folder(scratch / "empty");
+  try {
+    read_run(scratch / "empty");
+    FAIL();
+  } catch (const InputError& error) {
+    for (const char* name : {"*.h5.json", "headfold.json", "results_*.json", "verification.json"})
+      EXPECT_THAT(error.what(), HasSubstr(name));
+  }
+  EXPECT_THROW(read_run(scratch / "absent"), InputError);
+  write_file(scratch / "file", "x");
+  EXPECT_THROW(read_run(scratch / "file"), InputError);
+}
+
+TEST(ReportTest, written_twice_the_bytes_are_equal_and_foreign_files_are_safe) {
+  const ScratchFolder scratch;
+  RunFolder run(scratch / "run");
+  run.complete();
+  const fs::path out = run.folder() / "report";
+  const fs::path page = write_report(out, make_page(read_run(run.folder(), out)));
+  EXPECT_EQ(page, out / "index.html");
+  const std::string first = read_file(page);
+  write_report(out, make_page(read_run(run.folder(), out)));
+  EXPECT_EQ(read_file(page), first);
+  EXPECT_EQ(std::distance(fs::directory_iterator(out), fs::directory_iterator()), 5);
+  // Moving the run folder changes nothing but the names that commands recorded.
+  fs::rename(run.folder(), scratch / "run2");
+  fs::rename(scratch / "run2", run.folder());
+  write_file(scratch / "mine/index.html", "my own page");
+  EXPECT_THROW(write_report(scratch / "mine", make_page(read_run(run.folder()))), UsageError);
+  EXPECT_EQ(read_file(scratch / "mine/index.html"), "my own page");
+  EXPECT_FALSE(fs::exists(scratch / "mine/report.md"));
+  EXPECT_THROW(write_report(scratch / "mine/index.html", make_page(read_run(run.folder()))), UsageError);
+}
+
+}  // namespace
+}  // namespace headfold::report
