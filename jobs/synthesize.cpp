@@ -1,5 +1,146 @@
+// headfold synthesize: a checkpoint of random weights at real shapes, in the real sharded layout, for measuring.
+
+#include <ATen/Parallel.h>
+#include <headfold/base/files.h>
+#include <headfold/base/log.h>
+#include <headfold/base/table.h>
+#include <headfold/base/version.h>
+#include <headfold/checkpoint/synthetic.h>
+#include <headfold/checkpoint/writer.h>
+
+#include <algorithm>
+#include <cctype>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <iostream>
+
 #include "job.h"
 
 namespace headfold::jobs {
-void synthesize(const Context&, const std::vector<std::string>&) { throw InternalError("PLACEHOLDER to be replaced before landing"); }
+namespace {
+
+/// "1500000", "500MB", "5GB", "5GiB": a positive number of bytes.
+std::uint64_t parse_bytes(const std::string& text) {
+  double number = 0;
+  const auto [rest, code] = std::from_chars(text.data(), text.data() + text.size(), number);
+  std::string unit(rest, text.data() + text.size());
+  std::transform(unit.begin(), unit.end(), unit.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  constexpr std::pair<const char*, double> units[] = {
+      {"", 1}, {"b", 1}, {"kb", 1e3}, {"mb", 1e6}, {"gb", 1e9}, {"kib", 1024}, {"mib", 1048576}, {"gib", 1073741824}};
+  for (const auto& [name, factor] : units) {
+    const double bytes = std::floor(number * factor);
+    if (code == std::errc() && unit == name && bytes >= 1 && bytes < 1e18) return static_cast<std::uint64_t>(bytes);
+  }
+  throw UsageError(fmt::format("--max-shard-size {}: give bytes, or a number with KB, MB, GB, KiB, MiB or GiB", text));
+}
+
+/// A name of shape_names(), or a config.json (or a folder that holds one).
+Json read_shape(const std::string& shape) {
+  const std::vector<std::string> names = checkpoint::shape_names();
+  if (std::find(names.begin(), names.end(), shape) != names.end()) return checkpoint::shape_config(shape);
+  if (fs::is_directory(shape)) return read_json(fs::path(shape) / "config.json");
+  if (fs::exists(shape)) return read_json(shape);
+  return checkpoint::shape_config(shape);  // throws, listing the names
+}
+
+std::int64_t count_option(const po::variables_map& values, const std::string& name) {
+  if (values.count(name) == 0) return 0;
+  const auto value = values[name].as<std::int64_t>();
+  if (value < 1) throw UsageError(fmt::format("--{} {}: must be 1 or more", name, value));
+  return value;
+}
+
+}  // namespace
+
+void synthesize(const Context& context, const std::vector<std::string>& arguments) {
+  po::options_description own("synthesize");
+  own.add_options()("shape", po::value<std::string>()->required(),
+                    "llama2-7b, llama2-13b, bloomz-7b1, or a config.json")(
+      "out", po::value<std::string>()->required(), "model folder to write")("layers", po::value<std::int64_t>(),
+                                                                            "number of layers, instead of the shape's")(
+      "kv-heads", po::value<std::int64_t>(), "number of KV heads, instead of the shape's")(
+      "vocab", po::value<std::int64_t>(), "vocabulary, instead of the shape's")(
+      "dtype", po::value<std::string>()->default_value(""), "float32, float16 or bfloat16, instead of the shape's")(
+      "seed", po::value<std::uint64_t>()->default_value(0), "seed of the weights")(
+      "max-shard-size", po::value<std::string>()->default_value("5GiB"),
+      "largest shard, in bytes or as 500MB, 5GiB, …")("tokenizer", po::value<std::string>(),
+                                                      "model folder whose tokenizer files are copied")(
+      "dry-run", "say what would be written, and stop");
+  const po::variables_map values =
+      parse(context, "synthesize", "headfold synthesize --shape SHAPE --out DIR [options]", own, arguments);
+  const auto shape = values["shape"].as<std::string>();
+  const fs::path out = values["out"].as<std::string>();
+  const auto seed = values["seed"].as<std::uint64_t>();
+  const std::uint64_t max_shard_bytes = parse_bytes(values["max-shard-size"].as<std::string>());
+  checkpoint::ShapeChange change;
+  change.layers = count_option(values, "layers");
+  change.kv_heads = count_option(values, "kv-heads");
+  change.vocab = count_option(values, "vocab");
+  change.dtype = values["dtype"].as<std::string>();
+  if (!change.dtype.empty() && change.dtype != "float32" && change.dtype != "float16" && change.dtype != "bfloat16")
+    throw UsageError(fmt::format("--dtype {}: choose float32, float16 or bfloat16", change.dtype));
+  const checkpoint::ModelConfig config = checkpoint::change_shape(read_shape(shape), change, shape);
+  std::vector<fs::path> copies;
+  if (values.count("tokenizer") > 0) {
+    const fs::path folder = values["tokenizer"].as<std::string>();
+    copies = checkpoint::companion_files(folder);
+    if (copies.empty()) throw InputError(fmt::format("{}: holds no tokenizer files", folder.string()));
+  }
+  context.world.on_root([&] { check_output_folder(out); });
+
+  const std::vector<checkpoint::TensorSpec> specs = checkpoint::synthetic_specs(config);
+  const checkpoint::ShardPlan plan = checkpoint::plan_shards(specs, max_shard_bytes);
+  const std::uint64_t free = free_bytes(out);
+  if (context.world.root()) {
+    Table table({"what", "value"});
+    table.add({"shape", fmt::format("{} ({})", shape, checkpoint::name_of(config.family))});
+    table.add({"layers", std::to_string(config.layers)});
+    table.add({"heads, KV heads, head_dim", fmt::format("{}, {}, {}", config.heads, config.kv_heads, config.head_dim)});
+    table.add({"hidden, inner, vocabulary", fmt::format("{}, {}, {}", config.hidden, config.ffn, config.vocab)});
+    table.add({"parameters", fmt::format("{} ({:.3f} thousand million)", checkpoint::parameter_count(config),
+                                         static_cast<double>(checkpoint::parameter_count(config)) * 1e-9)});
+    table.add({"dtype, seed", fmt::format("{}, {}", config.dtype, seed)});
+    table.add(
+        {"bytes", fmt::format("{} in {} tensors", human_bytes(static_cast<double>(plan.tensor_bytes)), specs.size())});
+    table.add({"files",
+               plan.files.size() == 1 ? plan.files[0] : fmt::format("{} … {}", plan.files.front(), plan.files.back())});
+    table.add({"free at " + out.string(), human_bytes(static_cast<double>(free))});
+    table.add({"ranks x threads", fmt::format("{} x {}", context.world.size(), at::get_num_threads())});
+    std::cout << table.text() << std::flush;
+  }
+  if (plan.tensor_bytes > free)
+    throw IoError(out.string(),
+                  fmt::format("{} are needed, {} are free", human_bytes(static_cast<double>(plan.tensor_bytes)),
+                              human_bytes(static_cast<double>(free))),
+                  "fewer --layers, or another --out");
+  if (values.count("dry-run") > 0) {
+    if (context.world.root()) spdlog::info("dry run: nothing was written");
+    return;
+  }
+
+  OrderedJson headfold;
+  headfold["format"] = "headfold-synthetic";
+  headfold["format_version"] = 1;
+  headfold["headfold_version"] = version();
+  // A path would make the bytes depend on where the file lies.
+  headfold["shape"] = fs::path(shape).filename().string();
+  headfold["seed"] = seed;
+  headfold["dtype"] = config.dtype;
+  headfold["layers"] = config.layers;
+  headfold["kv_heads"] = config.kv_heads;
+  headfold["vocab"] = config.vocab;
+  headfold["parameters"] = checkpoint::parameter_count(config);
+  const auto start = std::chrono::steady_clock::now();
+  checkpoint::write_synthetic(context.world, out, config, seed, max_shard_bytes, headfold, copies);
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (context.world.root()) {
+    const auto bytes = static_cast<double>(plan.tensor_bytes);
+    spdlog::info("wrote {} in {} ({}/s): {}", human_bytes(bytes), human_seconds(seconds),
+                 human_bytes(bytes / std::max(seconds, 1e-9)), out.string());
+    spdlog::info("next: headfold inspect {}", out.string());
+  }
+}
+
 }  // namespace headfold::jobs

@@ -29,12 +29,14 @@ bool is_shard_name(const std::string& name) {
 /// Removes shards, temporaries of shards and the index of an earlier run.
 void remove_old(const fs::path& folder, bool only_temporaries) {
   std::vector<fs::path> old;
-  for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
-    const std::string name = entry.path().filename().string();
+  std::error_code listing;
+  for (fs::directory_iterator entry(folder, listing), end; !listing && entry != end; entry.increment(listing)) {
+    const std::string name = entry->path().filename().string();
     const bool temporary = name.ends_with(".tmp") && is_shard_name(name.substr(0, name.size() - 4));
     if (temporary ? only_temporaries : !only_temporaries && (is_shard_name(name) || name == kIndex))
-      old.push_back(entry.path());
+      old.push_back(entry->path());
   }
+  if (listing) throw IoError(folder.string(), "cannot be listed: " + listing.message());
   // The index goes first: without it the rest is not a model.
   std::stable_sort(old.begin(), old.end(), [](const fs::path& a, const fs::path& b) {
     return (a.filename() == kIndex) > (b.filename() == kIndex);
