@@ -32,6 +32,37 @@ constexpr ByteMap byte_map = make_byte_map();
 
 }  // namespace
 
+std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
+  std::string result;
+  result.reserve(text.size() + text.size() / 4);
+  for (std::size_t begin = 0;;) {
+    const std::size_t found = text.find(from, begin);
+    result.append(text.substr(begin, found == std::string_view::npos ? found : found - begin));
+    if (found == std::string_view::npos) return result;
+    result.append(to);
+    begin = found + from.size();
+  }
+}
+
+bool crosses_space(std::string_view token) {
+  for (std::size_t at = token.find(space_symbol); at != std::string_view::npos;
+       at = token.find(space_symbol, at + space_symbol.size()))
+    if (at > 0 && !token.substr(0, at).ends_with(space_symbol)) return true;
+  return false;
+}
+
+std::vector<std::string_view> cut_before_spaces(std::string_view text) {
+  std::vector<std::string_view> parts;
+  for (std::size_t begin = 0; begin < text.size();) {
+    std::size_t end = begin;
+    while (text.substr(end).starts_with(space_symbol)) end += space_symbol.size();
+    end = std::min(text.size(), text.find(space_symbol, end));
+    parts.push_back(text.substr(begin, end - begin));
+    begin = end;
+  }
+  return parts;
+}
+
 bool in_bloom_word(char32_t value) {
   switch (value) {
     case U'(':

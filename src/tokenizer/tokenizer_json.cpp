@@ -7,37 +7,14 @@
 
 #include <algorithm>
 #include <mutex>
-#include <unordered_map>
 
 namespace headfold::tokenizer {
 namespace {
 
 using Ids = std::vector<std::int32_t>;
 
-/// Lets a map with string keys be searched by string_view.
-struct TextHash {
-  using is_transparent = void;
-  std::size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
-};
-template <class T>
-using TextMap = std::unordered_map<std::string, T, TextHash, std::equal_to<>>;
-
-constexpr std::string_view space_symbol = "\xE2\x96\x81";  // U+2581
-
 std::string shortened(const std::string& text) {
   return text.size() > 80 ? text.substr(0, 80) + "…" : text;
-}
-
-std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
-  std::string result;
-  result.reserve(text.size() + text.size() / 4);
-  for (std::size_t begin = 0;;) {
-    const std::size_t found = text.find(from, begin);
-    result.append(text.substr(begin, found == std::string_view::npos ? found : found - begin));
-    if (found == std::string_view::npos) return result;
-    result.append(to);
-    begin = found + from.size();
-  }
 }
 
 /// One token of the "added_tokens" list, matched in the text before anything else happens to it.
@@ -404,7 +381,7 @@ class JsonTokenizer final : public Tokenizer {
         if (id < 0)
           corrupt(fmt::format("merge {} refers to \"{}\", which is not in the vocabulary", rank, shortened(token)));
       rules_.add(left_id, right_id, {static_cast<std::int32_t>(rank), result});
-      if (crosses_metaspace(left + right)) metaspace_cut_exact_ = false;
+      if (crosses_space(left + right)) metaspace_cut_exact_ = false;
     }
 
     if (const auto unknown = optional<std::string>(model, "unk_token", "", file_); !unknown.empty()) {
@@ -434,15 +411,6 @@ class JsonTokenizer final : public Tokenizer {
     }
     if (left.empty() || right.empty())
       corrupt(fmt::format("merge {} is not a pair of tokens: {}", rank, shortened(merge.dump())));
-  }
-
-  /// Whether a token has a U+2581 after another character, so that a merge can join what comes before a space with what
-  /// comes after.
-  static bool crosses_metaspace(std::string_view token) {
-    for (std::size_t at = token.find(space_symbol); at != std::string_view::npos;
-         at = token.find(space_symbol, at + space_symbol.size()))
-      if (at > 0 && !token.substr(0, at).ends_with(space_symbol)) return true;
-    return false;
   }
 
   void find_exact_splits() {
@@ -654,13 +622,7 @@ class JsonTokenizer final : public Tokenizer {
     } else if (metaspace_cut_exact_) {
       // No rule can join across the start of a run of U+2581, so the text may be cut there; the result is that of the
       // whole text.
-      for (std::size_t begin = 0; begin < text.size();) {
-        std::size_t end = begin;
-        while (text.substr(end).starts_with(space_symbol)) end += space_symbol.size();
-        end = std::min(text.size(), text.find(space_symbol, end));
-        encode_cached(text.substr(begin, end - begin), ids);
-        begin = end;
-      }
+      for (const std::string_view part : cut_before_spaces(text)) encode_cached(part, ids);
     } else {
       encode_cached(text, ids);
     }
@@ -673,20 +635,8 @@ class JsonTokenizer final : public Tokenizer {
       encode_cached(piece, ids);
   }
 
-  /// Ids of one piece, from the cache when it is short and was seen before.
   void encode_cached(std::string_view piece, std::vector<std::int64_t>& ids) const {
-    constexpr std::size_t longest = 64, most = 200000;
-    if (piece.size() > longest) {
-      const Ids merged = encode_piece(piece);
-      ids.insert(ids.end(), merged.begin(), merged.end());
-      return;
-    }
-    auto found = cache_.find(piece);
-    if (found == cache_.end()) {
-      if (cache_.size() >= most) cache_.clear();
-      found = cache_.emplace(std::string(piece), encode_piece(piece)).first;
-    }
-    ids.insert(ids.end(), found->second.begin(), found->second.end());
+    cache_.append(piece, ids, [this](std::string_view fresh) { return encode_piece(fresh); });
   }
 
   Ids encode_piece(std::string_view piece) const {
@@ -760,7 +710,7 @@ class JsonTokenizer final : public Tokenizer {
   SpecialIds special_;
   bool adds_bos_ = false;
   mutable std::mutex cache_mutex_;
-  mutable TextMap<Ids> cache_;
+  mutable PieceCache cache_;
 };
 
 }  // namespace
