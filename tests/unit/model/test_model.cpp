@@ -1,0 +1,244 @@
+#include <ATen/Parallel.h>
+#include <headfold/base/error.h>
+#include <headfold/base/files.h>
+
+#include "product.h"
+#include "small_models.h"
+#include "world.h"
+
+namespace headfold::model {
+namespace {
+
+using testing_models::all_forms;
+using testing_models::bloom_json;
+using testing_models::llama_json;
+using testing_models::make_model;
+using testing_models::ReferenceDecoder;
+using testing_models::relative_difference;
+using testing_models::SmallModel;
+
+class Forms : public testing::TestWithParam<std::size_t> {
+ protected:
+  SmallModel model_ = make_model(all_forms()[GetParam()].second, 11 + GetParam());
+  testing_support::ScratchFolder scratch_;
+  void SetUp() override { model_.write(scratch_.path()); }
+};
+
+TEST_P(Forms, logits_agree_with_the_plain_decoder) {
+  const checkpoint::Reader reader(scratch_.path());
+  const at::Tensor ids = at::randint(model_.config.vocab, {2, 23}, at::kLong);
+  const ReferenceDecoder reference(model_);
+  const at::Tensor expected = at::stack({reference.logits(ids[0]), reference.logits(ids[1])});
+  const bool before = uses_onednn();
+  for (const bool onednn : {true, false}) {
+    use_onednn(onednn);
+    EXPECT_LE(relative_difference(Decoder(reader, at::kFloat).logits(ids), expected), 2e-5);
+    // Rounding errors of bfloat16 add up over two layers and the head.
+    EXPECT_LE(relative_difference(Decoder(reader, at::kBFloat16).logits(ids), expected), 6e-2);
+  }
+  use_onednn(before);
+}
+
+TEST_P(Forms, cache_agrees_with_one_forward) {
+  const checkpoint::Reader reader(scratch_.path());
+  const Decoder decoder(reader, at::kFloat);
+  const at::Tensor ids = at::randint(model_.config.vocab, {3, 40}, at::kLong);
+  const at::Tensor expected = decoder.logits(ids);
+  auto caches = decoder.make_cache(3, 40);
+  std::int64_t done = 0;
+  for (const std::int64_t chunk : {7, 3, 1, 1, 20, 1, 1, 6}) {
+    const at::Tensor last = decoder.step(ids.slice(1, done, done + chunk), caches);
+    done += chunk;
+    EXPECT_EQ(last.sizes(), at::IntArrayRef({3, model_.config.vocab}));
+    EXPECT_LE(relative_difference(last, expected.select(1, done - 1)), 1e-5) << "after " << done;
+  }
+  EXPECT_EQ(caches.front().length, 40);
+  EXPECT_THROW(decoder.step(ids.slice(1, 0, 1), caches), InputError);
+}
+
+class Recorder : public LayerObserver {
+ public:
+  explicit Recorder(bool keys) : keys_(keys) {}
+  void attention_input(const at::Tensor& x) override { inputs.push_back(x); }
+  void rotated_keys(const at::Tensor& keys) override { rotated.push_back(keys); }
+  bool wants_rotated_keys() const override { return keys_; }
+  std::vector<at::Tensor> inputs, rotated;
+
+ private:
+  bool keys_;
+};
+
+TEST_P(Forms, observer_sees_inputs_and_rotated_keys_without_changing_the_output) {
+  const auto layer = load_layer(model_.config, 1, at::kFloat, model_.getter());
+  const at::Tensor hidden = at::randn({2, 19, model_.config.hidden}, at::kFloat);
+  const at::Tensor plain = layer->forward(hidden);
+  Recorder both(true), inputs_only(false);
+  EXPECT_TRUE(at::equal(layer->forward(hidden, nullptr, &both), plain));
+  layer->forward(hidden * 2, nullptr, &inputs_only);  // must not disturb what the first observer kept
+  ASSERT_EQ(both.inputs.size(), 1U);
+  ASSERT_EQ(both.rotated.size(), 1U);
+  EXPECT_TRUE(inputs_only.rotated.empty());
+  EXPECT_EQ(both.inputs[0].sizes(), hidden.sizes());
+  const ReferenceDecoder reference(model_);
+  for (std::int64_t b = 0; b < 2; ++b) {
+    at::Tensor rotated;
+    const at::Tensor expected = reference.layer(hidden[b].to(at::kDouble), 1, &rotated);
+    EXPECT_LE(relative_difference(plain[b], expected), 2e-5);
+    EXPECT_LE(relative_difference(both.rotated[0][b], rotated), 1e-5);
+  }
+}
+
+TEST_P(Forms, result_depends_neither_on_threads_nor_on_the_batch) {
+  const auto layer = load_layer(model_.config, 0, at::kFloat, model_.getter());
+  const at::Tensor hidden = at::randn({3, 37, model_.config.hidden}, at::kFloat);
+  const int before = at::get_num_threads();
+  at::set_num_threads(1);
+  const at::Tensor one = layer->forward(hidden);
+  at::set_num_threads(2);
+  EXPECT_TRUE(at::equal(layer->forward(hidden), one));
+  at::set_num_threads(before);
+  for (std::int64_t b = 0; b < 3; ++b) EXPECT_LE(relative_difference(layer->forward(hidden.slice(0, b, b + 1)), one.slice(0, b, b + 1)), 1e-6);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Forms, testing::Range(std::size_t{0}, all_forms().size()),
+                         [](const auto& instance) { return all_forms()[instance.param].first; });
+
+TEST(AttentionTest, output_does_not_depend_on_the_block_size) {
+  const SmallModel model = make_model(llama_json(64, 4, 2));
+  const auto layer = load_layer(model.config, 0, at::kFloat, model.getter());
+  const at::Tensor hidden = at::randn({2, 300, 64}, at::kFloat);
+  const std::int64_t before = attention_block_bytes();
+  EXPECT_EQ(before, std::int64_t{256} << 20);
+  const at::Tensor expected = layer->forward(hidden);
+  for (const std::int64_t bytes : {1, 5000, 40000, 300000}) {
+    set_attention_block_bytes(bytes);
+    EXPECT_LE(relative_difference(layer->forward(hidden), expected), 1e-6) << bytes;
+  }
+  set_attention_block_bytes(before);
+  EXPECT_THROW(set_attention_block_bytes(0), UsageError);
+}
+
+TEST(AttentionTest, long_sequences_run_in_bounded_memory) {
+  // 32 heads x 4096 x 4096 float32 scores would be 2 GiB.
+  const SmallModel model = make_model(llama_json(256, 32, 32, 1));
+  const auto layer = load_layer(model.config, 0, at::kFloat, model.getter());
+  const at::Tensor hidden = at::randn({1, 4096, 256}, at::kFloat);
+  const std::int64_t before = attention_block_bytes();
+  set_attention_block_bytes(std::int64_t{4} << 20);
+  layer->forward(hidden.slice(1, 0, 64));
+  const auto start = static_cast<double>(peak_resident_bytes());
+  const at::Tensor out = layer->forward(hidden);
+  const double grown = static_cast<double>(peak_resident_bytes()) - start;
+  set_attention_block_bytes(before);
+  EXPECT_TRUE(at::isfinite(out).all().item<bool>());
+  // Activations: about ten buffers of 4096 x 256 floats (4 MiB each), MLP blocks and scores.
+  EXPECT_LE(grown, 100.0 * (1 << 20));
+}
+
+TEST(PositionsTest, alibi_slopes_are_the_documented_ones) {
+  const at::Tensor s32 = alibi_slopes(32);
+  ASSERT_EQ(s32.numel(), 32);
+  EXPECT_NEAR(s32[0].item<double>(), 0.840896, 1e-6);
+  EXPECT_NEAR(s32[1].item<double>(), 0.707107, 1e-6);
+  EXPECT_NEAR(s32[31].item<double>(), 0.00390625, 1e-8);
+  const std::vector<double> expected = {0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625,
+                                        0.70710678, 0.35355339, 0.17677670, 0.08838835, 0.04419417, 0.02209709};
+  const at::Tensor s14 = alibi_slopes(14);
+  ASSERT_EQ(s14.numel(), 14);
+  for (std::int64_t i = 0; i < 14; ++i) EXPECT_NEAR(s14[i].item<double>(), expected[static_cast<std::size_t>(i)], 1e-7) << i;
+  EXPECT_THROW(alibi_slopes(0), InputError);
+}
+
+TEST(PositionsTest, rope_frequencies_follow_each_scaling_rule) {
+  Json json = llama_json(256, 2, 2);
+  json["rope_theta"] = 500000.0;
+  const auto plain = rope_inverse_frequencies(checkpoint::parse_config(json, "c"));
+  ASSERT_EQ(plain.numel(), 64);
+  for (std::int64_t i = 0; i < 64; ++i)
+    EXPECT_NEAR(plain[i].item<double>() * std::pow(500000.0, static_cast<double>(i) / 64.0), 1.0, 1e-12);
+  json["rope_scaling"] = {{"rope_type", "linear"}, {"factor", 8.0}};
+  EXPECT_LE(relative_difference(rope_inverse_frequencies(checkpoint::parse_config(json, "c")) * 8, plain), 1e-14);
+
+  json["rope_scaling"] = {{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0},
+                          {"original_max_position_embeddings", 8192}};
+  const auto scaled = rope_inverse_frequencies(checkpoint::parse_config(json, "c"));
+  int unchanged = 0, divided = 0, between = 0;
+  for (std::int64_t i = 0; i < 64; ++i) {
+    const double f = plain[i].item<double>(), g = scaled[i].item<double>();
+    const double turns = 8192.0 * f / (2 * std::acos(-1.0));  // over the original context
+    if (turns > 4) {
+      EXPECT_DOUBLE_EQ(g, f) << i;
+      ++unchanged;
+    } else if (turns < 1) {
+      EXPECT_DOUBLE_EQ(g, f / 8) << i;
+      ++divided;
+    } else {
+      const double s = (turns - 1) / 3;
+      EXPECT_NEAR(g / f, (1 - s) / 8 + s, 1e-12) << i;
+      ++between;
+    }
+  }
+  EXPECT_GT(unchanged, 10);
+  EXPECT_GT(divided, 10);
+  EXPECT_GT(between, 2);
+}
+
+TEST(PositionsTest, rotation_keeps_norms_and_depends_on_relative_position_alone) {
+  const at::Tensor frequencies = rope_inverse_frequencies(checkpoint::parse_config(llama_json(128, 4, 4), "c"));
+  const at::Tensor q = at::randn({1, 1, 3, 32}, at::kFloat), k = at::randn({1, 1, 3, 32}, at::kFloat);
+  const auto score = [&](std::int64_t m, std::int64_t n) {
+    return (apply_rope(q, frequencies, m).to(at::kDouble) * apply_rope(k, frequencies, n).to(at::kDouble)).sum(-1);
+  };
+  EXPECT_LE(relative_difference(apply_rope(q, frequencies, 777).norm(2, -1), q.norm(2, -1)), 1e-6);
+  EXPECT_TRUE(at::equal(apply_rope(q, frequencies, 0), q));
+  EXPECT_LE((score(5, 2) - score(405, 402)).abs().max().item<double>(), 2e-4);
+  EXPECT_GT((score(5, 2) - score(5, 3)).abs().max().item<double>(), 1e-2);
+  // Pair (i, i + 16) turns by position * frequency: the first channel at position 1 by one radian.
+  at::Tensor e = at::zeros({1, 2, 1, 32}, at::kFloat);
+  e.select(3, 0).fill_(1);
+  const at::Tensor turned = apply_rope(e, frequencies, 0);
+  EXPECT_NEAR(turned[0][1][0][0].item<double>(), std::cos(1.0), 1e-6);
+  EXPECT_NEAR(turned[0][1][0][16].item<double>(), std::sin(1.0), 1e-6);
+  // Long tables grow without changing what was there.
+  const at::Tensor x = at::randn({2, 5, 3, 32}, at::kFloat);
+  const at::Tensor early = apply_rope(x, frequencies, 100);
+  apply_rope(x, frequencies, 5000);
+  EXPECT_TRUE(at::equal(apply_rope(x, frequencies, 100), early));
+}
+
+TEST(ErrorsTest, missing_and_misshapen_tensors_and_bad_ids_are_named) {
+  testing_support::ScratchFolder scratch;
+  SmallModel model = make_model(llama_json(64, 4, 2));
+  const std::string name = "model.layers.1.self_attn.k_proj.weight";
+  model.tensors[name] = at::zeros({32, 60}, at::kFloat);
+  model.write(scratch.path());
+  const auto message = [](const auto& work) -> std::string {
+    try {
+      work();
+    } catch (const InputError& error) {
+      return error.what();
+    }
+    return "no InputError";
+  };
+  {
+    const checkpoint::Reader reader(scratch.path());
+    const std::string text = message([&] { load_layer(reader, 1, at::kFloat); });
+    for (const char* part : {"model.safetensors", "self_attn.k_proj.weight", "[32, 60]", "[32, 64]"}) EXPECT_NE(text.find(part), std::string::npos) << text;
+    EXPECT_NO_THROW(load_layer(reader, 0, at::kFloat));
+    EXPECT_THROW(load_layer(reader, 0, at::kDouble), UsageError);
+  }
+  model.tensors.erase(name);
+  model.write(scratch.path());
+  const checkpoint::Reader reader(scratch.path());
+  const std::string text = message([&] { load_layer(reader, 1, at::kFloat); });
+  EXPECT_NE(text.find(name), std::string::npos) << text;
+
+  const Embedding embedding(reader, at::kFloat);
+  EXPECT_NE(message([&] { embedding.forward(at::tensor({1, 2, 97, 3}, at::kLong).view({2, 2})); }).find("97 at [1, 0]"), std::string::npos);
+  EXPECT_NE(message([&] { embedding.forward(at::full({1, 1}, -1, at::kLong)); }).find("-1"), std::string::npos);
+  EXPECT_NE(message([&] { embedding.forward(at::zeros({1, 1}, at::kFloat)); }).find("int64"), std::string::npos);
+  EXPECT_THROW(load_layer(model.config, 0, at::kFloat, [](const auto&, const auto&) { return at::zeros({2}, at::kFloat); }), InputError);
+}
+
+}  // namespace
+}  // namespace headfold::model

@@ -1,0 +1,125 @@
+#include <headfold/base/error.h>
+#include <headfold/model/pipeline.h>
+
+#include <set>
+
+#include "small_models.h"
+#include "world.h"
+
+namespace headfold::model {
+namespace {
+
+using testing_models::bloom_json;
+using testing_models::llama_json;
+using testing_models::make_model;
+using testing_models::SmallModel;
+using testing_support::world;
+
+class CountingObserver : public LayerObserver {
+ public:
+  void attention_input(const at::Tensor& x) override { rows += x.size(0) * x.size(1); }
+  void rotated_keys(const at::Tensor&) override { ++keys; }
+  bool wants_rotated_keys() const override { return false; }
+  std::int64_t rows = 0, keys = 0;
+};
+
+class PipelineTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (world().root()) make_model(llama_json(64, 4, 2, 5)).write(scratch_.path());
+    world().barrier("model written");
+    reader_ = std::make_unique<checkpoint::Reader>(scratch_.path());
+  }
+  testing_support::ScratchFolder scratch_;
+  std::unique_ptr<checkpoint::Reader> reader_;
+};
+
+TEST_F(PipelineTest, every_grid_gives_the_decoders_numbers_and_calls_its_hooks) {
+  const Decoder decoder(*reader_, at::kFloat);
+  std::vector<at::Tensor> batches;
+  for (const auto& [batch, length] : {std::pair{2, 9}, {1, 30}, {3, 1}, {1, 12}, {2, 33}, {1, 2}}) {
+    at::manual_seed(static_cast<std::uint64_t>(100 + length));
+    batches.push_back(at::randint(97, {batch, length}, at::kLong));
+  }
+  std::int64_t rows = 0;
+  for (const at::Tensor& batch : batches) rows += batch.numel();
+  for (int stages = 1; stages <= world().size(); ++stages) {
+    if (world().size() % stages != 0) continue;
+    for (const Residency residency : {Residency::resident, Residency::streamed}) {
+      SCOPED_TRACE(fmt::format("{} stages, {}", stages, residency == Residency::resident ? "resident" : "streamed"));
+      const comm::Grid grid = comm::make_grid(world(), stages);
+      PipelineOptions options;
+      options.residency = residency;
+      const Pipeline pipeline(*reader_, grid, options);
+      std::map<std::int64_t, CountingObserver> observers;
+      std::map<std::int64_t, std::vector<std::int64_t>> entered;
+      std::vector<at::Tensor> kept;
+      double progress = 0;
+      PipelineHooks hooks;
+      hooks.observer = [&](std::int64_t layer) -> LayerObserver* {
+        EXPECT_TRUE(pipeline.layers().contains(layer));
+        EXPECT_FALSE(observers.contains(layer));
+        return &observers[layer];
+      };
+      hooks.before_layer = [&](std::int64_t layer, std::int64_t index) { entered[layer].push_back(index); };
+      hooks.output = [&](std::int64_t index, const at::Tensor& hidden) {
+        EXPECT_EQ(index, static_cast<std::int64_t>(kept.size()));
+        kept.push_back(hidden);
+      };
+      hooks.progress = [&](double done) { progress += done; };
+      pipeline.run(batches, hooks);
+      EXPECT_NEAR(progress, static_cast<double>(batches.size()), 1e-9);
+      EXPECT_EQ(static_cast<std::int64_t>(observers.size()), pipeline.layers().size());
+      for (auto& [layer, observer] : observers) {
+        EXPECT_EQ(observer.rows, rows);
+        EXPECT_EQ(observer.keys, 0);
+        EXPECT_EQ(entered[layer], (std::vector<std::int64_t>{0, 1, 2, 3, 4, 5}));
+      }
+      ASSERT_EQ(kept.size(), grid.last_stage() ? batches.size() : 0U);
+      for (std::size_t i = 0; i < kept.size(); ++i)
+        EXPECT_TRUE(at::equal(pipeline.head().logits(kept[i]), decoder.logits(batches[i]))) << "micro-batch " << i;
+      if (!grid.last_stage()) {
+        EXPECT_THROW(pipeline.head(), InternalError);
+      }
+      // A second run, and one without anything to do.
+      pipeline.run({batches[1]}, {});
+      pipeline.run({}, hooks);
+    }
+  }
+}
+
+TEST_F(PipelineTest, bad_ids_are_refused_on_every_rank_at_once) {
+  const Pipeline pipeline(*reader_, comm::make_grid(world(), world().size()), {});
+  EXPECT_THROW(pipeline.run({at::zeros({1, 4}, at::kLong), at::full({1, 4}, 97, at::kLong)}, {}), InputError);
+  EXPECT_NO_THROW(pipeline.run({at::zeros({1, 4}, at::kLong)}, {}));
+}
+
+TEST_F(PipelineTest, stages_share_the_layers_by_weight) {
+  EXPECT_THROW(stage_layers(reader_->config(), 6), UsageError);
+  Json heavy_ends = llama_json(64, 4, 2, 8);
+  heavy_ends["vocab_size"] = 1000;  // tables of about two layers' parameters each
+  const ModelConfig config = checkpoint::parse_config(heavy_ends, "c");
+  std::int64_t total = 0;
+  for (const int stages : {1, 2, 4}) {
+    const auto ranges = stage_layers(config, stages);
+    ASSERT_EQ(ranges.size(), static_cast<std::size_t>(stages));
+    EXPECT_EQ(ranges.front().begin, 0);
+    EXPECT_EQ(ranges.back().end, 8);
+    std::int64_t sum = 0, most = 0;
+    for (int s = 0; s < stages; ++s) {
+      const std::int64_t bytes = stage_weight_bytes(config, stages, s, at::kFloat);
+      sum += bytes;
+      most = std::max(most, bytes);
+    }
+    if (total == 0) total = sum;
+    EXPECT_NEAR(static_cast<double>(sum), static_cast<double>(total), 64.0);
+    EXPECT_EQ(fewest_stages(config, at::kFloat, 0, most, 8), stages);
+  }
+  EXPECT_EQ(total, checkpoint::parameter_count(config) * 4);
+  EXPECT_GT(stage_layers(config, 4)[1].size(), stage_layers(config, 4)[0].size());
+  EXPECT_EQ(fewest_stages(config, at::kFloat, 0, 1, 4), 4);
+  EXPECT_GT(fewest_stages(config, at::kFloat, total, total * 3, 8), 1);
+}
+
+}  // namespace
+}  // namespace headfold::model
