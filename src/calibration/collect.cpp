@@ -3,7 +3,9 @@
 #include <headfold/calibration/collect.h>
 
 #include <bit>
-#include <cstring>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace headfold::calibration {
 namespace {
@@ -142,6 +144,11 @@ std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader&
   pipeline_options.dtype = options.dtype;
   pipeline_options.residency = options.residency;
   pipeline_options.head = false;
+#ifdef __GLIBC__
+  // glibc learns from freed blocks to keep ever larger ones for itself (up to 32 MiB each): layers come and go here,
+  // and must really go.
+  if (options.residency == model::Residency::streamed) ::mallopt(M_MMAP_THRESHOLD, 1 << 20);
+#endif
   const model::Pipeline pipeline(reader, grid, pipeline_options);
   const checkpoint::ModelConfig& config = pipeline.config();
   const std::int64_t key_width =

@@ -2,11 +2,10 @@
 #include <headfold/base/error.h>
 #include <headfold/linalg/linalg.h>
 
-#ifdef HEADFOLD_WITH_CBLAS
-#include <cblas.h>
-#endif
 #ifdef HEADFOLD_WITH_ONEDNN
 #include <oneapi/dnnl/dnnl.hpp>
+#elif defined(HEADFOLD_WITH_CBLAS)
+#include <cblas.h>
 #endif
 
 namespace headfold::linalg {
@@ -27,11 +26,10 @@ void add_rows(double* packed, const T* scratch, std::int64_t stride, std::int64_
   });
 }
 
-/// Scratch that all accumulators of a thread share: one Gram is formed at a time.
-at::Tensor scratch(std::int64_t elements, at::ScalarType dtype) {
+/// float32 scratch that all accumulators of a thread share: one Gram is formed at a time.
+[[maybe_unused]] at::Tensor scratch(std::int64_t elements) {
   thread_local at::Tensor buffer;
-  if (!buffer.defined() || buffer.scalar_type() != dtype || buffer.numel() < elements)
-    buffer = at::empty({elements}, dtype);
+  if (!buffer.defined() || buffer.numel() < elements) buffer = at::empty({elements}, at::kFloat);
   return buffer;
 }
 
@@ -53,12 +51,52 @@ void add_product(at::Tensor& packed, const at::Tensor& x, std::int64_t rows) {
   }
 }
 
-void add_float(at::Tensor& packed, const at::Tensor& x) {
-#ifdef HEADFOLD_WITH_CBLAS
+#ifdef HEADFOLD_WITH_ONEDNN
+/// float32 or bfloat16 (exact products), accumulated in float32. Its kernels are chosen by what the processor can do,
+/// while OpenBLAS goes by the processor's name and takes its slowest kernels for one that it does not know (virtual
+/// machines, new models).
+void add_rows_of(at::Tensor& packed, const at::Tensor& x) {
+  using dnnl::memory;
+  static dnnl::engine engine(dnnl::engine::kind::cpu, 0);
+  thread_local dnnl::stream stream(engine);
+  const auto type = x.scalar_type() == at::kFloat ? memory::data_type::f32 : memory::data_type::bf16;
   const std::int64_t n = x.size(1);
-  const auto rows = static_cast<int>(x.size(0));
+  const std::int64_t tokens = x.size(0);
+  const std::int64_t step = block_rows(n, std::max<std::int64_t>(256, (n / 8 + 63) / 64 * 64));
+  const at::Tensor turned = x.transpose(0, 1).contiguous();  // the products run fastest along contiguous rows
+  const auto row_bytes = static_cast<std::int64_t>(x.element_size()) * tokens;
+  at::Tensor buffer = scratch(step * n);
+  try {
+    for (std::int64_t first = 0; first < n; first += step) {
+      const std::int64_t last = std::min(n, first + step);
+      const memory::desc left({last - first, tokens}, type, memory::dims{tokens, 1});
+      const memory::desc right({tokens, last}, type, memory::dims{n, 1});
+      const memory::desc out({last - first, last}, memory::data_type::f32, memory::dims{last, 1});
+#if DNNL_VERSION_MAJOR >= 3
+      const dnnl::matmul::primitive_desc description(engine, left, right, out);
+#else
+      const dnnl::matmul::primitive_desc description(dnnl::matmul::desc(left, right, out), engine);
+#endif
+      memory a(left, engine, static_cast<char*>(turned.data_ptr()) + first * row_bytes);
+      memory b(right, engine, x.data_ptr());
+      memory c(out, engine, buffer.data_ptr());
+      dnnl::matmul(description).execute(stream, {{DNNL_ARG_SRC, a}, {DNNL_ARG_WEIGHTS, b}, {DNNL_ARG_DST, c}});
+      stream.wait();
+      add_rows(packed.data_ptr<double>(), buffer.data_ptr<float>(), last, first, last);
+    }
+  } catch (const dnnl::error& error) {
+    throw InternalError(
+        fmt::format("oneDNN: {} (Gram of {} x {} {})", error.what(), tokens, n, c10::toString(x.scalar_type())));
+  }
+}
+#elif defined(HEADFOLD_WITH_CBLAS)
+/// float32; bfloat16 is upcast.
+void add_rows_of(at::Tensor& packed, const at::Tensor& rows) {
+  const at::Tensor x = rows.to(at::kFloat);
+  const std::int64_t n = x.size(1);
+  const auto tokens = static_cast<int>(x.size(0));
   const std::int64_t step = block_rows(n, 1024);
-  at::Tensor buffer = scratch(step * n, at::kFloat);
+  at::Tensor buffer = scratch(step * n);
   float* out = buffer.data_ptr<float>();
   const float* in = x.data_ptr<float>();
   const auto stride = static_cast<int>(n);
@@ -66,48 +104,16 @@ void add_float(at::Tensor& packed, const at::Tensor& x) {
     const std::int64_t last = std::min(n, first + step);
     const auto height = static_cast<int>(last - first);
     if (first > 0)
-      cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, height, static_cast<int>(first), rows, 1.0F, in + first,
+      cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, height, static_cast<int>(first), tokens, 1.0F, in + first,
                   stride, in, stride, 0.0F, out, stride);
-    cblas_ssyrk(CblasRowMajor, CblasLower, CblasTrans, height, rows, 1.0F, in + first, stride, 0.0F, out + first,
+    cblas_ssyrk(CblasRowMajor, CblasLower, CblasTrans, height, tokens, 1.0F, in + first, stride, 0.0F, out + first,
                 stride);
     add_rows(packed.data_ptr<double>(), out, n, first, last);
   }
-#else
-  add_product(packed, x, block_rows(x.size(1), 256));
-#endif
 }
-
-#ifdef HEADFOLD_WITH_ONEDNN
-void add_bfloat16(at::Tensor& packed, const at::Tensor& x) {
-  using dnnl::memory;
-  static dnnl::engine engine(dnnl::engine::kind::cpu, 0);
-  thread_local dnnl::stream stream(engine);
-  const std::int64_t n = x.size(1);
-  const std::int64_t tokens = x.size(0);
-  const std::int64_t step = block_rows(n, std::max<std::int64_t>(256, (n / 8 + 63) / 64 * 64));
-  const at::Tensor turned = x.transpose(0, 1).contiguous();  // the products run fastest along contiguous rows
-  at::Tensor buffer = scratch(step * n, at::kFloat);
-  try {
-    for (std::int64_t first = 0; first < n; first += step) {
-      const std::int64_t last = std::min(n, first + step);
-      const memory::desc left({last - first, tokens}, memory::data_type::bf16, memory::dims{tokens, 1});
-      const memory::desc right({tokens, last}, memory::data_type::bf16, memory::dims{n, 1});
-      const memory::desc out({last - first, last}, memory::data_type::f32, memory::dims{n, 1});
-#if DNNL_VERSION_MAJOR >= 3
-      const dnnl::matmul::primitive_desc description(engine, left, right, out);
 #else
-      const dnnl::matmul::primitive_desc description(dnnl::matmul::desc(left, right, out), engine);
-#endif
-      memory a(left, engine, static_cast<at::BFloat16*>(turned.data_ptr()) + first * tokens);
-      memory b(right, engine, x.data_ptr());
-      memory c(out, engine, buffer.data_ptr());
-      dnnl::matmul(description).execute(stream, {{DNNL_ARG_SRC, a}, {DNNL_ARG_WEIGHTS, b}, {DNNL_ARG_DST, c}});
-      stream.wait();
-      add_rows(packed.data_ptr<double>(), buffer.data_ptr<float>(), n, first, last);
-    }
-  } catch (const dnnl::error& error) {
-    throw InternalError(fmt::format("oneDNN: {} (Gram of {} x {} bfloat16)", error.what(), tokens, n));
-  }
+void add_rows_of(at::Tensor& packed, const at::Tensor& x) {
+  add_product(packed, x.to(at::kFloat), block_rows(x.size(1), 256));
 }
 #endif
 
@@ -157,13 +163,8 @@ void GramAccumulator::add(const at::Tensor& x) {
   const at::Tensor rows = x.contiguous();
   switch (x.scalar_type()) {
     case at::kFloat:
-      return add_float(packed_, rows);
     case at::kBFloat16:
-#ifdef HEADFOLD_WITH_ONEDNN
-      return add_bfloat16(packed_, rows);
-#else
-      return add_float(packed_, rows.to(at::kFloat));
-#endif
+      return add_rows_of(packed_, rows);
     case at::kDouble:
       return add_product(packed_, rows, block_rows(n_, 256));
     default:
