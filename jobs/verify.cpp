@@ -26,8 +26,10 @@ po::options_description verify_options() {
   options.add_options()("model", po::value<std::string>()->required(), "folder of the folded model")(
       "original", po::value<std::string>()->required(), "folder of the model it was made from")(
       "data", po::value<std::vector<std::string>>()->required()->multitoken(), "held-out text, .txt or .jsonl")(
-      "field", po::value<std::string>()->default_value("text"), "field of .jsonl files")("samples", po::value<std::int64_t>()->default_value(8), "sequences")(
-      "seq-len", po::value<std::int64_t>()->default_value(256), "tokens per sequence")("seed", po::value<std::uint64_t>()->default_value(1), "seed that draws them")(
+      "field", po::value<std::string>()->default_value("text"), "field of .jsonl files")(
+      "samples", po::value<std::int64_t>()->default_value(8), "sequences")(
+      "seq-len", po::value<std::int64_t>()->default_value(256), "tokens per sequence")(
+      "seed", po::value<std::uint64_t>()->default_value(1), "seed that draws them")(
       "bos", po::value<std::string>()->default_value("default"), "default, always or never: BOS before every document")(
       "out", po::value<std::string>(), "result file (default MODEL/verification.json)");
   return options;
@@ -50,15 +52,18 @@ struct Fold {
 Fold read_fold(const Reader& folded, const Reader& original) {
   const fs::path path = folded.folder() / "headfold.json";
   const std::string file = path.string();
-  if (!fs::exists(path)) throw InputError(fmt::format("{} is absent: {} was not made by headfold convert", file, folded.folder().string()));
+  if (!fs::exists(path))
+    throw InputError(fmt::format("{} is absent: {} was not made by headfold convert", file, folded.folder().string()));
   const Json json = read_json(path);
   if (const auto format = required<std::string>(json, "format", file); format != "headfold-model")
-    throw InputError(fmt::format("{}: format is \"{}\", expected \"headfold-model\"", file, format), "verify takes a folder written by headfold convert");
+    throw InputError(fmt::format("{}: format is \"{}\", expected \"headfold-model\"", file, format),
+                     "verify takes a folder written by headfold convert");
   const auto source = required<std::string>(required<Json>(json, "source", file), "fingerprint", file);
   if (source != original.fingerprint())
-    throw InputError(fmt::format("{}: made from a model with fingerprint {}..., {} has {}...", file, source.substr(0, 12), original.folder().string(),
-                                 original.fingerprint().substr(0, 12)),
-                     "give the model it was made from as --original");
+    throw InputError(
+        fmt::format("{}: made from a model with fingerprint {}..., {} has {}...", file, source.substr(0, 12),
+                    original.folder().string(), original.fingerprint().substr(0, 12)),
+        "give the model it was made from as --original");
   Fold fold;
   const auto options = required<Json>(json, "fold", file);
   fold.options.keys = folding::parse_key_fold(required<std::string>(options, "keys", file));
@@ -76,12 +81,15 @@ Fold read_fold(const Reader& folded, const Reader& original) {
   if (static_cast<std::int64_t>(fold.groups.size()) != config.layers)
     throw InputError(fmt::format("{}: {} layers, the original has {}", file, fold.groups.size(), config.layers));
   for (std::size_t l = 0; l < fold.groups.size(); ++l)
-    folding::check_groups(fold.groups[l], config.kv_heads, fold.options.kv_heads, config.family == checkpoint::Family::bloom, fmt::format("{}, layer {}", file, l));
+    folding::check_groups(fold.groups[l], config.kv_heads, fold.options.kv_heads,
+                          config.family == checkpoint::Family::bloom, fmt::format("{}, layer {}", file, l));
   return fold;
 }
 
-/// Everything about the folded model that can be checked exactly; one sentence per fault. Byte comparisons are spread over the ranks.
-std::vector<std::string> exact_faults(const comm::Communicator& world, const Reader& folded, const Reader& original, const Fold& fold, std::size_t& compared) {
+/// Everything about the folded model that can be checked exactly; one sentence per fault. Byte comparisons are spread
+/// over the ranks.
+std::vector<std::string> exact_faults(const comm::Communicator& world, const Reader& folded, const Reader& original,
+                                      const Fold& fold, std::size_t& compared) {
   std::string faults;
   const Json expected = checkpoint::folded_config(original.config(), fold.options.kv_heads, layout_of(fold.options));
   if (world.root()) {
@@ -92,18 +100,21 @@ std::vector<std::string> exact_faults(const comm::Communicator& world, const Rea
       if (!folded.has(spec.name))
         faults += fmt::format("tensor {} is missing\n", spec.name);
       else if (folded.info(spec.name).dtype != spec.dtype || folded.info(spec.name).shape != spec.shape)
-        faults += fmt::format("tensor {}: {} [{}], expected {} [{}]\n", spec.name, folded.info(spec.name).dtype, fmt::join(folded.info(spec.name).shape, ", "),
-                              spec.dtype, fmt::join(spec.shape, ", "));
+        faults += fmt::format("tensor {}: {} [{}], expected {} [{}]\n", spec.name, folded.info(spec.name).dtype,
+                              fmt::join(folded.info(spec.name).shape, ", "), spec.dtype, fmt::join(spec.shape, ", "));
     }
-    if (folded.names().size() != tensors.size()) faults += fmt::format("{} tensors, expected {}\n", folded.names().size(), tensors.size());
+    if (folded.names().size() != tensors.size())
+      faults += fmt::format("{} tensors, expected {}\n", folded.names().size(), tensors.size());
   }
   const std::vector<std::string> untouched = folding::untouched_tensors(original, fold.options, fold.groups);
   compared = untouched.size();
-  for (std::size_t i = static_cast<std::size_t>(world.rank()); i < untouched.size(); i += static_cast<std::size_t>(world.size())) {
+  for (std::size_t i = static_cast<std::size_t>(world.rank()); i < untouched.size();
+       i += static_cast<std::size_t>(world.size())) {
     const std::string& name = untouched[i];
     if (!folded.has(name)) continue;
     const at::Tensor a = original.view(name), b = folded.view(name);
-    if (a.scalar_type() != b.scalar_type() || a.sizes() != b.sizes() || std::memcmp(a.data_ptr(), b.data_ptr(), a.nbytes()) != 0)
+    if (a.scalar_type() != b.scalar_type() || a.sizes() != b.sizes() ||
+        std::memcmp(a.data_ptr(), b.data_ptr(), a.nbytes()) != 0)
       faults += fmt::format("tensor {} should be the original's, byte for byte, and is not\n", name);
     original.done_with(name);
     folded.done_with(name);
@@ -149,7 +160,8 @@ class ComparisonObserver : public model::LayerObserver {
   folding::LayerComparison comparison_;
 };
 
-/// Runs `observer_of(layer)` over this rank's sequences, one layer resident at a time; `finish` is called when a layer is done with.
+/// Runs `observer_of(layer)` over this rank's sequences, one layer resident at a time; `finish` is called when a layer
+/// is done with.
 void stream(const Reader& reader, const comm::Grid& grid, const std::vector<at::Tensor>& sequences,
             const std::function<std::unique_ptr<model::LayerObserver>(std::int64_t)>& observer_of,
             const std::function<void(std::int64_t, const model::LayerObserver&)>& finish, Progress& progress) {
@@ -180,34 +192,42 @@ void stream(const Reader& reader, const comm::Grid& grid, const std::vector<at::
 
 void verify(const Context& context, const std::vector<std::string>& arguments) {
   const comm::Communicator& world = context.world;
-  const po::variables_map values =
-      parse(context, "verify", "headfold verify --model FOLDED --original DIR --data FILE", verify_options(), arguments);
+  const po::variables_map values = parse(context, "verify", "headfold verify --model FOLDED --original DIR --data FILE",
+                                         verify_options(), arguments);
   const Reader folded(values["model"].as<std::string>());
   const Reader original(values["original"].as<std::string>());
   const Fold fold = read_fold(folded, original);
   const checkpoint::ModelConfig& config = original.config();
-  const fs::path out = values.count("out") > 0 ? fs::path(values["out"].as<std::string>()) : folded.folder() / "verification.json";
+  const fs::path out =
+      values.count("out") > 0 ? fs::path(values["out"].as<std::string>()) : folded.folder() / "verification.json";
   const auto samples = values["samples"].as<std::int64_t>();
   const std::int64_t length = std::min(values["seq-len"].as<std::int64_t>(), config.max_positions);
-  if (samples < 1 || length < 2) throw UsageError(fmt::format("--samples {} --seq-len {}: at least 1 and 2", samples, length));
+  if (samples < 1 || length < 2)
+    throw UsageError(fmt::format("--samples {} --seq-len {}: at least 1 and 2", samples, length));
 
   std::size_t compared = 0;
   const std::vector<std::string> faults = exact_faults(world, folded, original, fold, compared);
   if (!faults.empty()) {
     const std::size_t shown = std::min<std::size_t>(faults.size(), 5);
     throw InputError(fmt::format("{}: {} fault(s): {}", folded.folder().string(), faults.size(),
-                                 fmt::join(std::vector<std::string>(faults.begin(), faults.begin() + static_cast<std::ptrdiff_t>(shown)), "; ")),
+                                 fmt::join(std::vector<std::string>(
+                                               faults.begin(), faults.begin() + static_cast<std::ptrdiff_t>(shown)),
+                                           "; ")),
                      "convert the original again");
   }
-  if (world.root()) std::cout << fmt::format("exact checks passed: config, names, dtypes, shapes; {} untouched tensors are identical to the original's\n", compared);
+  if (world.root())
+    std::cout << fmt::format(
+        "exact checks passed: config, names, dtypes, shapes; {} untouched tensors are identical to the original's\n",
+        compared);
 
   std::vector<fs::path> files;
   for (const std::string& file : values["data"].as<std::vector<std::string>>()) files.emplace_back(file);
   const auto field = values["field"].as<std::string>();
   const auto tokenizer = tokenizer::load_tokenizer(original.folder());
-  const at::Tensor ids = calibration::draw_sequences(
-      calibration::token_stream(*tokenizer, calibration::read_documents(files, field), parse_bos(values["bos"].as<std::string>())), samples, length,
-      values["seed"].as<std::uint64_t>());
+  const at::Tensor ids =
+      calibration::draw_sequences(calibration::token_stream(*tokenizer, calibration::read_documents(files, field),
+                                                            parse_bos(values["bos"].as<std::string>())),
+                                  samples, length, values["seed"].as<std::uint64_t>());
   std::vector<at::Tensor> mine;
   for (std::int64_t s = world.rank(); s < samples; s += world.size()) mine.push_back(ids.slice(0, s, s + 1));
 
@@ -217,35 +237,40 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
   Progress progress("verify", "sequence", static_cast<double>(mine.size()) * (centred ? 2 : 1), world.root());
   std::vector<double> means(layers * hidden, 0.0), counts(layers, 0.0);
   if (centred) {
-    stream(original, grid, mine,
-           [&](std::int64_t layer) -> std::unique_ptr<model::LayerObserver> {
-             const auto l = static_cast<std::size_t>(layer);
-             return std::make_unique<MeanObserver>(means.data() + l * hidden, counts.data() + l);
-           },
-           nullptr, progress);
+    stream(
+        original, grid, mine,
+        [&](std::int64_t layer) -> std::unique_ptr<model::LayerObserver> {
+          const auto l = static_cast<std::size_t>(layer);
+          return std::make_unique<MeanObserver>(means.data() + l * hidden, counts.data() + l);
+        },
+        nullptr, progress);
     world.all_reduce(std::span(means));
     world.all_reduce(std::span(counts));
     for (std::size_t i = 0; i < means.size(); ++i) means[i] /= counts[i / hidden];
   }
   std::vector<double> sums(layers * ErrorSums::count, 0.0);
-  stream(original, grid, mine,
-         [&](std::int64_t layer) -> std::unique_ptr<model::LayerObserver> {
-           const auto l = static_cast<std::size_t>(layer);
-           const at::Tensor mean = at::from_blob(means.data() + l * hidden, {config.hidden}, at::kDouble).clone();
-           return std::make_unique<ComparisonObserver>(folding::LayerComparison(config, folding::load_layer_weights(original, layer), folded.config(),
-                                                                                folding::load_layer_weights(folded, layer), fold.groups[l], fold.options, mean));
-         },
-         [&](std::int64_t layer, const model::LayerObserver& observer) {
-           const ErrorSums& errors = dynamic_cast<const ComparisonObserver&>(observer).errors();
-           std::copy(errors.sums.begin(), errors.sums.end(), sums.begin() + layer * ErrorSums::count);
-         },
-         progress);
+  stream(
+      original, grid, mine,
+      [&](std::int64_t layer) -> std::unique_ptr<model::LayerObserver> {
+        const auto l = static_cast<std::size_t>(layer);
+        const at::Tensor mean = at::from_blob(means.data() + l * hidden, {config.hidden}, at::kDouble).clone();
+        return std::make_unique<ComparisonObserver>(
+            folding::LayerComparison(config, folding::load_layer_weights(original, layer), folded.config(),
+                                     folding::load_layer_weights(folded, layer), fold.groups[l], fold.options, mean));
+      },
+      [&](std::int64_t layer, const model::LayerObserver& observer) {
+        const ErrorSums& errors = dynamic_cast<const ComparisonObserver&>(observer).errors();
+        std::copy(errors.sums.begin(), errors.sums.end(), sums.begin() + layer * ErrorSums::count);
+      },
+      progress);
   world.all_reduce(std::span(sums));
 
   OrderedJson result;
   result["format"] = "headfold-verification";
   result["format_version"] = 1;
-  const auto name_of_folder = [](const Reader& reader) { return fs::absolute(reader.folder() / "config.json").parent_path().lexically_normal().filename().string(); };
+  const auto name_of_folder = [](const Reader& reader) {
+    return fs::absolute(reader.folder() / "config.json").parent_path().lexically_normal().filename().string();
+  };
   result["model"] = name_of_folder(folded);
   result["original"] = name_of_folder(original);
   OrderedJson text;
@@ -259,15 +284,18 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
   result["fold"] = to_json(fold.options);
   result["exact"] = OrderedJson{{"config", true}, {"shapes", true}, {"untouched_tensors_identical", compared}};
   result["layers"] = OrderedJson::array();
-  Table table({"layer", "keys predicted", "keys measured", "values predicted", "values measured", "score error", "output error"});
+  Table table({"layer", "keys predicted", "keys measured", "values predicted", "values measured", "score error",
+               "output error"});
   std::vector<double> keys, value_losses;
   const auto cell = [](double share) { return fmt::format("{:.4g}", share); };
   for (std::size_t l = 0; l < layers; ++l) {
     ErrorSums errors;
-    std::copy(sums.begin() + static_cast<std::ptrdiff_t>(l * ErrorSums::count), sums.begin() + static_cast<std::ptrdiff_t>((l + 1) * ErrorSums::count), errors.sums.begin());
+    std::copy(sums.begin() + static_cast<std::ptrdiff_t>(l * ErrorSums::count),
+              sums.begin() + static_cast<std::ptrdiff_t>((l + 1) * ErrorSums::count), errors.sums.begin());
     keys.push_back(errors.key());
     value_losses.push_back(errors.value());
-    table.add({std::to_string(l), cell(fold.keys[l]), cell(errors.key()), cell(fold.values[l]), cell(errors.value()), cell(errors.score()), cell(errors.output())});
+    table.add({std::to_string(l), cell(fold.keys[l]), cell(errors.key()), cell(fold.values[l]), cell(errors.value()),
+               cell(errors.score()), cell(errors.output())});
     OrderedJson one;
     one["layer"] = l;
     one["key_predicted"] = fold.keys[l];
@@ -278,15 +306,19 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
     one["output_error"] = errors.output();
     result["layers"].push_back(std::move(one));
   }
-  const double key_order = folding::spearman(fold.keys, keys), value_order = folding::spearman(fold.values, value_losses);
+  const double key_order = folding::spearman(fold.keys, keys),
+               value_order = folding::spearman(fold.values, value_losses);
   result["key_rank_correlation"] = key_order;
   result["value_rank_correlation"] = value_order;
   result["record"] = run_record(context, "verify", arguments, progress.seconds());
   world.on_root([&] { write_json(out, result); });
   if (world.root())
-    std::cout << fmt::format("\nrelative squared errors on {} held-out sequences of {} tokens\n{}\nSpearman rank correlation of predicted and measured over layers: keys {:.3f}, values {:.3f}\n"
-                             "wrote {}\nnext:\n  headfold evaluate --model {} --reference {} --data FILE\n",
-                             samples, length, table.text(), key_order, value_order, out.string(), folded.folder().string(), original.folder().string());
+    std::cout << fmt::format(
+        "\nrelative squared errors on {} held-out sequences of {} tokens\n{}\nSpearman rank correlation of predicted "
+        "and measured over layers: keys {:.3f}, values {:.3f}\n"
+        "wrote {}\nnext:\n  headfold evaluate --model {} --reference {} --data FILE\n",
+        samples, length, table.text(), key_order, value_order, out.string(), folded.folder().string(),
+        original.folder().string());
 }
 
 }  // namespace headfold::jobs

@@ -42,12 +42,17 @@ void put(NewTensors& tensors, const std::string& name, const at::Tensor& weight,
   if (bias.defined()) tensors[name + ".bias"] = bias;
 }
 
-at::Tensor rows_of(const at::Tensor& tensor, const at::Tensor& rows) { return tensor.defined() ? tensor.index_select(0, rows) : tensor; }
+at::Tensor rows_of(const at::Tensor& tensor, const at::Tensor& rows) {
+  return tensor.defined() ? tensor.index_select(0, rows) : tensor;
+}
 
-at::Tensor joined(const std::vector<at::Tensor>& parts, std::int64_t dim) { return parts.empty() || !parts[0].defined() ? at::Tensor() : at::cat(parts, dim); }
+at::Tensor joined(const std::vector<at::Tensor>& parts, std::int64_t dim) {
+  return parts.empty() || !parts[0].defined() ? at::Tensor() : at::cat(parts, dim);
+}
 
 /// Which tensors (last part of the name) a fold makes in one layer, with their shapes.
-std::map<std::string, std::vector<std::int64_t>> made_tensors(const ModelConfig& config, const FoldOptions& options, const Groups& groups, Part part) {
+std::map<std::string, std::vector<std::int64_t>> made_tensors(const ModelConfig& config, const FoldOptions& options,
+                                                              const Groups& groups, Part part) {
   const bool rotates = config.family == Family::llama;
   const Names names = names_of(rotates);
   const bool biased = !rotates || config.attention_bias;
@@ -83,10 +88,14 @@ std::map<std::string, std::vector<std::int64_t>> made_tensors(const ModelConfig&
 /// "model.layers.3.self_attn." as this checkpoint stores it (the family's prefix may be absent).
 std::string attention_prefix(const Reader& reader, std::int64_t layer) {
   const ModelConfig& config = reader.config();
-  const std::string prefix = config.family == Family::llama ? fmt::format("model.layers.{}.self_attn.", layer) : fmt::format("transformer.h.{}.self_attention.", layer);
-  const std::string tail = config.family == Family::llama ? "k_proj.weight" : config.split_qkv ? "key.weight" : "query_key_value.weight";
+  const std::string prefix = config.family == Family::llama ? fmt::format("model.layers.{}.self_attn.", layer)
+                                                            : fmt::format("transformer.h.{}.self_attention.", layer);
+  const std::string tail = config.family == Family::llama ? "k_proj.weight"
+                           : config.split_qkv             ? "key.weight"
+                                                          : "query_key_value.weight";
   const std::string stored = reader.resolve(prefix + tail);
-  if (stored.empty()) throw InputError(fmt::format("{}: tensor {} is missing", reader.folder().string(), prefix + tail));
+  if (stored.empty())
+    throw InputError(fmt::format("{}: tensor {} is missing", reader.folder().string(), prefix + tail));
   return stored.substr(0, stored.size() - tail.size());
 }
 
@@ -101,7 +110,8 @@ std::string origin_of(const Reader& reader, const std::string& prefix, const std
 at::Tensor rounded(const at::Tensor& tensor, const std::string& dtype, const std::string& name) {
   const at::Tensor result = tensor.to(checkpoint::scalar_type(dtype)).contiguous();
   if (!at::isfinite(result).all().item<bool>())
-    throw NumericalError(fmt::format("{}: the fold gives values that {} cannot hold", name, dtype), "convert from a float32 or bfloat16 checkpoint");
+    throw NumericalError(fmt::format("{}: the fold gives values that {} cannot hold", name, dtype),
+                         "convert from a float32 or bfloat16 checkpoint");
   return result;
 }
 
@@ -116,7 +126,8 @@ Layout layout(const Reader& reader, const FoldOptions& options, const std::vecto
   Layout result;
   for (std::int64_t l = 0; l < config.layers; ++l) {
     const std::string prefix = attention_prefix(reader, l);
-    for (const auto& [tail, shape] : made_tensors(config, options, groups.at(static_cast<std::size_t>(l)), Part::both)) {
+    for (const auto& [tail, shape] :
+         made_tensors(config, options, groups.at(static_cast<std::size_t>(l)), Part::both)) {
       const std::string origin = origin_of(reader, prefix, tail);
       result.tensors.push_back({prefix + tail, reader.info(origin).dtype, shape});
       replaced.insert(prefix + tail);
@@ -128,7 +139,8 @@ Layout layout(const Reader& reader, const FoldOptions& options, const std::vecto
     result.tensors.push_back({name, reader.info(name).dtype, reader.info(name).shape});
     result.untouched.push_back(name);
   }
-  std::sort(result.tensors.begin(), result.tensors.end(), [](const TensorSpec& a, const TensorSpec& b) { return a.name < b.name; });
+  std::sort(result.tensors.begin(), result.tensors.end(),
+            [](const TensorSpec& a, const TensorSpec& b) { return a.name < b.name; });
   return result;
 }
 
@@ -140,7 +152,8 @@ NewTensors folded_keys(const LayerProblem& problem, const Groups& groups, const 
   const Names names = names_of(problem.rotates);
   const bool projected = layout_of(options) == KvLayout::projected;
   const auto count = groups.size();
-  std::vector<at::Tensor> key(count), key_bias(count), query(count), query_bias(count), key_fold(count), query_fold(count);
+  std::vector<at::Tensor> key(count), key_bias(count), query(count), query_bias(count), key_fold(count),
+      query_fold(count);
   for_each_item(static_cast<std::int64_t>(count), [&](std::int64_t index) {
     const auto g = static_cast<std::size_t>(index);
     const Basis basis = key_basis(problem, groups[g], options);
@@ -158,12 +171,16 @@ NewTensors folded_keys(const LayerProblem& problem, const Groups& groups, const 
       return;
     }
     key[g] = at::matmul(basis.encoder, key[g]);
-    // Without rotation a key bias adds the same number to every score of a query: it drops out of the softmax (methods.md 2.1).
+    // Without rotation a key bias adds the same number to every score of a query: it drops out of the softmax
+    // (methods.md 2.1).
     if (key_bias[g].defined())
-      key_bias[g] = options.keys == KeyFold::norope ? at::zeros({d}, at::kDouble) : at::matmul(basis.encoder, key_bias[g]);
+      key_bias[g] =
+          options.keys == KeyFold::norope ? at::zeros({d}, at::kDouble) : at::matmul(basis.encoder, key_bias[g]);
     if (options.keys == KeyFold::meanpool) return;
-    query[g] = at::matmul(decoder_t.unsqueeze(1), query[g].view({size, repeat, d, -1})).reshape({size * repeat * d, -1});
-    if (query_bias[g].defined()) query_bias[g] = at::matmul(decoder_t.unsqueeze(1), query_bias[g].view({size, repeat, d, 1})).reshape({-1});
+    query[g] =
+        at::matmul(decoder_t.unsqueeze(1), query[g].view({size, repeat, d, -1})).reshape({size * repeat * d, -1});
+    if (query_bias[g].defined())
+      query_bias[g] = at::matmul(decoder_t.unsqueeze(1), query_bias[g].view({size, repeat, d, 1})).reshape({-1});
   });
   NewTensors made;
   put(made, names.query, joined(query, 0), joined(query_bias, 0));
@@ -194,14 +211,17 @@ NewTensors folded_values(const LayerProblem& problem, const Groups& groups, cons
     if (options.values == ValueFold::meanpool) return;
     const at::Tensor heads = output[g].view({w.hidden, size, repeat, d});
     if (problem.centred_values) {
-      // (I - BA) v_mean is constant and attention rows sum to one: what is left out goes through W_O into the output bias (methods.md 4.5).
+      // (I - BA) v_mean is constant and attention rows sum to one: what is left out goes through W_O into the output
+      // bias (methods.md 4.5).
       at::Tensor mean = at::zeros({size * d}, at::kDouble);
       if (problem.has_moments) mean = at::matmul(source, problem.moments.mean.slice(0, 0, w.hidden));
       if (source_bias.defined()) mean = mean + source_bias;
       const at::Tensor missing = (mean - at::matmul(basis.decoder, at::matmul(basis.encoder, mean))).view({size, d});
       correction[g] = (heads.sum(2) * missing).sum(2).sum(1);
     }
-    output[g] = at::matmul(heads.permute({1, 2, 0, 3}), basis.decoder.view({size, 1, d, d})).permute({2, 0, 1, 3}).reshape({w.hidden, size * repeat * d});
+    output[g] = at::matmul(heads.permute({1, 2, 0, 3}), basis.decoder.view({size, 1, d, d}))
+                    .permute({2, 0, 1, 3})
+                    .reshape({w.hidden, size * repeat * d});
   });
   NewTensors made;
   put(made, names.value, joined(value, 0), joined(value_bias, 0));
@@ -212,15 +232,19 @@ NewTensors folded_values(const LayerProblem& problem, const Groups& groups, cons
   return made;
 }
 
-std::vector<TensorSpec> folded_tensors(const Reader& reader, const FoldOptions& options, const std::vector<Groups>& groups) {
+std::vector<TensorSpec> folded_tensors(const Reader& reader, const FoldOptions& options,
+                                       const std::vector<Groups>& groups) {
   return layout(reader, options, groups).tensors;
 }
 
-std::vector<std::string> untouched_tensors(const Reader& reader, const FoldOptions& options, const std::vector<Groups>& groups) {
+std::vector<std::string> untouched_tensors(const Reader& reader, const FoldOptions& options,
+                                           const std::vector<Groups>& groups) {
   return layout(reader, options, groups).untouched;
 }
 
-std::int64_t bytes_per_element(const std::string& dtype) { return dtype == "float32" ? 4 : 2; }
+std::int64_t bytes_per_element(const std::string& dtype) {
+  return dtype == "float32" ? 4 : 2;
+}
 
 OrderedJson headfold_record(const Reader& reader, const calibration::StatisticsFile* statistics, const Plan& plan) {
   const ModelConfig& before = reader.config();
@@ -231,28 +255,36 @@ OrderedJson headfold_record(const Reader& reader, const calibration::StatisticsF
   json["format"] = "headfold-model";
   json["format_version"] = 1;
   json["headfold_version"] = version();
-  json["source"] = OrderedJson{{"folder", std::filesystem::absolute(reader.folder() / "config.json").parent_path().lexically_normal().filename().string()},
-                               {"fingerprint", plan.model_hash}};
+  json["source"] = OrderedJson{
+      {"folder",
+       std::filesystem::absolute(reader.folder() / "config.json").parent_path().lexically_normal().filename().string()},
+      {"fingerprint", plan.model_hash}};
   json["statistics"] = statistics == nullptr ? OrderedJson()
-                                             : OrderedJson{{"file", statistics->path().filename().string()}, {"content_hash", plan.statistics_hash}};
+                                             : OrderedJson{{"file", statistics->path().filename().string()},
+                                                           {"content_hash", plan.statistics_hash}};
   json["fold"] = to_json(plan.options);
   json["layout"] = checkpoint::name_of(layout_of(plan.options));
   json["stock"] = is_stock(plan.options, before);
   json["kv_heads"] = OrderedJson{{"before", before.kv_heads}, {"after", plan.options.kv_heads}};
   json["heads"] = before.heads;
   json["layers_total"] = before.layers;
-  json["cache_bytes_per_token"] = OrderedJson{{"before", before.cache_bytes_per_token(element)}, {"after", after.cache_bytes_per_token(element)}};
-  json["parameters"] = OrderedJson{{"before", checkpoint::parameter_count(before)}, {"after", checkpoint::parameter_count(after)}};
+  json["cache_bytes_per_token"] =
+      OrderedJson{{"before", before.cache_bytes_per_token(element)}, {"after", after.cache_bytes_per_token(element)}};
+  json["parameters"] =
+      OrderedJson{{"before", checkpoint::parameter_count(before)}, {"after", checkpoint::parameter_count(after)}};
   json["layers"] = OrderedJson::array();
   for (const LayerPlan& layer : plan.layers) {
     OrderedJson one;
     one["layer"] = layer.layer;
     one["groups"] = OrderedJson::array();
-    std::vector<double> key_energy(layer.groups.at(0).key_energy.size(), 0.0), value_energy(layer.groups.at(0).value_energy.size(), 0.0);
+    std::vector<double> key_energy(layer.groups.at(0).key_energy.size(), 0.0),
+        value_energy(layer.groups.at(0).value_energy.size(), 0.0);
     for (const GroupPlan& group : layer.groups) {
       one["groups"].push_back(group.kv_heads);
-      for (std::size_t i = 0; i < key_energy.size(); ++i) key_energy[i] += group.key_energy.at(i) / static_cast<double>(layer.groups.size());
-      for (std::size_t i = 0; i < value_energy.size(); ++i) value_energy[i] += group.value_energy.at(i) / static_cast<double>(layer.groups.size());
+      for (std::size_t i = 0; i < key_energy.size(); ++i)
+        key_energy[i] += group.key_energy.at(i) / static_cast<double>(layer.groups.size());
+      for (std::size_t i = 0; i < value_energy.size(); ++i)
+        value_energy[i] += group.value_energy.at(i) / static_cast<double>(layer.groups.size());
     }
     one["key_relative_loss"] = layer.key_relative_loss();
     one["value_relative_loss"] = layer.value_relative_loss();
@@ -263,8 +295,8 @@ OrderedJson headfold_record(const Reader& reader, const calibration::StatisticsF
   return json;
 }
 
-void apply_plan(const comm::Communicator& world, const Reader& reader, const calibration::StatisticsFile* statistics, const Plan& plan,
-                const std::filesystem::path& folder, std::uint64_t max_shard_bytes) {
+void apply_plan(const comm::Communicator& world, const Reader& reader, const calibration::StatisticsFile* statistics,
+                const Plan& plan, const std::filesystem::path& folder, std::uint64_t max_shard_bytes) {
   const ModelConfig& config = reader.config();
   const std::vector<Groups> groups = groups_of(plan);
   const Layout target = layout(reader, plan.options, groups);
@@ -280,8 +312,10 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
     const Part part = item % 2 == 0 ? Part::keys : Part::values;
     const Groups& list = groups[static_cast<std::size_t>(layer)];
     LayerProblem problem;
-    for_each_item(1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, part, plan.options.sink_weight); });
-    const NewTensors made = part == Part::keys ? folded_keys(problem, list, plan.options) : folded_values(problem, list, plan.options);
+    for_each_item(
+        1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, part, plan.options.sink_weight); });
+    const NewTensors made =
+        part == Part::keys ? folded_keys(problem, list, plan.options) : folded_values(problem, list, plan.options);
     const std::string prefix = attention_prefix(reader, layer);
     for (const auto& [tail, shape] : made_tensors(config, plan.options, list, part))
       writer.write(prefix + tail, rounded(made.at(tail), dtypes.at(prefix + tail), prefix + tail));
@@ -294,13 +328,16 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
   for (const std::string& name : target.untouched) {
     const std::uint64_t bytes = reader.info(name).end - reader.info(name).begin;
     const double middle = static_cast<double>(before) + 0.5 * static_cast<double>(bytes);
-    const int owner = total == 0 ? 0 : std::min(world.size() - 1, static_cast<int>(middle / static_cast<double>(total) * world.size()));
+    const int owner =
+        total == 0 ? 0
+                   : std::min(world.size() - 1, static_cast<int>(middle / static_cast<double>(total) * world.size()));
     before += bytes;
     if (owner != world.rank()) continue;
     writer.write(name, reader.view(name));
     reader.done_with(name);
   }
-  writer.finish(checkpoint::folded_config(config, plan.options.kv_heads, layout_of(plan.options)), record, checkpoint::companion_files(reader.folder()));
+  writer.finish(checkpoint::folded_config(config, plan.options.kv_heads, layout_of(plan.options)), record,
+                checkpoint::companion_files(reader.folder()));
 }
 
 }  // namespace headfold::folding

@@ -4,8 +4,8 @@
 
 namespace headfold::folding {
 
-LayerProblem load_problem(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics, std::int64_t layer, Part part,
-                          double sink_weight) {
+LayerProblem load_problem(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics,
+                          std::int64_t layer, Part part, double sink_weight) {
   LayerProblem problem;
   problem.weights = load_layer_weights(reader, layer, part);
   problem.rotates = reader.config().family == checkpoint::Family::llama;
@@ -27,8 +27,11 @@ Basis key_basis(const LayerProblem& problem, const std::vector<std::int64_t>& kv
       return fold_keys_rope_commuting(group, moments, options.key_metric, options.weight_ridge);
     case KeyFold::norope: {
       Basis basis = fold_keys_norope(group, moments, options.key_metric, options.weight_ridge);
-      normalise_scale(basis, unrotated_key_problem(group, moments, options.key_metric == Metric::weights ? Metric::weights : Metric::act).sigma,
-                      group.head_dim);
+      normalise_scale(
+          basis,
+          unrotated_key_problem(group, moments, options.key_metric == Metric::weights ? Metric::weights : Metric::act)
+              .sigma,
+          group.head_dim);
       return basis;
     }
     case KeyFold::post_rotation: {

@@ -12,18 +12,20 @@ struct LayerProblem {
   LayerWeights weights;
   LayerMoments moments;
   bool has_moments = false;
-  bool rotates = false;         ///< RoPE
-  bool centred_values = false;  ///< the output projection has a bias that takes the values' mean (BLOOM; methods.md 4.5)
+  bool rotates = false;  ///< RoPE
+  bool centred_values =
+      false;  ///< the output projection has a bias that takes the values' mean (BLOOM; methods.md 4.5)
   const LayerMoments* moments_or_null() const { return has_moments ? &moments : nullptr; }
 };
-LayerProblem load_problem(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics, std::int64_t layer, Part part,
-                          double sink_weight);
+LayerProblem load_problem(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics,
+                          std::int64_t layer, Part part, double sink_weight);
 
 /// Basis of one group, scaled for storage; `kv_heads` are source heads.
 Basis key_basis(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, const FoldOptions& options);
 Basis value_basis(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, const FoldOptions& options);
 
-/// Calls work(0 .. count-1), each item on one thread with single-threaded products, so that bytes do not depend on the thread count.
+/// Calls work(0 .. count-1), each item on one thread with single-threaded products, so that bytes do not depend on the
+/// thread count.
 void for_each_item(std::int64_t count, const std::function<void(std::int64_t)>& work);
 
 /// Block [begin, end) of `items` that `rank` of `size` works on; sizes differ by at most one.

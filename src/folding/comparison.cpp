@@ -12,19 +12,23 @@ using checkpoint::KvLayout;
 
 namespace {
 
-at::Tensor float_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.to(at::kFloat) : tensor; }
+at::Tensor float_of(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.to(at::kFloat) : tensor;
+}
 
 LayerWeights in_float(const LayerWeights& w) {
   LayerWeights result = w;
-  for (at::Tensor LayerWeights::*member : {&LayerWeights::query, &LayerWeights::key, &LayerWeights::value, &LayerWeights::output, &LayerWeights::query_bias,
-                                           &LayerWeights::key_bias, &LayerWeights::value_bias, &LayerWeights::output_bias, &LayerWeights::key_fold,
-                                           &LayerWeights::query_fold})
+  for (at::Tensor LayerWeights::*member :
+       {&LayerWeights::query, &LayerWeights::key, &LayerWeights::value, &LayerWeights::output,
+        &LayerWeights::query_bias, &LayerWeights::key_bias, &LayerWeights::value_bias, &LayerWeights::output_bias,
+        &LayerWeights::key_fold, &LayerWeights::query_fold})
     result.*member = float_of(w.*member);
   return result;
 }
 
 /// [tokens, rows / head_dim, head_dim].
-at::Tensor projected_heads(const at::Tensor& inputs, const at::Tensor& weight, const at::Tensor& bias, std::int64_t head_dim) {
+at::Tensor projected_heads(const at::Tensor& inputs, const at::Tensor& weight, const at::Tensor& bias,
+                           std::int64_t head_dim) {
   at::Tensor y = at::matmul(inputs, weight.t());
   if (bias.defined()) y = y + bias;
   return y.view({inputs.size(0), -1, head_dim});
@@ -43,7 +47,8 @@ at::Tensor least_squares(const at::Tensor& target, const at::Tensor& source) {
 /// The same for maps that commute with every rotation: one complex number per frequency.
 at::Tensor commuting_least_squares(const at::Tensor& target, const at::Tensor& source) {
   const std::int64_t half = source.size(0) / 2;
-  const at::Tensor x = source.slice(0, 0, half), y = source.slice(0, half), u = target.slice(0, 0, half), v = target.slice(0, half);
+  const at::Tensor x = source.slice(0, 0, half), y = source.slice(0, half), u = target.slice(0, 0, half),
+                   v = target.slice(0, half);
   const at::Tensor norm = (x * x + y * y).sum(1).clamp_min(1e-300);
   const at::Tensor re = at::diag((x * u + y * v).sum(1) / norm), im = at::diag((x * v - y * u).sum(1) / norm);
   return at::cat({at::cat({re, -im}, 1), at::cat({im, re}, 1)}, 0);
@@ -54,21 +59,25 @@ at::Tensor side_by_side(const at::Tensor& rows, std::int64_t head_dim) {
   return rows.view({-1, head_dim, rows.size(1)}).transpose(0, 1).reshape({head_dim, -1});
 }
 
-at::Tensor mean_or_zero(const at::Tensor& mean_input, const at::Tensor& weight, const at::Tensor& bias, std::int64_t head_dim, bool centred) {
+at::Tensor mean_or_zero(const at::Tensor& mean_input, const at::Tensor& weight, const at::Tensor& bias,
+                        std::int64_t head_dim, bool centred) {
   if (!centred) return at::zeros({weight.size(0) / head_dim, head_dim}, at::kFloat);
   at::Tensor mean = at::matmul(weight, mean_input.to(at::kDouble));
   if (bias.defined()) mean = mean + bias;
   return mean.view({-1, head_dim}).to(at::kFloat);
 }
 
-double square_sum(const at::Tensor& tensor) { return (tensor * tensor).sum(at::kDouble).item<double>(); }
+double square_sum(const at::Tensor& tensor) {
+  return (tensor * tensor).sum(at::kDouble).item<double>();
+}
 
 constexpr std::int64_t kQueryRows = 512;  // scores are formed [512, tokens] at a time
 
 }  // namespace
 
-LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config, const LayerWeights& original, const checkpoint::ModelConfig& folded_config,
-                                 const LayerWeights& folded, const Groups& groups, const FoldOptions& options, const at::Tensor& mean_input)
+LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config, const LayerWeights& original,
+                                 const checkpoint::ModelConfig& folded_config, const LayerWeights& folded,
+                                 const Groups& groups, const FoldOptions& options, const at::Tensor& mean_input)
     : original_(in_float(original)), folded_(in_float(folded)), options_(options), groups_(groups) {
   rotates_ = original_config.family == Family::llama;
   projected_ = folded_config.layout == KvLayout::projected;
@@ -101,7 +110,10 @@ LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config,
     } else {
       const auto rows = [&](const LayerWeights& w, std::int64_t head) {
         const std::int64_t n = repeat * d;
-        return side_by_side(with_bias(w.query.slice(0, head * n, (head + 1) * n), w.query_bias.defined() ? w.query_bias.slice(0, head * n, (head + 1) * n) : w.query_bias), d);
+        return side_by_side(
+            with_bias(w.query.slice(0, head * n, (head + 1) * n),
+                      w.query_bias.defined() ? w.query_bias.slice(0, head * n, (head + 1) * n) : w.query_bias),
+            d);
       };
       const at::Tensor target = rows(folded, at_place), source = rows(original, k);
       key_decoders.push_back((rotates_ ? commuting_least_squares(target, source) : least_squares(target, source)).t());
@@ -117,11 +129,13 @@ LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config,
   key_decoder_ = key_decoder.to(at::kFloat);
   value_decoder_ = value_decoder.to(at::kFloat);
 
-  const auto weight_error = [&](const at::Tensor& source, const at::Tensor& merged, const at::Tensor& decoder, int error, int total) {
+  const auto weight_error = [&](const at::Tensor& source, const at::Tensor& merged, const at::Tensor& decoder,
+                                int error, int total) {
     for (std::int64_t k = 0; k < source_heads; ++k) {
       const std::int64_t g = group_of_head_[static_cast<std::size_t>(k)];
       const at::Tensor rows = source.slice(0, k * d, (k + 1) * d);
-      errors_.sums[static_cast<std::size_t>(error)] += square_sum(rows - at::matmul(decoder[k], merged.slice(0, g * d, (g + 1) * d)));
+      errors_.sums[static_cast<std::size_t>(error)] +=
+          square_sum(rows - at::matmul(decoder[k], merged.slice(0, g * d, (g + 1) * d)));
       errors_.sums[static_cast<std::size_t>(total)] += square_sum(rows);
     }
   };
@@ -131,18 +145,23 @@ LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config,
     if (projected_) {
       std::vector<at::Tensor> parts;
       for (std::size_t g = 0; g < groups.size(); ++g)
-        parts.push_back(at::matmul(folded.key_fold[static_cast<std::int64_t>(g)], original.key.index_select(0, block_index(groups[g], d))));
+        parts.push_back(at::matmul(folded.key_fold[static_cast<std::int64_t>(g)],
+                                   original.key.index_select(0, block_index(groups[g], d))));
       merged = at::cat(parts, 0);
     }
     weight_error(original.key, merged, key_decoder, ErrorSums::key_error, ErrorSums::key_total);
   }
-  if (options_.value_metric == Metric::weights) weight_error(original.value, folded.value, value_decoder, ErrorSums::value_error, ErrorSums::value_total);
+  if (options_.value_metric == Metric::weights)
+    weight_error(original.value, folded.value, value_decoder, ErrorSums::value_error, ErrorSums::value_total);
 }
 
 void LayerComparison::add(const at::Tensor& inputs) {
-  const std::int64_t tokens = inputs.size(0), d = original_.head_dim, heads = original_.heads, repeat = heads / original_.kv_heads;
+  const std::int64_t tokens = inputs.size(0), d = original_.head_dim, heads = original_.heads,
+                     repeat = heads / original_.kv_heads;
   const at::Tensor x = inputs.to(at::kFloat);
-  const auto rotated = [&](const at::Tensor& y) { return rotates_ ? model::apply_rope(y.unsqueeze(0), frequencies_, 0).squeeze(0) : y; };
+  const auto rotated = [&](const at::Tensor& y) {
+    return rotates_ ? model::apply_rope(y.unsqueeze(0), frequencies_, 0).squeeze(0) : y;
+  };
   const at::Tensor plain_keys = projected_heads(x, original_.key, original_.key_bias, d);
   const at::Tensor query = rotated(projected_heads(x, original_.query, original_.query_bias, d));
   const at::Tensor key = rotated(plain_keys) - key_mean_;
@@ -152,7 +171,9 @@ void LayerComparison::add(const at::Tensor& inputs) {
   at::Tensor folded_key = rotated(folded_plain);
   if (projected_) {
     const std::int64_t groups = folded_.key_fold.size(0);
-    folded_query = at::einsum("tkrd,ked->tkre", {folded_query.view({tokens, original_.kv_heads, repeat, d}), folded_.query_fold}).reshape({tokens, heads, d});
+    folded_query =
+        at::einsum("tkrd,ked->tkre", {folded_query.view({tokens, original_.kv_heads, repeat, d}), folded_.query_fold})
+            .reshape({tokens, heads, d});
     folded_key = at::einsum("tgp,gep->tge", {folded_key.reshape({tokens, groups, -1}), folded_.key_fold});
   } else {
     folded_key = folded_key - folded_key_mean_;
@@ -168,13 +189,15 @@ void LayerComparison::add(const at::Tensor& inputs) {
     sums[ErrorSums::key_total] += square_sum(key);
   }
   if (options_.value_metric == Metric::act) {
-    const at::Tensor rebuilt = at::einsum("tke,kde->tkd", {(folded_value - folded_value_mean_).index_select(1, group_index), value_decoder_});
+    const at::Tensor rebuilt =
+        at::einsum("tke,kde->tkd", {(folded_value - folded_value_mean_).index_select(1, group_index), value_decoder_});
     const at::Tensor centred = value - value_mean_;
     sums[ErrorSums::value_error] += square_sum(centred - rebuilt);
     sums[ErrorSums::value_total] += square_sum(centred);
   }
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
-  at::Tensor attended = at::empty({tokens, heads, d}, at::kFloat), folded_attended = at::empty({tokens, heads, d}, at::kFloat);
+  at::Tensor attended = at::empty({tokens, heads, d}, at::kFloat),
+             folded_attended = at::empty({tokens, heads, d}, at::kFloat);
   const at::Tensor positions = at::arange(tokens, at::kLong);
   for (std::int64_t begin = 0; begin < tokens; begin += kQueryRows) {
     const std::int64_t end = std::min(tokens, begin + kQueryRows);
@@ -183,7 +206,8 @@ void LayerComparison::add(const at::Tensor& inputs) {
       const std::int64_t k = h / repeat, g = group_of_head_[static_cast<std::size_t>(k)];
       const std::int64_t place = place_of_head_[static_cast<std::size_t>(k)] * repeat + h % repeat;
       const auto scores_of = [&](const at::Tensor& queries, std::int64_t q, const at::Tensor& keys, std::int64_t kv) {
-        return (at::matmul(queries.select(1, q).slice(0, begin, end), keys.select(1, kv).slice(0, 0, end).t()) * scale).masked_fill(future, 0.0);
+        return (at::matmul(queries.select(1, q).slice(0, begin, end), keys.select(1, kv).slice(0, 0, end).t()) * scale)
+            .masked_fill(future, 0.0);
       };
       at::Tensor scores = scores_of(query, h, key, k), folded_scores = scores_of(folded_query, place, folded_key, g);
       sums[ErrorSums::score_error] += square_sum(scores - folded_scores);

@@ -1,5 +1,6 @@
 #pragma once
-// What a fold changed, measured: the attention of one layer with its original and with its folded weights, on the same inputs.
+// What a fold changed, measured: the attention of one layer with its original and with its folded weights, on the same
+// inputs.
 
 #include <headfold/folding/layer_data.h>
 #include <headfold/folding/plan.h>
@@ -11,25 +12,45 @@ namespace headfold::folding {
 
 /// Sums over sequences that make relative errors; additive over ranks.
 struct ErrorSums {
-  enum Index { key_error, key_total, value_error, value_total, score_error, score_total, output_error, output_total, count };
+  enum Index {
+    key_error,
+    key_total,
+    value_error,
+    value_total,
+    score_error,
+    score_total,
+    output_error,
+    output_total,
+    count
+  };
   std::array<double, count> sums{};
   double key() const { return ratio(key_error, key_total); }        ///< the quantity that the plan predicts for keys
   double value() const { return ratio(value_error, value_total); }  ///< the quantity that the plan predicts for values
-  double score() const { return ratio(score_error, score_total); }  ///< squared error of scores over causal pairs, relative
-  double output() const { return ratio(output_error, output_total); }  ///< squared error of the attention output, relative
-  double ratio(int part, int whole) const { return sums[static_cast<std::size_t>(whole)] > 0 ? sums[static_cast<std::size_t>(part)] / sums[static_cast<std::size_t>(whole)] : 0.0; }
+  double score() const {
+    return ratio(score_error, score_total);
+  }  ///< squared error of scores over causal pairs, relative
+  double output() const {
+    return ratio(output_error, output_total);
+  }  ///< squared error of the attention output, relative
+  double ratio(int part, int whole) const {
+    return sums[static_cast<std::size_t>(whole)] > 0
+               ? sums[static_cast<std::size_t>(part)] / sums[static_cast<std::size_t>(whole)]
+               : 0.0;
+  }
 };
 
 /// Original and folded attention of one layer. Products in float32, sums in float64.
-/// Keys, by the plan's metric: act+query the score error itself; act the error of keys rebuilt by the decoder (rotated ones for post-rotation);
-/// weights the same of the weight rows. Values likewise. The decoder is not stored: it is recovered by least squares from W_Q' = B^T W_Q and
-/// W_O' = P B (post-rotation stores it). Models without rotation: keys, scores and values less `mean_input`'s (softmax drops a constant, the
-/// output bias carries one).
+/// Keys, by the plan's metric: act+query the score error itself; act the error of keys rebuilt by the decoder (rotated
+/// ones for post-rotation); weights the same of the weight rows. Values likewise. The decoder is not stored: it is
+/// recovered by least squares from W_Q' = B^T W_Q and W_O' = P B (post-rotation stores it). Models without rotation:
+/// keys, scores and values less `mean_input`'s (softmax drops a constant, the output bias carries one).
 class LayerComparison {
  public:
-  /// Weights in float64 (load_layer_weights), `groups` of source KV heads, `mean_input` [hidden] mean of attention inputs, used without rotation only.
-  LayerComparison(const checkpoint::ModelConfig& original_config, const LayerWeights& original, const checkpoint::ModelConfig& folded_config,
-                  const LayerWeights& folded, const Groups& groups, const FoldOptions& options, const at::Tensor& mean_input);
+  /// Weights in float64 (load_layer_weights), `groups` of source KV heads, `mean_input` [hidden] mean of attention
+  /// inputs, used without rotation only.
+  LayerComparison(const checkpoint::ModelConfig& original_config, const LayerWeights& original,
+                  const checkpoint::ModelConfig& folded_config, const LayerWeights& folded, const Groups& groups,
+                  const FoldOptions& options, const at::Tensor& mean_input);
   /// One sequence: attention inputs [tokens, hidden], positions 0 .. tokens - 1.
   void add(const at::Tensor& inputs);
   const ErrorSums& errors() const { return errors_; }
@@ -42,11 +63,13 @@ class LayerComparison {
   at::Tensor frequencies_, slopes_;
   at::Tensor key_decoder_, value_decoder_;  // [source_kv_heads, head_dim, head_dim] float32
   at::Tensor key_mean_, folded_key_mean_, value_mean_, folded_value_mean_;  // [heads, head_dim], zeros with rotation
-  std::vector<std::int64_t> group_of_head_, place_of_head_;  // of source KV heads: their group, their place in output order
+  std::vector<std::int64_t> group_of_head_,
+      place_of_head_;  // of source KV heads: their group, their place in output order
   ErrorSums errors_;
 };
 
-/// Rank correlation of two equally long lists (Spearman, ties get their mean rank); 0 for fewer than two points or a constant list.
+/// Rank correlation of two equally long lists (Spearman, ties get their mean rank); 0 for fewer than two points or a
+/// constant list.
 double spearman(const std::vector<double>& a, const std::vector<double>& b);
 
 }  // namespace headfold::folding

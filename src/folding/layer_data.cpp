@@ -16,7 +16,8 @@ at::Tensor augmented(const at::Tensor& weight, const at::Tensor& bias) {
   return at::cat({weight, column}, 1);
 }
 
-void load_llama(const checkpoint::Reader& reader, const std::string& prefix, bool keys, bool values, at::ScalarType dtype, LayerWeights& w) {
+void load_llama(const checkpoint::Reader& reader, const std::string& prefix, bool keys, bool values,
+                at::ScalarType dtype, LayerWeights& w) {
   const ModelConfig& config = reader.config();
   const std::int64_t query_rows = w.heads * w.head_dim;
   const std::int64_t key_rows = config.source_kv_heads * w.head_dim;
@@ -43,7 +44,8 @@ void load_llama(const checkpoint::Reader& reader, const std::string& prefix, boo
   }
 }
 
-void load_bloom(const checkpoint::Reader& reader, const std::string& prefix, bool keys, bool values, at::ScalarType dtype, LayerWeights& w) {
+void load_bloom(const checkpoint::Reader& reader, const std::string& prefix, bool keys, bool values,
+                at::ScalarType dtype, LayerWeights& w) {
   const ModelConfig& config = reader.config();
   const std::int64_t query_rows = w.heads * w.head_dim;
   const std::int64_t kv_rows = w.kv_heads * w.head_dim;
@@ -57,8 +59,10 @@ void load_bloom(const checkpoint::Reader& reader, const std::string& prefix, boo
     if (values) load("value", kv_rows, w.value, w.value_bias);
   } else {
     // Fused rows are [heads, (query, key, value), head_dim].
-    const at::Tensor weight = reader.load(prefix + "query_key_value.weight", {3 * query_rows, w.hidden}, dtype).view({w.heads, 3, w.head_dim, w.hidden});
-    const at::Tensor bias = reader.load(prefix + "query_key_value.bias", {3 * query_rows}, dtype).view({w.heads, 3, w.head_dim});
+    const at::Tensor weight = reader.load(prefix + "query_key_value.weight", {3 * query_rows, w.hidden}, dtype)
+                                  .view({w.heads, 3, w.head_dim, w.hidden});
+    const at::Tensor bias =
+        reader.load(prefix + "query_key_value.bias", {3 * query_rows}, dtype).view({w.heads, 3, w.head_dim});
     const auto part = [&](std::int64_t which, at::Tensor& rows, at::Tensor& constants) {
       rows = weight.select(1, which).reshape({query_rows, w.hidden});
       constants = bias.select(1, which).reshape({query_rows});
@@ -91,13 +95,15 @@ LayerWeights load_layer_weights(const checkpoint::Reader& reader, std::int64_t l
   return w;
 }
 
-LayerMoments moments_of(const calibration::LayerStatistics& statistics, const LayerWeights& weights, double sink_weight) {
+LayerMoments moments_of(const calibration::LayerStatistics& statistics, const LayerWeights& weights,
+                        double sink_weight) {
   const at::Tensor second = statistics.second_moment(sink_weight);
   const at::Tensor mean = statistics.mean(sink_weight);
   const std::int64_t hidden = weights.hidden;
   if (second.dim() != 2 || second.size(0) != hidden || mean.numel() != hidden)
-    throw InputError(fmt::format("the statistics are for inputs of width {}, the model has hidden size {}", second.size(0), hidden),
-                     "calibrate this model");
+    throw InputError(
+        fmt::format("the statistics are for inputs of width {}, the model has hidden size {}", second.size(0), hidden),
+        "calibrate this model");
   LayerMoments moments;
   const auto augment = [&](const at::Tensor& square, const at::Tensor& vector, double corner) {
     at::Tensor full = at::empty({hidden + 1, hidden + 1}, at::kDouble);
@@ -148,7 +154,8 @@ GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_
   if (weights.key.defined()) {
     group.key = pick(weights.key, weights.key_bias, rows);
     for (const std::int64_t kv : kv_heads)
-      group.queries.push_back(pick(weights.query, weights.query_bias, block_index(query_heads_of({kv}, weights.key_repeat()), weights.head_dim)));
+      group.queries.push_back(pick(weights.query, weights.query_bias,
+                                   block_index(query_heads_of({kv}, weights.key_repeat()), weights.head_dim)));
   }
   if (weights.value.defined()) group.value = pick(weights.value, weights.value_bias, rows);
   return group;

@@ -28,27 +28,31 @@ struct LayerWeights {
 /// Which projections to load; the others stay undefined.
 enum class Part { keys, values, both };  ///< keys: query and key; values: value and output
 
-/// Reads the attention weights of a layer in `dtype` (LLaMA; BLOOM with fused or split projections; layout `projected`).
-/// Throws InputError for tensors of another shape than the config's.
-LayerWeights load_layer_weights(const checkpoint::Reader& reader, std::int64_t layer, Part part = Part::both, at::ScalarType dtype = at::kDouble);
+/// Reads the attention weights of a layer in `dtype` (LLaMA; BLOOM with fused or split projections; layout
+/// `projected`). Throws InputError for tensors of another shape than the config's.
+LayerWeights load_layer_weights(const checkpoint::Reader& reader, std::int64_t layer, Part part = Part::both,
+                                at::ScalarType dtype = at::kDouble);
 
 /// Means over calibration tokens of the augmented input x~ = [x; 1] (methods.md 2.1), sinks weighted. Float64.
 struct LayerMoments {
   at::Tensor input;         ///< E[x~ x~^T], [hidden + 1, hidden + 1]
   at::Tensor centred;       ///< E[x~ x~^T] - E[x~] E[x~]^T; its last row and column are zero
   at::Tensor mean;          ///< E[x~], [hidden + 1]
-  at::Tensor rotated_keys;  ///< E[(R(n)k)(R(n)k)^T], [kv_heads * head_dim, same]; undefined unless the statistics and the key weights were given
+  at::Tensor rotated_keys;  ///< E[(R(n)k)(R(n)k)^T], [kv_heads * head_dim, same]; undefined unless the statistics and
+                            ///< the key weights were given
 };
 /// `weights.key` (with its bias) gives the rotated-key moment of position 0, which statistics files do not store.
-LayerMoments moments_of(const calibration::LayerStatistics& statistics, const LayerWeights& weights, double sink_weight);
+LayerMoments moments_of(const calibration::LayerStatistics& statistics, const LayerWeights& weights,
+                        double sink_weight);
 
 /// The rows of one group, every projection with its bias as a last column (zero where there is none). Float64.
 struct GroupWeights {
-  std::int64_t size = 0;      ///< source KV heads in the group
+  std::int64_t size = 0;  ///< source KV heads in the group
   std::int64_t head_dim = 0;
-  at::Tensor key;             ///< [size * head_dim, hidden + 1]; undefined when not loaded
-  at::Tensor value;           ///< [size * head_dim, hidden + 1]; undefined when not loaded
-  std::vector<at::Tensor> queries;  ///< per source KV head: the rows of its query heads, [repeat * head_dim, hidden + 1]
+  at::Tensor key;    ///< [size * head_dim, hidden + 1]; undefined when not loaded
+  at::Tensor value;  ///< [size * head_dim, hidden + 1]; undefined when not loaded
+  std::vector<at::Tensor>
+      queries;  ///< per source KV head: the rows of its query heads, [repeat * head_dim, hidden + 1]
 };
 GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_t>& kv_heads);
 

@@ -20,7 +20,8 @@ constexpr Named<KeyFold> kKeyFolds[] = {{KeyFold::meanpool, "meanpool"},
                                         {KeyFold::post_rotation, "post-rotation"},
                                         {KeyFold::rope_commuting, "rope-commuting"}};
 constexpr Named<ValueFold> kValueFolds[] = {{ValueFold::meanpool, "meanpool"}, {ValueFold::svd, "svd"}};
-constexpr Named<Metric> kMetrics[] = {{Metric::weights, "weights"}, {Metric::act, "act"}, {Metric::act_query, "act+query"}};
+constexpr Named<Metric> kMetrics[] = {
+    {Metric::weights, "weights"}, {Metric::act, "act"}, {Metric::act_query, "act+query"}};
 
 template <class Table>
 auto parse_name(const Table& table, const std::string& name, const char* what) {
@@ -39,16 +40,30 @@ std::string name_in(const Table& table, Value value) {
   throw InternalError("a fold or metric without a name");
 }
 
-double ratio(double part, double whole) { return whole > 0 ? part / whole : 0.0; }
+double ratio(double part, double whole) {
+  return whole > 0 ? part / whole : 0.0;
+}
 
 }  // namespace
 
-KeyFold parse_key_fold(const std::string& name) { return parse_name(kKeyFolds, name, "key fold"); }
-ValueFold parse_value_fold(const std::string& name) { return parse_name(kValueFolds, name, "value fold"); }
-Metric parse_metric(const std::string& name) { return parse_name(kMetrics, name, "metric"); }
-std::string name_of(KeyFold fold) { return name_in(kKeyFolds, fold); }
-std::string name_of(ValueFold fold) { return name_in(kValueFolds, fold); }
-std::string name_of(Metric metric) { return name_in(kMetrics, metric); }
+KeyFold parse_key_fold(const std::string& name) {
+  return parse_name(kKeyFolds, name, "key fold");
+}
+ValueFold parse_value_fold(const std::string& name) {
+  return parse_name(kValueFolds, name, "value fold");
+}
+Metric parse_metric(const std::string& name) {
+  return parse_name(kMetrics, name, "metric");
+}
+std::string name_of(KeyFold fold) {
+  return name_in(kKeyFolds, fold);
+}
+std::string name_of(ValueFold fold) {
+  return name_in(kValueFolds, fold);
+}
+std::string name_of(Metric metric) {
+  return name_in(kMetrics, metric);
+}
 
 double LayerPlan::key_relative_loss() const {
   double loss = 0, total = 0;
@@ -64,8 +79,10 @@ double LayerPlan::value_relative_loss() const {
 
 std::vector<std::int64_t> legal_kv_heads(const checkpoint::ModelConfig& config) {
   std::vector<std::int64_t> legal;
+  // BLOOM with as many KV heads as heads has no split form: a fold to itself could not be stored.
+  const bool itself = config.family == Family::llama || config.split_qkv;
   for (std::int64_t n = 1; n <= config.kv_heads; ++n)
-    if (config.kv_heads % n == 0) legal.push_back(n);
+    if (config.kv_heads % n == 0 && (itself || n < config.kv_heads)) legal.push_back(n);
   return legal;
 }
 
@@ -76,23 +93,30 @@ Groups contiguous_groups(std::int64_t source_kv_heads, std::int64_t kv_heads) {
   return groups;
 }
 
-void check_groups(const Groups& groups, std::int64_t source_kv_heads, std::int64_t kv_heads, bool in_order, const std::string& what) {
+void check_groups(const Groups& groups, std::int64_t source_kv_heads, std::int64_t kv_heads, bool in_order,
+                  const std::string& what) {
   if (static_cast<std::int64_t>(groups.size()) != kv_heads)
-    throw InputError(fmt::format("{}: {} groups, expected {} (one per KV head of the result)", what, groups.size(), kv_heads));
+    throw InputError(
+        fmt::format("{}: {} groups, expected {} (one per KV head of the result)", what, groups.size(), kv_heads));
   const auto size = static_cast<std::size_t>(source_kv_heads / kv_heads);
   std::vector<bool> seen(static_cast<std::size_t>(source_kv_heads), false);
   for (std::size_t g = 0; g < groups.size(); ++g) {
     if (groups[g].size() != size)
-      throw InputError(fmt::format("{}, group {}: {} heads, expected {}: groups have equal size", what, g, groups[g].size(), size));
+      throw InputError(
+          fmt::format("{}, group {}: {} heads, expected {}: groups have equal size", what, g, groups[g].size(), size));
     for (const std::int64_t head : groups[g]) {
       if (head < 0 || head >= source_kv_heads)
-        throw InputError(fmt::format("{}, group {}: there is no KV head {}; heads are 0 to {}", what, g, head, source_kv_heads - 1));
-      if (seen[static_cast<std::size_t>(head)]) throw InputError(fmt::format("{}, group {}: KV head {} is in two places", what, g, head));
+        throw InputError(
+            fmt::format("{}, group {}: there is no KV head {}; heads are 0 to {}", what, g, head, source_kv_heads - 1));
+      if (seen[static_cast<std::size_t>(head)])
+        throw InputError(fmt::format("{}, group {}: KV head {} is in two places", what, g, head));
       seen[static_cast<std::size_t>(head)] = true;
     }
   }
   if (in_order && groups != contiguous_groups(source_kv_heads, kv_heads))
-    throw InputError(fmt::format("{}: this model uses ALiBi, whose slopes belong to head numbers: its groups must stay contiguous and in order", what),
+    throw InputError(fmt::format("{}: this model uses ALiBi, whose slopes belong to head numbers: its groups must stay "
+                                 "contiguous and in order",
+                                 what),
                      fmt::format("group i holds the heads {0}*i .. {0}*i + {1}", size, size - 1));
 }
 
@@ -103,19 +127,22 @@ bool needs_statistics(const FoldOptions& options) {
 
 void check_options(const FoldOptions& options, const checkpoint::ModelConfig& config) {
   if (config.layout != KvLayout::gqa)
-    throw InputError(fmt::format("{} has the cache layout {}: it was folded before", config.file, checkpoint::name_of(config.layout)),
+    throw InputError(fmt::format("{} has the cache layout {}: it was folded before", config.file,
+                                 checkpoint::name_of(config.layout)),
                      "fold the original model instead");
   const bool llama = config.family == Family::llama;
   const bool fits = options.keys == KeyFold::meanpool || (options.keys == KeyFold::norope ? !llama : llama);
   if (!fits)
-    throw UsageError(fmt::format("--keys {} does not suit a {} model, whose positions are {}; choose one of {}", name_of(options.keys),
-                                 checkpoint::name_of(config.family), llama ? "rotations (RoPE)" : "ALiBi biases, without rotation",
+    throw UsageError(fmt::format("--keys {} does not suit a {} model, whose positions are {}; choose one of {}",
+                                 name_of(options.keys), checkpoint::name_of(config.family),
+                                 llama ? "rotations (RoPE)" : "ALiBi biases, without rotation",
                                  llama ? "meanpool, post-rotation, rope-commuting" : "meanpool, norope"));
   if (options.value_metric == Metric::act_query)
     throw UsageError("--value-metric act+query: no query looks at values; choose weights or act");
-  if (options.kv_heads < 1 || config.kv_heads % options.kv_heads != 0)
-    throw UsageError(fmt::format("{} KV heads cannot be folded to {}; legal numbers are {}", config.kv_heads, options.kv_heads,
-                                 fmt::join(legal_kv_heads(config), ", ")));
+  const std::vector<std::int64_t> legal = legal_kv_heads(config);
+  if (std::find(legal.begin(), legal.end(), options.kv_heads) == legal.end())
+    throw UsageError(fmt::format("{} KV heads cannot be folded to {}; legal numbers are {}", config.kv_heads,
+                                 options.kv_heads, fmt::join(legal, ", ")));
   if (!(options.sink_weight >= 0 && options.sink_weight <= 1))
     throw UsageError(fmt::format("--sink-weight {}: must be between 0 and 1", options.sink_weight));
   if (!(options.weight_ridge >= 0 && std::isfinite(options.weight_ridge)))
@@ -128,7 +155,9 @@ FoldOptions with_effective_metrics(FoldOptions options, bool has_statistics) {
   return options;
 }
 
-KvLayout layout_of(const FoldOptions& options) { return options.keys == KeyFold::post_rotation ? KvLayout::projected : KvLayout::gqa; }
+KvLayout layout_of(const FoldOptions& options) {
+  return options.keys == KeyFold::post_rotation ? KvLayout::projected : KvLayout::gqa;
+}
 
 bool is_stock(const FoldOptions& options, const checkpoint::ModelConfig& config) {
   return config.family == Family::llama && layout_of(options) == KvLayout::gqa;
@@ -160,7 +189,8 @@ OrderedJson to_json(const Plan& plan) {
   json["format"] = "headfold-plan";
   json["format_version"] = 1;
   json["model"] = OrderedJson{{"fingerprint", plan.model_hash}};
-  json["statistics"] = plan.statistics_hash.empty() ? OrderedJson() : OrderedJson{{"content_hash", plan.statistics_hash}};
+  json["statistics"] =
+      plan.statistics_hash.empty() ? OrderedJson() : OrderedJson{{"content_hash", plan.statistics_hash}};
   json["fold"] = to_json(plan.options);
   json["kv_heads"] = plan.options.kv_heads;
   json["layers"] = OrderedJson::array();
@@ -189,7 +219,8 @@ OrderedJson to_json(const Plan& plan) {
 Plan plan_from_json(const Json& json, const std::string& file) {
   if (!json.is_object()) throw InputError(fmt::format("{}: not a JSON object", file));
   if (const auto format = required<std::string>(json, "format", file); format != "headfold-plan")
-    throw InputError(fmt::format("{}: format is \"{}\", expected \"headfold-plan\"", file, format), "headfold convert --plan-only writes such a file");
+    throw InputError(fmt::format("{}: format is \"{}\", expected \"headfold-plan\"", file, format),
+                     "headfold convert --plan-only writes such a file");
   if (const auto version = required<std::int64_t>(json, "format_version", file); version != 1)
     throw InputError(fmt::format("{}: format_version {}, this headfold reads 1", file, version));
   Plan plan;
@@ -210,13 +241,15 @@ Plan plan_from_json(const Json& json, const std::string& file) {
   plan.options.weight_ridge = required<double>(fold, "weight_ridge", file);
   plan.options.kv_heads = required<std::int64_t>(json, "kv_heads", file);
   const auto layers = required<Json>(json, "layers", file);
-  if (!layers.is_array() || layers.empty()) throw InputError(fmt::format("{}: key \"layers\" is not a list of layers", file));
+  if (!layers.is_array() || layers.empty())
+    throw InputError(fmt::format("{}: key \"layers\" is not a list of layers", file));
   for (std::size_t l = 0; l < layers.size(); ++l) {
     const std::string where = fmt::format("{}, layer {}", file, l);
     LayerPlan layer;
     layer.layer = required<std::int64_t>(layers[l], "layer", where);
     if (layer.layer != static_cast<std::int64_t>(l))
-      throw InputError(fmt::format("{}: key \"layer\" is {}: layers must be listed from 0 without gaps", where, layer.layer));
+      throw InputError(
+          fmt::format("{}: key \"layer\" is {}: layers must be listed from 0 without gaps", where, layer.layer));
     const auto groups = required<Json>(layers[l], "groups", where);
     if (!groups.is_array()) throw InputError(fmt::format("{}: key \"groups\" is not a list", where));
     for (const Json& item : groups) {
@@ -235,7 +268,8 @@ Plan plan_from_json(const Json& json, const std::string& file) {
     Groups list;
     for (const GroupPlan& group : layer.groups) list.push_back(group.kv_heads);
     if (plan.options.kv_heads < 1 || heads % plan.options.kv_heads != 0)
-      throw InputError(fmt::format("{}: {} source heads do not make {} equal groups", where, heads, plan.options.kv_heads));
+      throw InputError(
+          fmt::format("{}: {} source heads do not make {} equal groups", where, heads, plan.options.kv_heads));
     check_groups(list, heads, plan.options.kv_heads, false, where);
     plan.layers.push_back(std::move(layer));
   }

@@ -29,9 +29,12 @@ std::vector<double> cumulative_share(const at::Tensor& energies) {
 }
 
 /// An exact fold leaves rounding noise of either sign.
-double clipped(double loss) { return std::max(0.0, loss); }
+double clipped(double loss) {
+  return std::max(0.0, loss);
+}
 
-GroupPlan plan_group(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, const FoldOptions& options) {
+GroupPlan plan_group(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads,
+                     const FoldOptions& options) {
   GroupPlan plan;
   plan.kv_heads = kv_heads;
   const Basis keys = key_basis(problem, kv_heads, options);
@@ -45,34 +48,40 @@ GroupPlan plan_group(const LayerProblem& problem, const std::vector<std::int64_t
   return plan;
 }
 
-void check_statistics(const calibration::StatisticsFile& statistics, const checkpoint::ModelConfig& config, const std::string& fingerprint) {
+void check_statistics(const calibration::StatisticsFile& statistics, const checkpoint::ModelConfig& config,
+                      const std::string& fingerprint) {
   const calibration::StatisticsHeader& header = statistics.header();
   const std::string file = statistics.path().string();
   const auto same = [&](const char* what, std::int64_t found, std::int64_t expected) {
     if (found != expected)
-      throw InputError(fmt::format("{}: statistics of a model with {} {}, the model has {}", file, what, found, expected), "calibrate this model");
+      throw InputError(
+          fmt::format("{}: statistics of a model with {} {}, the model has {}", file, what, found, expected),
+          "calibrate this model");
   };
   same("layers", header.layers, config.layers);
   same("hidden size", header.hidden, config.hidden);
   same("KV heads", header.kv_heads, config.kv_heads);
   same("head_dim", header.head_dim, config.head_dim);
   if (header.family != checkpoint::name_of(config.family))
-    throw InputError(fmt::format("{}: statistics of a {} model, the model is {}", file, header.family, checkpoint::name_of(config.family)), "calibrate this model");
+    throw InputError(fmt::format("{}: statistics of a {} model, the model is {}", file, header.family,
+                                 checkpoint::name_of(config.family)),
+                     "calibrate this model");
   if (header.model_hash != fingerprint)
-    throw InputError(fmt::format("{}: statistics of another model (fingerprint {}..., expected {}...)", file, header.model_hash.substr(0, 12),
-                                 fingerprint.substr(0, 12)),
+    throw InputError(fmt::format("{}: statistics of another model (fingerprint {}..., expected {}...)", file,
+                                 header.model_hash.substr(0, 12), fingerprint.substr(0, 12)),
                      "calibrate this model");
 }
 
 }  // namespace
 
-Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics, FoldOptions options,
-               const std::vector<Groups>& groups) {
+Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader,
+               const calibration::StatisticsFile* statistics, FoldOptions options, const std::vector<Groups>& groups) {
   const checkpoint::ModelConfig& config = reader.config();
   check_options(options, config);
   if (needs_statistics(options) && statistics == nullptr)
-    throw UsageError(fmt::format("--keys {} --key-metric {} --values {} --value-metric {} needs --calibration", name_of(options.keys),
-                                 name_of(options.key_metric), name_of(options.values), name_of(options.value_metric)),
+    throw UsageError(fmt::format("--keys {} --key-metric {} --values {} --value-metric {} needs --calibration",
+                                 name_of(options.keys), name_of(options.key_metric), name_of(options.values),
+                                 name_of(options.value_metric)),
                      "headfold calibrate makes the file; metric weights does without");
   options = with_effective_metrics(options, statistics != nullptr);
   Plan plan;
@@ -80,16 +89,21 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
   plan.model_hash = reader.fingerprint();
   if (statistics != nullptr) {
     check_statistics(*statistics, config, plan.model_hash);
-    if (options.keys == KeyFold::post_rotation && options.key_metric != Metric::weights && !statistics->header().has_rotated_keys)
-      throw InputError(fmt::format("{}: no Gram of rotated keys, which --keys post-rotation needs", statistics->path().string()), "calibrate the model again");
+    if (options.keys == KeyFold::post_rotation && options.key_metric != Metric::weights &&
+        !statistics->header().has_rotated_keys)
+      throw InputError(
+          fmt::format("{}: no Gram of rotated keys, which --keys post-rotation needs", statistics->path().string()),
+          "calibrate the model again");
     plan.statistics_hash = statistics->content_hash();
   }
   const bool in_order = config.family == checkpoint::Family::bloom;
   std::vector<Groups> lists = groups;
-  if (lists.empty()) lists.assign(static_cast<std::size_t>(config.layers), contiguous_groups(config.kv_heads, options.kv_heads));
+  if (lists.empty())
+    lists.assign(static_cast<std::size_t>(config.layers), contiguous_groups(config.kv_heads, options.kv_heads));
   if (static_cast<std::int64_t>(lists.size()) != config.layers)
     throw InputError(fmt::format("the plan has {} layers, the model {}", lists.size(), config.layers));
-  for (std::size_t l = 0; l < lists.size(); ++l) check_groups(lists[l], config.kv_heads, options.kv_heads, in_order, fmt::format("layer {}", l));
+  for (std::size_t l = 0; l < lists.size(); ++l)
+    check_groups(lists[l], config.kv_heads, options.kv_heads, in_order, fmt::format("layer {}", l));
 
   const std::int64_t per_layer = options.kv_heads;
   const auto [begin, end] = share_of(config.layers * per_layer, world.rank(), world.size());
@@ -101,13 +115,15 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
     const std::int64_t count = std::min(end, (layer + 1) * per_layer) - item;
     std::vector<GroupPlan> results(static_cast<std::size_t>(count));
     LayerProblem problem;
-    for_each_item(1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, Part::both, options.sink_weight); });
+    for_each_item(
+        1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, Part::both, options.sink_weight); });
     for_each_item(count, [&](std::int64_t i) {
       results[static_cast<std::size_t>(i)] =
           plan_group(problem, lists[static_cast<std::size_t>(layer)][static_cast<std::size_t>(first + i)], options);
     });
     for (const GroupPlan& group : results)
-      mine.push_back({group.key_loss, group.key_total, group.value_loss, group.value_total, group.key_energy, group.value_energy});
+      mine.push_back(
+          {group.key_loss, group.key_total, group.value_loss, group.value_total, group.key_energy, group.value_energy});
     item += count;
     progress.advance(static_cast<double>(count));
   }

@@ -19,7 +19,8 @@ at::Tensor weight_gram(const at::Tensor& rows) {
 }
 
 const LayerMoments& needed(const LayerMoments* moments) {
-  if (moments == nullptr) throw InternalError("a fold with an activation metric was asked for without calibration statistics");
+  if (moments == nullptr)
+    throw InternalError("a fold with an activation metric was asked for without calibration statistics");
   return *moments;
 }
 
@@ -63,7 +64,8 @@ Problem rotating_key_problem(const GroupWeights& group, const LayerMoments* mome
   problem.sigma = covariance(group.key, needed(moments).input);
   if (metric == Metric::act_query) {
     const at::Tensor energies = query_energies(group, moments->input) / (2.0 * static_cast<double>(group.head_dim));
-    for (std::int64_t k = 0; k < group.size; ++k) problem.lambda.push_back(at::diag(at::cat({energies[k], energies[k]})));
+    for (std::int64_t k = 0; k < group.size; ++k)
+      problem.lambda.push_back(at::diag(at::cat({energies[k], energies[k]})));
   }
   return problem;
 }

@@ -11,8 +11,10 @@ Problem value_problem(const GroupWeights& group, const LayerMoments* moments, Me
     problem.sigma = at::matmul(weight, weight.t());
     return problem;
   }
-  if (moments == nullptr) throw InternalError("a value fold with metric act was asked for without calibration statistics");
-  const at::Tensor product = at::matmul(at::matmul(group.value, centred ? moments->centred : moments->input), group.value.t());
+  if (moments == nullptr)
+    throw InternalError("a value fold with metric act was asked for without calibration statistics");
+  const at::Tensor product =
+      at::matmul(at::matmul(group.value, centred ? moments->centred : moments->input), group.value.t());
   problem.sigma = 0.5 * (product + product.t());
   return problem;
 }
