@@ -317,6 +317,7 @@ class SentencePieceTokenizer final : public Tokenizer {
         case PieceType::unused:
           unsupported("a piece of type unused");
         case PieceType::byte: {
+          if (!model_.byte_fallback) corrupt("it has byte pieces, but does not say byte_fallback");
           int value = 0;
           while (value < 256 && fmt::format("<0x{:02X}>", value) != piece.text) ++value;
           if (value == 256) corrupt(fmt::format("byte piece \"{}\" names no byte", piece.text.substr(0, 80)));
@@ -400,10 +401,12 @@ class SentencePieceTokenizer final : public Tokenizer {
         after_space = false;
       }
     }
-    if (!result.empty() && result.back() == ' ') result.pop_back();
     if (result.empty()) return {};
-    return (model_.add_dummy_prefix ? std::string(space_symbol) : std::string()) +
-           replace_all(result, " ", space_symbol);
+    result =
+        (model_.add_dummy_prefix ? std::string(space_symbol) : std::string()) + replace_all(result, " ", space_symbol);
+    // The library looks for trailing spaces in the escaped text, so a U+2581 of the text itself goes too.
+    while (result.ends_with(space_symbol)) result.resize(result.size() - space_symbol.size());
+    return result;
   }
 
   Ids encode_piece(std::string_view piece) const {

@@ -237,6 +237,7 @@ TEST(SentencePieceTest, unsupported_kinds_are_named) {
   // "identity" makes room for a character map of two bytes.
   EXPECT_THAT(refusal(std::string("\x0A\x08identity\x12\x00", 12), std::string("\x0A\x06identi\x12\x02xy", 12)),
               HasSubstr("character map"));
+  EXPECT_THAT(refusal("\x98\x02\x01", std::string("\x98\x02\x00", 3)), HasSubstr("byte_fallback"));
   EXPECT_THAT(refusal("<0x41>", "<0xZZ>"), HasSubstr("<0xZZ>"));
   EXPECT_THAT(refusal("<0x41>", "<0x42>"), HasSubstr("twice"));
 }
