@@ -78,7 +78,8 @@ TEST_P(KernelsOfType, agree_with_plain_formulas) {
         if (slope != 0) visible = visible + (at::arange(n, at::kFloat) * slope).to(dtype).to(at::kDouble);
         at::Tensor probabilities = at::empty({n + 5}, dtype);
         kernel.softmax(scores.data_ptr<float>(), probabilities.data_ptr(), {n, n + 5, 0.125F, slope});
-        EXPECT_LE(relative_difference(probabilities.slice(0, 0, n), at::softmax(visible, 0)), bound);
+        // Scores reach 100, whose float rounding alone moves a probability by 100 * 2^-24.
+        EXPECT_LE(relative_difference(probabilities.slice(0, 0, n), at::softmax(visible, 0)), std::max(bound, 1e-5));
         EXPECT_EQ(probabilities.slice(0, n).abs().max().item<float>(), 0);
       }
     }
