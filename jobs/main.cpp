@@ -3,6 +3,7 @@
 
 #include <headfold/base/log.h>
 #include <headfold/base/version.h>
+#include <headfold/device/device.h>
 
 #include <chrono>
 #include <iostream>
@@ -99,5 +100,6 @@ int run(int argc, char** argv) {
 }  // namespace headfold::jobs
 
 int main(int argc, char** argv) {
+  headfold::device::keep_freed_memory();
   return headfold::jobs::run(argc, argv);
 }

@@ -3,6 +3,7 @@
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
 #include <headfold/device/device.h>
+#include <malloc.h>
 #include <sched.h>
 
 #include <filesystem>
@@ -10,6 +11,13 @@
 #include <thread>
 
 namespace headfold::device {
+
+void keep_freed_memory() {
+  constexpr int largest_threshold = 32 << 20;  // what glibc accepts on 64-bit machines
+  ::mallopt(M_MMAP_THRESHOLD, largest_threshold);
+  ::mallopt(M_TRIM_THRESHOLD, 512 << 20);
+  ::mallopt(M_TOP_PAD, 16 << 20);
+}
 
 int usable_cores() {
   cpu_set_t set;
