@@ -72,15 +72,22 @@ class Inputs {
     const std::string ids = read_file(root / "ids.safetensors");
     write_file(root / "ids-truncated.safetensors", ids.substr(0, ids.size() - 8));
 
-    // A real statistics file of the other demo model, and a truncated one.
-    const Outcome made =
-        run_headfold(1,
-                     {"calibrate", "--model", demo_model("prose-bloom"), "--data", demo_text("calibration.jsonl"),
-                      "--samples", "2", "--seq-len", "32", "--out", root / "bloom.h5"},
-                     root / "calibrate.log");
-    if (made.code != 0) throw InternalError("the statistics for these tests could not be made: " + made.output);
+    // Real artefacts: statistics of the other demo model, a conversion, and truncated ones.
+    make({"calibrate", "--model", demo_model("prose-bloom"), "--data", demo_text("calibration.jsonl"), "--samples", "2",
+          "--seq-len", "32", "--out", root / "bloom.h5"});
     const std::string statistics = read_file(root / "bloom.h5");
     write_file(root / "truncated.h5", statistics.substr(0, statistics.size() / 2));
+    for (const char* name : {"converted", "truncated-converted"})
+      make({"convert", "--model", good, "--kv-heads", "4", "--keys", "meanpool", "--values", "meanpool", "--out",
+            root / name});
+    const std::string folded = read_file(root / "converted" / "model.safetensors");
+    write_file(root / "truncated-converted" / "model.safetensors", folded.substr(0, folded.size() / 2));
+  }
+
+  void make(const std::vector<std::string>& arguments) const {
+    const Outcome made = run_headfold(1, arguments, root / "make.log");
+    if (made.code != 0) throw InternalError("an input of these tests could not be made: " + made.output);
+    fs::remove(root / "make.log");
   }
 
   /// A copy of the demo model that a case will break.
@@ -350,11 +357,25 @@ const std::vector<Case>& cases() {
 
       // verify
       {"verify_missing_model", "verify --model @absent --original +llama --data +heldout", kIo, {"absent"}, true},
-      {"verify_truncated_original",
-       "verify --model +llama --original @truncated-weights --data +heldout",
+      {"verify_truncated_model",
+       "verify --model @truncated-converted --original +llama --data +heldout",
        kBadInput,
-       {"truncated-weights"},
+       {"truncated-converted"},
        true},
+      {"verify_truncated_original",
+       "verify --model @converted --original @truncated-weights --data +heldout",
+       kBadInput,
+       {"truncated-weights"}},
+      {"verify_another_original",
+       "verify --model @converted --original +golden --data +heldout",
+       kBadInput,
+       {"headfold.json"},
+       true},
+      {"verify_missing_text", "verify --model @converted --original +llama --data @absent.txt", kIo, {"absent.txt"}},
+      {"verify_no_samples",
+       "verify --model @converted --original +llama --data +heldout --samples 0",
+       kUsage,
+       {"samples"}},
       {"verify_not_a_conversion",
        "verify --model +llama --original +llama --data +heldout",
        kBadInput,
@@ -366,7 +387,7 @@ const std::vector<Case>& cases() {
       {"report_no_run_named", "report", kUsage, {"run"}},
 
       // generate
-      {"generate_missing_model", "generate --model @absent --prompt Hello", kIo, {"absent"}, true},
+      {"generate_missing_model", "generate --model @absent --prompt Hello", kIo, {"absent"}},
       {"generate_truncated_model",
        "generate --model @truncated-weights --prompt Hello",
        kBadInput,
@@ -374,6 +395,8 @@ const std::vector<Case>& cases() {
        true},
       {"generate_no_tokenizer", "generate --model @no-tokenizer --prompt Hello", kIo, {"tokenizer"}},
       {"generate_no_prompt", "generate --model +llama", kUsage, {"prompt"}},
+      {"generate_no_tokens", "generate --model +llama --prompt Hello --max-new-tokens 0", kUsage, {"max-new-tokens"}},
+      {"generate_cold", "generate --model +llama --prompt Hello --temperature -1", kUsage, {"temperature"}},
   };
   return list;
 }
