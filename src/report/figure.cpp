@@ -239,14 +239,18 @@ std::string Chart::svg() const {
   double label_width = 0;
   for (const Series& one : series) label_width = std::max(label_width, text_width(one.label, 12));
   const double left = tick_width + 12 + (y.title.empty() ? 0 : 18);
-  const double right = label_width > 0 ? label_width + 18 : 14;
+  // The last tick's label is centred on the end of the axis.
+  double overhang = 0;
+  for (const auto& [value, label] : x.ticks)
+    if (x.at(value) > 0.9) overhang = std::max(overhang, text_width(label, 11) / 2 + 2);
+  const double right = std::max(label_width > 0 ? label_width + 18 : 10, overhang);
   const double top = heading.empty() ? 12 : 30, bottom = x.title.empty() ? 24 : 44;
   const double plot_width = width - left - right, plot_height = height - top - bottom;
   const auto px = [&](double value) { return left + x.at(value) * plot_width; };
   const auto py = [&](double value) { return top + (1 - y.at(value)) * plot_height; };
 
   Svg out(id, title, description, width, height);
-  if (!heading.empty()) out.text(left, 16, heading, "th");
+  if (!heading.empty()) out.text(2, 16, heading, "th");
   for (const auto& [value, label] : y.ticks) {
     out.line(left, py(value), left + plot_width, py(value), "grid");
     out.text(left - 7, py(value) + 4, label, "tick", "end");
@@ -311,8 +315,8 @@ std::string Chart::svg() const {
   }
 
   if (shade_labels.size() == 2) {
-    const double cell = 10, key_width = cell * kShades, key_right = left + plot_width - 8,
-                 key_y = top + plot_height - 34;
+    const double cell = 6, key_width = cell * kShades, key_right = left + plot_width - 4,
+                 key_y = top + plot_height - 16;
     const double last_width = text_width(shade_labels[1], 11);
     for (int s = 0; s < kShades; ++s)
       out.rect(key_right - last_width - 5 - key_width + cell * s, key_y, cell, 8, fmt::format("box q{}", s));

@@ -65,7 +65,8 @@ std::string raw(const std::optional<std::int64_t>& value) {
 }
 
 std::string with_metric(const std::string& fold, const std::string& metric) {
-  return metric.empty() ? fold : fmt::format("{} ({})", fold, metric);
+  // An average is the same by any metric.
+  return metric.empty() || fold == "meanpool" ? fold : fmt::format("{} ({})", fold, metric);
 }
 
 std::string short_hash(const std::string& hash) {
@@ -160,7 +161,7 @@ const ModelRow* best_at(const Section& section, double share, bool stock) {
 }
 
 std::string cost(double ratio) {
-  if (ratio > 2) return format_ratio(ratio) + " times the perplexity";
+  if (ratio > 2) return format_significant(ratio, 3) + " times the perplexity";
   return format_change(ratio) + " perplexity";
 }
 
@@ -214,30 +215,36 @@ Words headline_words(const Section& section) {
         conversions, conversions == 1 ? "" : "s", heads, sizes.size() == 1 && sizes[0] == 1 ? "" : "s"));
   }
   words.add(section.name).add(": ");
-  bool first = true;
+  bool stock = false, own = false;
+  std::string named;
+  // Names the fold where it is another than the one named last.
+  const auto by_fold = [&](const ModelRow& row) {
+    if (row.conversion->keys == named) return std::string();
+    named = row.conversion->keys;
+    return fmt::format(" ({})", named);
+  };
   for (const Best& best : bests) {
     if (best.stock == nullptr) continue;
-    if (first) {
-      words.strong(fmt::format("{} costs {} as a stock checkpoint", of_cache(best.share), cost(*best.stock->ratio)));
-      words.add(fmt::format(" ({})", best.stock->conversion->keys));
+    const double ratio = *best.stock->ratio;
+    if (stock) {
+      words.add(fmt::format("; {} costs {}", words_for_share(best.share), cost(ratio)));
     } else {
-      words.add(fmt::format("; {} costs {}", words_for_share(best.share), cost(*best.stock->ratio)));
+      words.strong(fmt::format("{} costs {} as a stock checkpoint", of_cache(best.share), cost(ratio)));
     }
-    first = false;
+    words.add(by_fold(*best.stock));
+    stock = true;
   }
-  if (!first) words.add(". ");
-  bool own = false;
+  if (stock) words.add(".");
   for (const Best& best : bests) {
     if (best.own == nullptr || (best.stock != nullptr && *best.own->ratio >= *best.stock->ratio)) continue;
-    if (!own) {
-      words.add(fmt::format(
-          "{} ({}), ",
-          first ? "In headfold's own runtime" : "In headfold's own runtime, which stock engines do not have",
-          best.own->conversion->keys));
-      words.strong(fmt::format("{} costs {}", of_cache(best.share), cost(*best.own->ratio)));
+    const double ratio = *best.own->ratio;
+    if (own) {
+      words.add(fmt::format("; {} costs {}", words_for_share(best.share), cost(ratio)));
     } else {
-      words.add(fmt::format(", {} {}", words_for_share(best.share), cost(*best.own->ratio)));
+      words.add(stock ? " In headfold's own runtime, which stock engines do not have, " : "in headfold's own runtime ");
+      words.strong(fmt::format("{} costs {}", of_cache(best.share), cost(ratio)));
     }
+    words.add(by_fold(*best.own));
     own = true;
   }
   if (own) words.add(".");
@@ -370,7 +377,7 @@ class Builder {
     grid.name = "Quality of the original and of every conversion of " + one.name;
     grid.mark_first = true;
     grid.columns = {{"Model", "", false},
-                    {"Key fold", "value fold", false},
+                    {"Key fold", "metric; value fold", false},
                     {"KV heads", "", true},
                     {"Checkpoint", "KV layout", false},
                     {"KV bytes", "per token", true},
@@ -382,10 +389,12 @@ class Builder {
     for (const ModelRow& row : one.models) {
       std::vector<Cell> cells(grid.columns.size());
       cells[0] = name_cell(row);
-      cells[1].text = row.conversion ? with_metric(row.conversion->keys, row.conversion->key_metric)
-                      : row.original ? "none"
-                                     : "unknown";
-      if (row.conversion) cells[1].small = with_metric(row.conversion->values, row.conversion->value_metric);
+      cells[1].text = row.conversion ? row.conversion->keys : row.original ? "none" : "unknown";
+      if (row.conversion) {
+        const Conversion& c = *row.conversion;
+        if (c.keys != "meanpool" && !c.key_metric.empty()) cells[1].small = c.key_metric + "; ";
+        cells[1].small += "values " + with_metric(c.values, c.value_metric);
+      }
       cells[2].text = row.kv_heads ? fmt::format("{}", *row.kv_heads) : std::string(kNone);
       if (row.kv_heads && one.kv_heads && !row.original) cells[2].small = fmt::format("of {}", *one.kv_heads);
       cells[3] = stock_cell(row);
@@ -669,9 +678,10 @@ class Builder {
       const double least = *std::min_element(values.begin(), values.end()),
                    most = *std::max_element(values.begin(), values.end());
       const bool log = least > 0 && most / least > 30;
-      const Axis y = make_axis(values, log ? "loss, % of energy (log)" : "loss, % of energy", "%", log, true, 5);
+      const Axis y = make_axis(values, log ? "loss (log scale)" : "loss", "%", log, true, 5);
       const double first = *std::min_element(layers.begin(), layers.end()),
                    last = *std::max_element(layers.begin(), layers.end());
+      const bool many = last - first > 16;
       std::vector<std::string> panels;
       for (const ModelRow* row : rows) {
         for (const bool keys : {true, false}) {
@@ -688,13 +698,13 @@ class Builder {
           chart.heading = fmt::format("{}, {} KV head{}{}", side, row->conversion->kv_heads_after,
                                       row->conversion->kv_heads_after == 1 ? "" : "s",
                                       rho ? fmt::format(" · ρ = {:.2f}", *rho) : std::string());
-          chart.width = 340;
-          chart.height = 230;
+          chart.width = many ? 480 : 250;
+          chart.height = many ? 220 : 200;
           chart.y = y;
           chart.x.low = first - 0.5;
           chart.x.high = last + 0.5;
           chart.x.title = "layer";
-          const auto step = std::max(1.0, std::ceil((last - first + 1) / 9));
+          const auto step = std::max(1.0, std::ceil((last - first + 1) / (many ? 12 : 8)));
           for (double layer = first; layer <= last; layer += step)
             chart.x.ticks.emplace_back(layer, fmt::format("{:.0f}", layer));
           for (std::size_t i = 0; i < loss.layers.size(); ++i)
@@ -715,10 +725,13 @@ class Builder {
       }
       Words caption;
       caption.strong(fmt::format("{}.", one.folds[f]));
-      caption.add(measured ? " Hollow markers: predicted; filled: measured; a stem joins the two of one layer."
-                           : " Hollow markers: predicted.");
+      const bool both = std::any_of(rows.begin(), rows.end(),
+                                    [](const ModelRow* row) { return row->conversion->verification.has_value(); });
+      caption.add(both ? " Loss by layer, % of energy. Hollow markers: predicted; filled: measured; a stem joins the "
+                         "two of one layer."
+                       : " Predicted loss by layer, % of energy; not verified.");
       if (log) caption.add(" Logarithmic scale.");
-      document_.figure(panels, "panels", caption);
+      document_.figure(panels, many ? "panels wide" : "panels", caption);
     }
 
     for (const ModelRow& row : one.models) {
@@ -764,6 +777,8 @@ class Builder {
       for (const ModelRow& row : one.models) {
         if (!row.conversion) continue;
         const Conversion& conversion = *row.conversion;
+        // Averaging chooses no channels, so there is nothing for a curve to say about it.
+        if ((keys ? conversion.keys : conversion.values) == "meanpool") continue;
         Panel panel{keys,
                     keys ? with_metric(conversion.keys, conversion.key_metric)
                          : with_metric(conversion.values, conversion.value_metric),
@@ -786,6 +801,9 @@ class Builder {
       }
     }
     if (panels.empty()) return;
+    std::stable_sort(panels.begin(), panels.end(), [](const Panel& a, const Panel& b) {
+      return std::tuple(!a.keys, a.title, -a.heads) < std::tuple(!b.keys, b.title, -b.heads);
+    });
     document_.heading(3, "Singular-value energy");
     bool curves = true;
     for (const Panel& panel : panels) curves = curves && panel.layers.size() <= kMostCurves;
@@ -793,8 +811,13 @@ class Builder {
       std::vector<std::string> drawn;
       for (const Panel& panel : panels) {
         if (panel.keys != keys) continue;
+        // The metric is named only where it tells two panels apart: there is little room.
+        const std::string bare = panel.title.substr(0, panel.title.find(" ("));
+        const bool alone = std::none_of(panels.begin(), panels.end(), [&](const Panel& p) {
+          return p.keys == keys && p.title != panel.title && p.title.starts_with(bare + " (");
+        });
         const std::string heading =
-            fmt::format("{}, {} KV head{}", panel.title, panel.heads, panel.heads == 1 ? "" : "s");
+            fmt::format("{}, {} KV head{}", alone ? bare : panel.title, panel.heads, panel.heads == 1 ? "" : "s");
         const std::string title = fmt::format("Singular-value energy of the {}, {}", keys ? "keys" : "values", heading);
         const std::string description =
             fmt::format("{} layers; the fold keeps {} of the channels.", panel.layers.size(), format_share(panel.kept));
@@ -805,16 +828,16 @@ class Builder {
       Words caption;
       caption.strong(keys ? "Keys." : "Values.");
       caption.add(
-          curves ? " Share of energy in the strongest channels of a group, one curve per layer, averaged over groups."
+          curves ? " Share of energy held by the first channels of a group, in the order in which the fold keeps them; "
+                   "one curve per layer, averaged over groups."
                  : " Each row is a layer, averaged over groups; darker (in dark mode: lighter) means that the channels "
                    "up to here hold more of the energy.");
-      caption.add(
-          " The rule marks the share of channels that the fold keeps: the higher the curve there, the less is lost.");
+      caption.add(" The rule marks the channels that the fold keeps: the higher the curve there, the less is lost.");
       if (keys && std::any_of(panels.begin(), panels.end(),
                               [](const Panel& p) { return p.keys && p.title.starts_with("rope-commuting"); }))
         caption.add(
-            " rope-commuting must keep one channel pair of every frequency, so it keeps somewhat less than its curve "
-            "at the rule.");
+            " rope-commuting keeps the strongest component of every frequency, so its channels stand in that order and "
+            "its curves rise in steps.");
       document_.figure(drawn, curves ? "panels" : "panels wide", caption);
     }
   }
@@ -827,8 +850,8 @@ class Builder {
     chart.title = title;
     chart.description = description;
     chart.heading = heading;
-    chart.width = 340;
-    chart.height = 240;
+    chart.width = 250;
+    chart.height = 200;
     chart.x.low = 0;
     chart.x.high = 100;
     chart.x.title = "channels, % of the group's";

@@ -696,11 +696,12 @@ class Reader {
       const auto number = [](const std::optional<double>& value) {
         return value ? fmt::format("{:g}", *value) : std::string();
       };
-      return std::vector<std::pair<std::string, std::string>>{{"", c.key_metric},
-                                                              {"values ", c.values},
-                                                              {"value metric ", c.value_metric},
-                                                              {"sink weight ", number(c.sink_weight)},
-                                                              {"ridge ", number(c.weight_ridge)}};
+      return std::vector<std::pair<std::string, std::string>>{
+          {"", c.keys == "meanpool" ? std::string() : c.key_metric},
+          {"values ", c.values},
+          {"value metric ", c.values == "meanpool" ? std::string() : c.value_metric},
+          {"sink weight ", number(c.sink_weight)},
+          {"ridge ", number(c.weight_ridge)}};
     };
     std::map<std::string, std::vector<std::set<std::string>>> seen;
     for (const ModelRow& row : section.models) {

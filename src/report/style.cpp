@@ -36,7 +36,7 @@ table{border-collapse:collapse;width:100%;font-size:.86rem;line-height:1.4;font-
 th,td{padding:.42em .75em .42em 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
 th:last-child,td:last-child{padding-right:.2em}
 thead th{font-weight:600;color:var(--muted);vertical-align:bottom;border-bottom-color:var(--muted)}
-tbody th{font-weight:600;min-width:9em;max-width:18em;overflow-wrap:anywhere}
+tbody th{font-weight:600;min-width:11em;max-width:18em;overflow-wrap:anywhere}
 .n{text-align:right;white-space:nowrap}
 td small,th small{display:block;color:var(--muted);font-weight:400;font-size:.92em}
 tr.first td,tr.first th{background:var(--raised)}
@@ -49,7 +49,8 @@ figure{margin:1.2em 0 1.8em}
 figcaption{margin-top:.5em}
 figcaption b{color:var(--text);font-weight:600}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:0 2.4em;align-items:start}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,290px),1fr));gap:1em 1.4em}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,235px),1fr));gap:1em 1.3em}
+.panels svg{width:100%;max-width:360px}.panels.wide svg{max-width:560px}
 .panels.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr))}
 svg{display:block;max-width:100%;height:auto;font-family:inherit}
 .big{overflow-x:auto}
