@@ -76,7 +76,7 @@ void Document::table_html(const Grid& grid) {
     html_ += grid.mark_first && r == 0 ? "<tr class=\"first\">" : "<tr>";
     for (std::size_t c = 0; c < grid.columns.size(); ++c) {
       const Cell& cell = grid.rows[r].at(c);
-      std::string css = grid.columns[c].number ? "n" : "";
+      std::string css = grid.columns[c].number ? "n" : grid.columns[c].wide ? "w" : "";
       if (cell.best) css += css.empty() ? "best" : " best";
       const std::string attribute = css.empty() ? std::string() : fmt::format(" class=\"{}\"", css);
       html_ += c == 0 ? fmt::format("<th scope=\"row\"{}>{}</th>", attribute, cell_html(cell))

@@ -39,6 +39,7 @@ struct Cell {
 struct Column {
   std::string title, small = {};
   bool number = false;
+  bool wide = false;  ///< long texts: give it room
 };
 
 struct Grid {

@@ -293,7 +293,7 @@ std::string Chart::svg() const {
         std::string(one.marker == Marker::filled ? "dot " : "ring ") + colour_class(one.colour, one.shade);
     for (const Point& point : one.points)
       if (std::isfinite(point.x) && std::isfinite(point.y))
-        out.marker(px(point.x), py(point.y), one.colour < 0 ? 0 : one.colour % kSeriesColours, 4.6, css,
+        out.marker(px(point.x), py(point.y), one.colour < 0 ? 0 : one.colour % kSeriesColours, one.marker_size, css,
                    point.hint.empty() ? one.name : point.hint);
   }
 
@@ -318,6 +318,9 @@ std::string Chart::svg() const {
     const double cell = 6, key_width = cell * kShades, key_right = left + plot_width - 4,
                  key_y = top + plot_height - 16;
     const double last_width = text_width(shade_labels[1], 11);
+    const double first_width = text_width(shade_labels[0], 11);
+    out.rect(key_right - last_width - 14 - key_width - first_width, key_y - 4,
+             first_width + key_width + last_width + 18, 15, "back");
     for (int s = 0; s < kShades; ++s)
       out.rect(key_right - last_width - 5 - key_width + cell * s, key_y, cell, 8, fmt::format("box q{}", s));
     out.text(key_right, key_y + 8, shade_labels[1], "tick", "end");

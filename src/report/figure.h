@@ -52,6 +52,7 @@ struct Series {
   bool line = true;
   bool dashed = false;
   Marker marker = Marker::filled;
+  double marker_size = 4.6;  ///< radius
   std::vector<Point> points;
 };
 

@@ -377,7 +377,7 @@ class Builder {
     grid.name = "Quality of the original and of every conversion of " + one.name;
     grid.mark_first = true;
     grid.columns = {{"Model", "", false},
-                    {"Key fold", "metric; value fold", false},
+                    {"Key fold", "metric; value fold", false, true},
                     {"KV heads", "", true},
                     {"Checkpoint", "KV layout", false},
                     {"KV bytes", "per token", true},
@@ -718,6 +718,7 @@ class Builder {
           predicted.marker = Marker::hollow;
           predicted.points = loss.all_predicted;
           actual.name = "measured";
+          actual.marker_size = 2.9;  // fits into the hollow one where both agree
           actual.points = loss.all_measured;
           chart.series = {predicted, actual};
           panels.push_back(chart.svg());
