@@ -380,8 +380,7 @@ class Builder {
                     {"Key fold", "metric; value fold", false, true},
                     {"KV heads", "", true},
                     {"Checkpoint", "KV layout", false},
-                    {"KV bytes", "per token", true},
-                    {"Of original", "KV bytes", true},
+                    {"KV bytes/token", "of original", true},
                     {"Perplexity", one.perplexity_task, true},
                     {"Ratio", "to original", true},
                     {"KL", "nats/token", true},
@@ -400,17 +399,17 @@ class Builder {
       cells[3] = stock_cell(row);
       cells[3].small = row.layout;
       cells[4].text = row.cache_bytes ? bytes_text(*row.cache_bytes) : std::string(kNone);
-      cells[5].text = shown(row.share, format_share);
-      cells[6].text = shown(row.perplexity, format_perplexity);
-      cells[7].text = shown(row.ratio, format_ratio);
+      if (row.share) cells[4].small = format_share(*row.share);
+      cells[5].text = shown(row.perplexity, format_perplexity);
+      cells[6].text = shown(row.ratio, format_ratio);
       if (!row.original && row.ratio) {
-        cells[7].small = format_change(*row.ratio);
-        cells[7].best = row.kv_heads && *row.ratio == best[*row.kv_heads];
+        cells[6].small = format_change(*row.ratio);
+        cells[6].best = row.kv_heads && *row.ratio == best[*row.kv_heads];
       }
       // The original against itself is not a measurement.
-      cells[8].text = row.original && !row.kl ? std::string(kNone)
+      cells[7].text = row.original && !row.kl ? std::string(kNone)
                                               : shown(row.kl, [](double v) { return format_significant(v, 3); });
-      cells[9].text = shown(row.top1, [](double v) { return fmt::format("{:.1f}{}%", v * 100, kNbsp); });
+      cells[8].text = shown(row.top1, [](double v) { return fmt::format("{:.1f}{}%", v * 100, kNbsp); });
       grid.rows.push_back(std::move(cells));
     }
     document_.table(grid);
@@ -718,7 +717,7 @@ class Builder {
           predicted.marker = Marker::hollow;
           predicted.points = loss.all_predicted;
           actual.name = "measured";
-          actual.marker_size = 2.9;  // fits into the hollow one where both agree
+          actual.marker_size = 3.2;  // fits into the hollow one where both agree
           actual.points = loss.all_measured;
           chart.series = {predicted, actual};
           panels.push_back(chart.svg());
@@ -1027,7 +1026,7 @@ class Builder {
                     {"Threads", "per rank", true},
                     {"Hosts", "", true},
                     {"Peak memory", "of a rank", true},
-                    {"When", "UTC", false}};
+                    {"When", "UTC", true}};
     std::vector<std::pair<double, std::vector<Cell>>> rows;
     each_record(
         [&](const Section& section, const std::string& stage, const std::string& file, const Record& record, Maybe) {

@@ -36,7 +36,7 @@ table{border-collapse:collapse;width:100%;font-size:.86rem;line-height:1.4;font-
 th,td{padding:.42em .75em .42em 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
 th:last-child,td:last-child{padding-right:.2em}
 thead th{font-weight:600;color:var(--muted);vertical-align:bottom;border-bottom-color:var(--muted)}
-tbody th{font-weight:600;min-width:12.5em;max-width:18em;overflow-wrap:anywhere}
+tbody th{font-weight:600;min-width:13em;max-width:18em;overflow-wrap:anywhere}
 .w{min-width:14em}
 .n{text-align:right;white-space:nowrap}
 td small,th small{display:block;color:var(--muted);font-weight:400;font-size:.92em}
