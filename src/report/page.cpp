@@ -539,7 +539,7 @@ class Builder {
         fmt::format(" Over all layers. A context of {} tokens takes {} with the original and {} with the smallest "
                     "conversion, for each sequence of a batch.",
                     format_count(context), bytes_text(*one.cache_bytes * context), bytes_text(least * context)));
-    document_.figure({bar_chart(id("kv"), "KV cache bytes per token of " + one.name, description, bars)}, "big",
+    document_.figure({bar_chart(id("kv"), "KV cache bytes per token of " + one.name, description, bars, 440)}, "big",
                      caption);
   }
 
@@ -582,8 +582,8 @@ class Builder {
     chart.id = id("quality");
     chart.title = "Perplexity ratio against KV bytes, " + one.name;
     chart.description = description;
-    chart.width = 540;
-    chart.height = 350;
+    chart.width = 440;
+    chart.height = 310;
     chart.series = std::move(series);
     chart.y = make_axis(ratios, log ? "perplexity, × the original (log scale)" : "perplexity, × the original", "×", log,
                         false, log ? 7 : 6);

@@ -300,6 +300,8 @@ class Reader {
       };
       Shapes shapes;
       shapes.family = text_at(json, "model_type");
+      // What only headfold loads says so in its type; the form is the same.
+      if (shapes.family.starts_with("headfold_")) shapes.family.erase(0, 9);
       shapes.hidden = any({"hidden_size", "n_embed"});
       shapes.layers = any({"num_hidden_layers", "n_layer"});
       shapes.heads = any({"num_attention_heads", "n_head"});

@@ -51,11 +51,10 @@ figcaption{margin-top:.5em}
 figcaption b{color:var(--text);font-weight:600}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:0 2.4em;align-items:start}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,235px),1fr));gap:1em 1.3em}
-.panels svg{width:100%;max-width:360px}.panels.wide svg{max-width:560px}
+.panels svg{width:100%;max-width:300px}.panels.wide svg{max-width:560px}
 .panels.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr))}
 svg{display:block;max-width:100%;height:auto;font-family:inherit}
-.big{overflow-x:auto}
-.big svg{min-width:440px}
+.big svg{width:100%;max-width:520px}
 dl.facts{display:grid;grid-template-columns:minmax(8em,max-content) 1fr;gap:.35em 1.6em;max-width:none;font-size:.93rem}
 dl.facts dt{color:var(--muted)}
 dl.facts dd{margin:0;overflow-wrap:anywhere;min-width:0}
@@ -89,8 +88,8 @@ svg .back{fill:var(--page)}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}.cn{--c:var(--cn)}
 .q0{--c:var(--q0)}.q1{--c:var(--q1)}.q2{--c:var(--q2)}.q3{--c:var(--q3)}.q4{--c:var(--q4)}.q5{--c:var(--q5)}.q6{--c:var(--q6)}.q7{--c:var(--q7)}
 @media (max-width:600px){main{padding:24px 16px 48px}h1{font-size:1.55rem}.lead{font-size:1.05rem}dl.facts{grid-template-columns:1fr;gap:0}dl.facts dd{margin-bottom:.6em}
-table{width:max-content;min-width:100%}tbody th{max-width:12em}}
-@media print{body{font-size:10.5pt}main{max-width:none;padding:0}.scroll,.big{overflow:visible}table{font-size:8.5pt}figure,tr,pre,.missing{break-inside:avoid;page-break-inside:avoid}
+table{width:max-content;min-width:100%}tbody th{min-width:0;max-width:9.5em}.w{min-width:9em}}
+@media print{body{font-size:10.5pt}main{max-width:none;padding:0}.scroll{overflow:visible}table{font-size:8.5pt}figure,tr,pre,.missing{break-inside:avoid;page-break-inside:avoid}
 h2,h3{break-after:avoid;page-break-after:avoid}thead{display:table-header-group}a{text-decoration:none}nav{display:none}
 details::details-content{content-visibility:visible;block-size:auto}summary{color:inherit;list-style:none}pre{white-space:pre-wrap}}
 )css";
