@@ -27,9 +27,8 @@ std::int64_t choose(const at::Tensor& logits, Sampling& sampling) {
   std::vector<std::int64_t> order(static_cast<std::size_t>(count));
   std::iota(order.begin(), order.end(), 0);
   const auto kept = static_cast<std::size_t>(sampling.top_k == 0 ? count : std::min(sampling.top_k, count));
-  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(kept), order.end(), [&](std::int64_t a, std::int64_t b) {
-    return data[a] > data[b] || (data[a] == data[b] && a < b);
-  });
+  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(kept), order.end(),
+                    [&](std::int64_t a, std::int64_t b) { return data[a] > data[b] || (data[a] == data[b] && a < b); });
   double sum = 0;
   std::vector<double> cumulative(kept);
   for (std::size_t i = 0; i < kept; ++i) {
@@ -54,9 +53,11 @@ void generate(const Context& context, const std::vector<std::string>& arguments)
       "seed", po::value<std::uint64_t>()->default_value(0), "of the sampling")(
       "dtype", po::value<std::string>()->default_value("auto"), "compute dtype: float32, bfloat16 or auto")(
       "dry-run", po::bool_switch(), "print what would be done, and stop");
-  const auto options = parse(context, "generate", "headfold generate --model DIR --prompt TEXT [options]", own, arguments);
+  const auto options =
+      parse(context, "generate", "headfold generate --model DIR --prompt TEXT [options]", own, arguments);
   if (context.world.size() > 1)
-    throw UsageError(fmt::format("generate runs on one rank, not {}", context.world.size()), "start it without mpirun or srun");
+    throw UsageError(fmt::format("generate runs on one rank, not {}", context.world.size()),
+                     "start it without mpirun or srun");
   const auto wanted = options["max-new-tokens"].as<std::int64_t>();
   if (wanted < 1) throw UsageError(fmt::format("--max-new-tokens {}: must be at least 1", wanted));
   Sampling sampling;
@@ -75,27 +76,34 @@ void generate(const Context& context, const std::vector<std::string>& arguments)
   const auto tokenizer = tokenizer::load_tokenizer(reader.folder());
   std::vector<std::int64_t> ids = tokenizer->encode(options["prompt"].as<std::string>(), tokenizer::Bos::model_default);
   if (ids.empty()) {
-    if (tokenizer->bos() < 0) throw UsageError("the prompt is empty and the model has no beginning-of-sequence token", "give a --prompt");
+    if (tokenizer->bos() < 0)
+      throw UsageError("the prompt is empty and the model has no beginning-of-sequence token", "give a --prompt");
     ids.push_back(tokenizer->bos());
   }
   const std::size_t prompt_tokens = ids.size();
   const auto length = static_cast<std::int64_t>(prompt_tokens) + wanted;
   if (length > config.max_positions) {
-    const std::string message = fmt::format("{} prompt tokens and {} new ones exceed the {} positions of {}", prompt_tokens, wanted,
-                                            config.max_positions, reader.folder().string());
-    if (config.family == checkpoint::Family::llama) throw UsageError(message, "shorten the prompt or lower --max-new-tokens");
+    const std::string message = fmt::format("{} prompt tokens and {} new ones exceed the {} positions of {}",
+                                            prompt_tokens, wanted, config.max_positions, reader.folder().string());
+    if (config.family == checkpoint::Family::llama)
+      throw UsageError(message, "shorten the prompt or lower --max-new-tokens");
     spdlog::warn("{}: ALiBi extrapolates, quality may suffer", message);
   }
   const std::int64_t per_token = config.cache_bytes_per_token(static_cast<std::int64_t>(c10::elementSize(dtype)));
-  spdlog::info("{}: {} layers, {} query heads, {} KV heads, {}; {} prompt tokens, up to {} new; KV cache {} per token, {} in all",
-               reader.folder().string(), config.layers, config.heads, config.kv_heads, dtype == at::kFloat ? "float32" : "bfloat16", prompt_tokens,
-               wanted, human_bytes(static_cast<double>(per_token)), human_bytes(static_cast<double>(per_token * length)));
+  spdlog::info(
+      "{}: {} layers, {} query heads, {} KV heads, {}; {} prompt tokens, up to {} new; KV cache {} per token, {} in "
+      "all",
+      reader.folder().string(), config.layers, config.heads, config.kv_heads,
+      dtype == at::kFloat ? "float32" : "bfloat16", prompt_tokens, wanted, human_bytes(static_cast<double>(per_token)),
+      human_bytes(static_cast<double>(per_token * length)));
   if (options["dry-run"].as<bool>()) return;
 
   const model::Decoder decoder(reader, dtype);
   auto caches = decoder.make_cache(1, length);
   using Clock = std::chrono::steady_clock;
-  const auto seconds_since = [](Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); };
+  const auto seconds_since = [](Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
   const auto start = Clock::now();
   at::Tensor scores = decoder.step(at::tensor(ids, at::kLong).view({1, -1}), caches);
   const double prefill = seconds_since(start);
@@ -113,10 +121,11 @@ void generate(const Context& context, const std::vector<std::string>& arguments)
   const double decode = seconds_since(decode_start);
   fmt::print("{}\n", tokenizer->decode(ids));
   std::cout.flush();
-  spdlog::info("{} prompt tokens in {} ({:.1f} tokens/s), {} new tokens at {:.1f} tokens/s{}; KV cache holds {} ({} per token)", prompt_tokens,
-               human_seconds(prefill), static_cast<double>(prompt_tokens) / prefill, ids.size() - prompt_tokens,
-               steps > 0 ? static_cast<double>(steps) / decode : 0.0, ended ? ", ended by the model" : "",
-               human_bytes(static_cast<double>(per_token * caches.front().length)), human_bytes(static_cast<double>(per_token)));
+  spdlog::info(
+      "{} prompt tokens in {} ({:.1f} tokens/s), {} new tokens at {:.1f} tokens/s{}; KV cache holds {} ({} per token)",
+      prompt_tokens, human_seconds(prefill), static_cast<double>(prompt_tokens) / prefill, ids.size() - prompt_tokens,
+      steps > 0 ? static_cast<double>(steps) / decode : 0.0, ended ? ", ended by the model" : "",
+      human_bytes(static_cast<double>(per_token * caches.front().length)), human_bytes(static_cast<double>(per_token)));
 }
 
 }  // namespace headfold::jobs

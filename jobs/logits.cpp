@@ -14,17 +14,20 @@ namespace {
 
 constexpr int kTag = 7302;
 
-std::span<std::byte> bytes_of(const at::Tensor& tensor) { return {static_cast<std::byte*>(tensor.data_ptr()), tensor.nbytes()}; }
+std::span<std::byte> bytes_of(const at::Tensor& tensor) {
+  return {static_cast<std::byte*>(tensor.data_ptr()), tensor.nbytes()};
+}
 
 /// Ids of the input file, checked against the model.
 at::Tensor read_ids(const std::filesystem::path& path, const model::ModelConfig& config) {
   const checkpoint::SafetensorsFile file(path);
   if (!file.has("input_ids"))
-    throw InputError(fmt::format("{}: there is no tensor input_ids", path.string()), "expected is \"input_ids\", int64 [batch, length]");
+    throw InputError(fmt::format("{}: there is no tensor input_ids", path.string()),
+                     "expected is \"input_ids\", int64 [batch, length]");
   const auto& info = file.info("input_ids");
   if (info.dtype != "I64" || info.shape.size() != 2 || info.shape[0] < 1 || info.shape[1] < 1)
-    throw InputError(fmt::format("{}: tensor input_ids is {} [{}], expected I64 [batch, length]", path.string(), info.dtype,
-                                 fmt::join(info.shape, ", ")));
+    throw InputError(fmt::format("{}: tensor input_ids is {} [{}], expected I64 [batch, length]", path.string(),
+                                 info.dtype, fmt::join(info.shape, ", ")));
   const at::Tensor ids = file.view("input_ids").clone();
   try {
     model::check_ids(ids, config);
@@ -32,8 +35,8 @@ at::Tensor read_ids(const std::filesystem::path& path, const model::ModelConfig&
     throw InputError(fmt::format("{}: {}", path.string(), error.what()), error.hint());
   }
   if (config.family == checkpoint::Family::llama && ids.size(1) > config.max_positions)
-    throw InputError(fmt::format("{}: sequences of {} tokens, but {} has max_position_embeddings {}", path.string(), ids.size(1), config.file,
-                                 config.max_positions));
+    throw InputError(fmt::format("{}: sequences of {} tokens, but {} has max_position_embeddings {}", path.string(),
+                                 ids.size(1), config.file, config.max_positions));
   return ids;
 }
 
@@ -43,17 +46,21 @@ void logits(const Context& context, const std::vector<std::string>& arguments) {
   po::options_description own("options");
   own.add_options()("model", po::value<std::string>()->required(), "model folder")(
       "ids", po::value<std::string>()->required(), "safetensors file with \"input_ids\", int64 [batch, length]")(
-      "out", po::value<std::string>()->required(), "safetensors file to write: \"logits\", float32 [batch, length, vocabulary]")(
+      "out", po::value<std::string>()->required(),
+      "safetensors file to write: \"logits\", float32 [batch, length, vocabulary]")(
       "dtype", po::value<std::string>()->default_value("float32"), "compute dtype: float32, bfloat16 or auto")(
-      "pipeline-ranks", po::value<int>()->default_value(0), "ranks that share the layers; 0 = all ranks when there are that many layers")(
+      "pipeline-ranks", po::value<int>()->default_value(0),
+      "ranks that share the layers; 0 = all ranks when there are that many layers")(
       "streamed", po::bool_switch(), "keep one layer at a time in memory")(
       "micro-batch", po::value<std::int64_t>()->default_value(1), "sequences that pass through the layers together")(
       "dry-run", po::bool_switch(), "print what would be done, and stop");
   const auto options =
-      parse(context, "logits", "headfold logits --model DIR --ids IN.safetensors --out OUT.safetensors [options]", own, arguments);
+      parse(context, "logits", "headfold logits --model DIR --ids IN.safetensors --out OUT.safetensors [options]", own,
+            arguments);
   const comm::Communicator& world = context.world;
   const std::filesystem::path out = options["out"].as<std::string>();
-  if (std::filesystem::is_directory(out)) throw UsageError(fmt::format("--out {} is a folder", out.string()), "name a file to write");
+  if (std::filesystem::is_directory(out))
+    throw UsageError(fmt::format("--out {} is a folder", out.string()), "name a file to write");
   const auto micro_batch = options["micro-batch"].as<std::int64_t>();
   if (micro_batch < 1) throw UsageError(fmt::format("--micro-batch {}: must be at least 1", micro_batch));
 
@@ -81,10 +88,12 @@ void logits(const Context& context, const std::vector<std::string>& arguments) {
   if (world.root()) {
     const auto ranges = model::stage_layers(config, stages);
     std::string layers;
-    for (const auto& range : ranges) layers += fmt::format("{}{}-{}", layers.empty() ? "" : ", ", range.begin, range.end - 1);
-    spdlog::info("logits of {} sequences of {} tokens with {} in {}: {} pipeline(s) of {} rank(s), layers {}; {} output", ids.size(0), ids.size(1),
-                 reader.folder().string(), dtype == at::kFloat ? "float32" : "bfloat16", grid.replicas, stages, layers,
-                 human_bytes(static_cast<double>(ids.numel() * config.vocab * 4)));
+    for (const auto& range : ranges)
+      layers += fmt::format("{}{}-{}", layers.empty() ? "" : ", ", range.begin, range.end - 1);
+    spdlog::info(
+        "logits of {} sequences of {} tokens with {} in {}: {} pipeline(s) of {} rank(s), layers {}; {} output",
+        ids.size(0), ids.size(1), reader.folder().string(), dtype == at::kFloat ? "float32" : "bfloat16", grid.replicas,
+        stages, layers, human_bytes(static_cast<double>(ids.numel() * config.vocab * 4)));
   }
   if (options["dry-run"].as<bool>()) return;
 
@@ -96,7 +105,9 @@ void logits(const Context& context, const std::vector<std::string>& arguments) {
   std::vector<at::Tensor> own_logits;
   Progress progress("logits", "sequences", static_cast<double>(ids.size(0)), world.root());
   model::PipelineHooks hooks;
-  hooks.output = [&](std::int64_t, const at::Tensor& hidden) { own_logits.push_back(pipeline.head().logits(hidden).to(at::kFloat).contiguous()); };
+  hooks.output = [&](std::int64_t, const at::Tensor& hidden) {
+    own_logits.push_back(pipeline.head().logits(hidden).to(at::kFloat).contiguous());
+  };
   hooks.progress = [&](double done) { progress.advance(done * static_cast<double>(micro_batch) * grid.replicas); };
   pipeline.run(own_batches, hooks);
 

@@ -29,9 +29,12 @@ char* at_byte(void* data, std::int64_t elements, std::int64_t element_size) {
   return static_cast<char*>(data) + elements * element_size;
 }
 
-float score_scale(std::int64_t head_dim) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))); }
+float score_scale(std::int64_t head_dim) {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
+}
 
-/// Few query rows: one pass over keys and values, products by hand (a matrix product would spend its time on being set up).
+/// Few query rows: one pass over keys and values, products by hand (a matrix product would spend its time on being set
+/// up).
 void attend_directly(const Attention& a) {
   const auto& kernel = kernels::table(a.dtype);
   const auto size = static_cast<std::int64_t>(c10::elementSize(a.dtype));
@@ -49,15 +52,17 @@ void attend_directly(const Attention& a) {
       for (std::int64_t row = 0; row < a.tokens; ++row) {
         const std::int64_t visible = a.start + row + 1;
         const void* query = at_byte(a.queries.data, head * a.queries.head_stride + row * a.queries.token_stride, size);
-        for (std::int64_t j = 0; j < visible; ++j)
-          scores[j] = kernel.dot(query, at_byte(a.keys.data, kv * a.keys.head_stride + j * a.keys.token_stride, size), a.head_dim);
-        const kernels::ScoreRow score_row{visible, visible, score_scale(a.head_dim), a.slopes != nullptr ? a.slopes[head] : 0};
+        kernel.dots(query, at_byte(a.keys.data, kv * a.keys.head_stride, size), a.keys.token_stride, visible,
+                    a.head_dim, scores);
+        const kernels::ScoreRow score_row{visible, visible, score_scale(a.head_dim),
+                                          a.slopes != nullptr ? a.slopes[head] : 0};
         kernel.softmax(scores, probabilities, score_row);
         std::fill_n(sum, a.head_dim, 0.0F);
         for (std::int64_t j = 0; j < visible; ++j) {
           const float p = size == 4 ? reinterpret_cast<const float*>(probabilities)[j]
                                     : static_cast<float>(reinterpret_cast<const c10::BFloat16*>(probabilities)[j]);
-          kernel.add_scaled(sum, p, at_byte(a.values.data, kv * a.values.head_stride + j * a.values.token_stride, size), a.head_dim);
+          kernel.add_scaled(sum, p, at_byte(a.values.data, kv * a.values.head_stride + j * a.values.token_stride, size),
+                            a.head_dim);
         }
         kernel.store(sum, at_byte(a.output, row * a.output_stride + head * a.head_dim, size), a.head_dim);
       }
@@ -66,14 +71,16 @@ void attend_directly(const Attention& a) {
 }
 
 /// Keys or values as the product kernels like them: every head's tokens densely after one another.
-Heads dense(const Heads& heads, std::int64_t count, std::int64_t tokens, std::int64_t head_dim, std::int64_t size, std::vector<char>& buffer) {
+Heads dense(const Heads& heads, std::int64_t count, std::int64_t tokens, std::int64_t head_dim, std::int64_t size,
+            std::vector<char>& buffer) {
   if (heads.token_stride == head_dim) return heads;
   char* to = scratch(buffer, count * tokens * head_dim * size);
   at::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t head = begin; head < end; ++head)
       for (std::int64_t token = 0; token < tokens; ++token)
         std::memcpy(at_byte(to, (head * tokens + token) * head_dim, size),
-                    at_byte(heads.data, head * heads.head_stride + token * heads.token_stride, size), static_cast<std::size_t>(head_dim * size));
+                    at_byte(heads.data, head * heads.head_stride + token * heads.token_stride, size),
+                    static_cast<std::size_t>(head_dim * size));
   });
   return {to, tokens * head_dim, head_dim};
 }
@@ -99,7 +106,8 @@ void attend_in_blocks(const Attention& a) {
     thread_local std::vector<char> probability_buffer;
     float* scores = scratch(score_buffer, rows * all_keys);
     float* output = scratch(output_buffer, rows * a.head_dim);
-    char* probabilities = size == 4 ? reinterpret_cast<char*>(scores) : scratch(probability_buffer, rows * all_keys * size);
+    char* probabilities =
+        size == 4 ? reinterpret_cast<char*>(scores) : scratch(probability_buffer, rows * all_keys * size);
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t head = task / blocks;
       // First and last blocks alternate, so that any run of tasks is as costly as any other: late rows see more keys.
@@ -109,8 +117,8 @@ void attend_in_blocks(const Attention& a) {
       const std::int64_t count = std::min(rows, a.tokens - first);
       const std::int64_t visible = a.start + first + count;  // of the block's last row
       const std::int64_t kv = head / group;
-      const Matrix q{at_byte(a.queries.data, head * a.queries.head_stride + first * a.queries.token_stride, size), count, a.head_dim,
-                     a.queries.token_stride};
+      const Matrix q{at_byte(a.queries.data, head * a.queries.head_stride + first * a.queries.token_stride, size),
+                     count, a.head_dim, a.queries.token_stride};
       const Matrix k{at_byte(keys.data, kv * keys.head_stride, size), visible, a.head_dim, keys.token_stride};
       const Matrix v{at_byte(values.data, kv * values.head_stride, size), visible, a.head_dim, values.token_stride};
       multiply(q, k, true, a.dtype, scores, visible, at::kFloat);
@@ -120,14 +128,17 @@ void attend_in_blocks(const Attention& a) {
                        {a.start + first + row + 1, visible, score_scale(a.head_dim), slope});
       multiply({probabilities, count, visible, visible}, v, false, a.dtype, output, a.head_dim, at::kFloat);
       for (std::int64_t row = 0; row < count; ++row)
-        kernel.store(output + row * a.head_dim, at_byte(a.output, (first + row) * a.output_stride + head * a.head_dim, size), a.head_dim);
+        kernel.store(output + row * a.head_dim,
+                     at_byte(a.output, (first + row) * a.output_stride + head * a.head_dim, size), a.head_dim);
     }
   });
 }
 
 }  // namespace
 
-std::int64_t attention_block_bytes() { return block_bytes; }
+std::int64_t attention_block_bytes() {
+  return block_bytes;
+}
 
 void set_attention_block_bytes(std::int64_t bytes) {
   if (bytes < 1) throw UsageError(fmt::format("attention block of {} bytes: at least 1 is needed", bytes));
@@ -163,7 +174,8 @@ at::Tensor rope_inverse_frequencies(const ModelConfig& config) {
       if (wavelength > old / scaling.low_freq_factor) {
         f /= scaling.factor;
       } else if (wavelength >= old / scaling.high_freq_factor) {
-        const double s = (old / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor);
+        const double s =
+            (old / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor);
         f = (1 - s) * f / scaling.factor + s * f;
       }
     } else if (scaling.type != "default") {
@@ -185,11 +197,13 @@ at::Tensor alibi_slopes(std::int64_t heads) {
   const auto base = static_cast<float>(std::exp2(-8.0 / static_cast<double>(power)));
   const auto extra_base = static_cast<float>(std::exp2(-8.0 / static_cast<double>(2 * power)));
   for (std::int64_t i = 0; i < power; ++i) slopes[i] = std::pow(base, static_cast<float>(i + 1));
-  for (std::int64_t i = power; i < heads; ++i) slopes[i] = std::pow(extra_base, static_cast<float>(2 * (i - power) + 1));
+  for (std::int64_t i = power; i < heads; ++i)
+    slopes[i] = std::pow(extra_base, static_cast<float>(2 * (i - power) + 1));
   return result;
 }
 
-std::shared_ptr<const RopeTable> rope_table(const at::Tensor& inverse_frequencies, at::ScalarType dtype, std::int64_t positions) {
+std::shared_ptr<const RopeTable> rope_table(const at::Tensor& inverse_frequencies, at::ScalarType dtype,
+                                            std::int64_t positions) {
   struct Entry {
     std::vector<double> frequencies;
     at::ScalarType dtype;
@@ -200,15 +214,18 @@ std::shared_ptr<const RopeTable> rope_table(const at::Tensor& inverse_frequencie
   const at::Tensor wanted = inverse_frequencies.to(at::kDouble).contiguous();
   const std::vector<double> frequencies(wanted.data_ptr<double>(), wanted.data_ptr<double>() + wanted.numel());
   const std::lock_guard lock(mutex);
-  auto found = std::find_if(entries.begin(), entries.end(),
-                            [&](const Entry& entry) { return entry.dtype == dtype && entry.frequencies == frequencies; });
+  auto found = std::find_if(entries.begin(), entries.end(), [&](const Entry& entry) {
+    return entry.dtype == dtype && entry.frequencies == frequencies;
+  });
   if (found != entries.end() && found->table->cosine.size(0) >= positions) return found->table;
   std::int64_t length = 256;
   while (length < positions) length *= 2;
-  // Inverse frequencies, angles, cos and sin in float32, as the reference implementation does; then the compute dtype's rounding.
+  // Inverse frequencies, angles, cos and sin in float32, as the reference implementation does; then the compute dtype's
+  // rounding.
   const at::Tensor angles = at::outer(at::arange(length, at::kFloat), wanted.to(at::kFloat));
   const auto half = static_cast<std::int64_t>(frequencies.size());
-  auto table = std::make_shared<const RopeTable>(RopeTable{at::cos(angles).to(dtype).to(at::kFloat), at::sin(angles).to(dtype).to(at::kFloat), half});
+  auto table = std::make_shared<const RopeTable>(
+      RopeTable{at::cos(angles).to(dtype).to(at::kFloat), at::sin(angles).to(dtype).to(at::kFloat), half});
   if (found != entries.end()) {
     found->table = table;
   } else {
@@ -230,16 +247,19 @@ at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& inverse_frequencies
   const auto table = rope_table(inverse_frequencies, x.scalar_type(), start + tokens);
   const auto& kernel = kernels::table(x.scalar_type());
   const auto size = static_cast<std::int64_t>(x.element_size());
-  at::parallel_for(0, x.size(0) * tokens, std::max<std::int64_t>(1, 32768 / (heads * half)), [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      const std::int64_t position = start + row % tokens;
-      for (std::int64_t head = 0; head < heads; ++head) {
-        const std::int64_t offset = (row * heads + head) * 2 * half;
-        kernel.rotate(at_byte(source.data_ptr(), offset, size), table->cosine.data_ptr<float>() + position * half,
-                      table->sine.data_ptr<float>() + position * half, at_byte(result.data_ptr(), offset, size), half);
-      }
-    }
-  });
+  at::parallel_for(0, x.size(0) * tokens, std::max<std::int64_t>(1, 32768 / (heads * half)),
+                   [&](std::int64_t begin, std::int64_t end) {
+                     for (std::int64_t row = begin; row < end; ++row) {
+                       const std::int64_t position = start + row % tokens;
+                       for (std::int64_t head = 0; head < heads; ++head) {
+                         const std::int64_t offset = (row * heads + head) * 2 * half;
+                         kernel.rotate(at_byte(source.data_ptr(), offset, size),
+                                       table->cosine.data_ptr<float>() + position * half,
+                                       table->sine.data_ptr<float>() + position * half,
+                                       at_byte(result.data_ptr(), offset, size), half);
+                       }
+                     }
+                   });
   return result;
 }
 

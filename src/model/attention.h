@@ -8,13 +8,16 @@
 
 namespace headfold::model {
 
-/// cos and sin of every position and frequency, cast to a compute dtype and held as float, [positions, head_dim / 2] each.
+/// cos and sin of every position and frequency, cast to a compute dtype and held as float, [positions, head_dim / 2]
+/// each.
 struct RopeTable {
   at::Tensor cosine, sine;
   std::int64_t half = 0;
 };
-/// The table for at least `positions` positions; made once per (frequencies, dtype) and grown by doubling. Safe for many threads.
-std::shared_ptr<const RopeTable> rope_table(const at::Tensor& inverse_frequencies, at::ScalarType dtype, std::int64_t positions);
+/// The table for at least `positions` positions; made once per (frequencies, dtype) and grown by doubling. Safe for
+/// many threads.
+std::shared_ptr<const RopeTable> rope_table(const at::Tensor& inverse_frequencies, at::ScalarType dtype,
+                                            std::int64_t positions);
 
 /// Elements [head, token, channel] of keys or values of one sequence; channels are contiguous.
 struct Heads {
@@ -35,9 +38,9 @@ struct Attention {
   const float* slopes = nullptr;  ///< ALiBi, [heads], or none
 };
 
-/// output = softmax(q k^T / sqrt(head_dim) + ALiBi, causal) v, softmax in float32. Query head h reads KV head h / (heads / kv_heads).
-/// Works through blocks of query rows against the keys up to the block's end; scores of all threads together stay below
-/// attention_block_bytes() (at least one row per thread).
+/// output = softmax(q k^T / sqrt(head_dim) + ALiBi, causal) v, softmax in float32. Query head h reads KV head h /
+/// (heads / kv_heads). Works through blocks of query rows against the keys up to the block's end; scores of all threads
+/// together stay below attention_block_bytes() (at least one row per thread).
 void attend(const Attention& attention);
 
 }  // namespace headfold::model

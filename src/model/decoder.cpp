@@ -12,11 +12,25 @@ namespace {
 using checkpoint::Family;
 using checkpoint::KvLayout;
 
-/// Rows of activations that pass through a layer's products together: enough for full speed, few enough to bound the memory.
+/// Rows of activations that pass through a layer's products together: enough for full speed, few enough to bound the
+/// memory.
 constexpr std::int64_t kRows = 2048;
 
-/// Memory that this thread's forward passes share: fresh pages for every product would cost as much as a pass over the data.
-enum Slot { slot_norm, slot_qkv, slot_queries, slot_folded_queries, slot_keys, slot_values, slot_source_keys, slot_attention, slot_gate, slot_up, slot_count };
+/// Memory that this thread's forward passes share: fresh pages for every product would cost as much as a pass over the
+/// data.
+enum Slot {
+  slot_norm,
+  slot_qkv,
+  slot_queries,
+  slot_folded_queries,
+  slot_keys,
+  slot_values,
+  slot_source_keys,
+  slot_attention,
+  slot_gate,
+  slot_up,
+  slot_count
+};
 
 /// A tensor of `sizes` in a slot; valid until the slot is asked for again on this thread.
 at::Tensor scratch(Slot slot, at::IntArrayRef sizes, at::ScalarType dtype) {
@@ -26,7 +40,7 @@ at::Tensor scratch(Slot slot, at::IntArrayRef sizes, at::ScalarType dtype) {
   at::Tensor& buffer = slots[slot];
   if (!buffer.defined() || buffer.numel() < bytes) {
     buffer.reset();
-    buffer = at::empty({bytes}, at::kByte);
+    buffer = large_empty({bytes}, at::kByte);
   }
   return at::from_blob(buffer.data_ptr(), sizes, at::TensorOptions().dtype(dtype));
 }
@@ -41,9 +55,11 @@ void normalise(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& 
   at::parallel_for(0, x.size(0), std::max<std::int64_t>(1, 16384 / hidden), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       if (bias.defined()) {
-        kernel.layer_norm(from + row * row_bytes, weight.data_ptr(), bias.data_ptr(), to + row * row_bytes, hidden, static_cast<float>(eps));
+        kernel.layer_norm(from + row * row_bytes, weight.data_ptr(), bias.data_ptr(), to + row * row_bytes, hidden,
+                          static_cast<float>(eps));
       } else {
-        kernel.rms_norm(from + row * row_bytes, weight.data_ptr(), to + row * row_bytes, hidden, static_cast<float>(eps));
+        kernel.rms_norm(from + row * row_bytes, weight.data_ptr(), to + row * row_bytes, hidden,
+                        static_cast<float>(eps));
       }
     }
   });
@@ -60,7 +76,9 @@ void require_dtype(at::ScalarType dtype) {
     throw UsageError(fmt::format("models compute in float32 or bfloat16, not {}", c10::toString(dtype)));
 }
 
-std::string shape_text(at::IntArrayRef sizes) { return fmt::format("[{}]", fmt::join(sizes, ", ")); }
+std::string shape_text(at::IntArrayRef sizes) {
+  return fmt::format("[{}]", fmt::join(sizes, ", "));
+}
 
 /// Where weights come from; `done` is told when a tensor was copied.
 struct Source {
@@ -70,8 +88,8 @@ struct Source {
   at::Tensor checked(const std::string& name, const std::vector<std::int64_t>& shape) const {
     at::Tensor tensor = get(name, shape);
     if (!tensor.defined() || tensor.sizes() != at::IntArrayRef(shape))
-      throw InputError(fmt::format("tensor {} has shape {}, expected {}", name, tensor.defined() ? shape_text(tensor.sizes()) : "none",
-                                   shape_text(shape)));
+      throw InputError(fmt::format("tensor {} has shape {}, expected {}", name,
+                                   tensor.defined() ? shape_text(tensor.sizes()) : "none", shape_text(shape)));
     return tensor;
   }
   at::Tensor vector(const std::string& name, std::int64_t size, at::ScalarType dtype) const {
@@ -92,7 +110,8 @@ Source source_of(const checkpoint::Reader& reader) {
 
 class DecoderLayer final : public Layer {
  public:
-  DecoderLayer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype, const Source& source) : config_(config), dtype_(dtype) {
+  DecoderLayer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype, const Source& source)
+      : config_(config), dtype_(dtype) {
     require_dtype(dtype);
     if (layer < 0 || layer >= config.layers) throw InternalError(fmt::format("layer {} of {}", layer, config.layers));
     if (config.family == Family::llama) {
@@ -123,14 +142,16 @@ class DecoderLayer final : public Layer {
   void load_llama(const std::string& prefix, const Source& source);
   void load_bloom(const std::string& prefix, const Source& source);
   /// One product of several matrices that read the same input, stacked in order.
-  ProductPtr load_stacked(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows, std::int64_t in, bool bias,
-                          const Source& source) const;
-  ProductPtr load_product(const std::string& name, std::int64_t out, std::int64_t in, bool bias, const Source& source) const {
+  ProductPtr load_stacked(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows, std::int64_t in,
+                          bool bias, const Source& source) const;
+  ProductPtr load_product(const std::string& name, std::int64_t out, std::int64_t in, bool bias,
+                          const Source& source) const {
     return load_stacked({name}, {out}, in, bias, source);
   }
-  std::vector<ProductPtr> load_folds(const std::string& name, std::int64_t count, std::int64_t out, std::int64_t in, const Source& source) const;
-  void attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens, LayerCache* cache,
-                        const at::Tensor& observed_keys, const at::Tensor& out) const;
+  std::vector<ProductPtr> load_folds(const std::string& name, std::int64_t count, std::int64_t out, std::int64_t in,
+                                     const Source& source) const;
+  void attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens,
+                        LayerCache* cache, const at::Tensor& observed_keys, const at::Tensor& out) const;
   void feed_forward(const at::Tensor& x, const at::Tensor& out) const;
 
   ModelConfig config_;
@@ -142,8 +163,9 @@ class DecoderLayer final : public Layer {
   at::Tensor slopes_;               // ALiBi
 };
 
-DecoderLayer::ProductPtr DecoderLayer::load_stacked(const std::vector<std::string>& names, const std::vector<std::int64_t>& rows, std::int64_t in,
-                                                    bool bias, const Source& source) const {
+DecoderLayer::ProductPtr DecoderLayer::load_stacked(const std::vector<std::string>& names,
+                                                    const std::vector<std::int64_t>& rows, std::int64_t in, bool bias,
+                                                    const Source& source) const {
   if (names.size() == 1) {
     const at::Tensor weight = source.checked(names[0] + ".weight", {rows[0], in});
     const at::Tensor bias_vector = bias ? source.vector(names[0] + ".bias", rows[0], dtype_) : at::Tensor();
@@ -165,11 +187,13 @@ DecoderLayer::ProductPtr DecoderLayer::load_stacked(const std::vector<std::strin
   return std::make_unique<const Product>(weight, bias_vector, dtype_);
 }
 
-std::vector<DecoderLayer::ProductPtr> DecoderLayer::load_folds(const std::string& name, std::int64_t count, std::int64_t out, std::int64_t in,
+std::vector<DecoderLayer::ProductPtr> DecoderLayer::load_folds(const std::string& name, std::int64_t count,
+                                                               std::int64_t out, std::int64_t in,
                                                                const Source& source) const {
   const at::Tensor folds = source.checked(name, {count, out, in});
   std::vector<ProductPtr> products;
-  for (std::int64_t i = 0; i < count; ++i) products.push_back(std::make_unique<const Product>(folds.select(0, i), at::Tensor(), dtype_));
+  for (std::int64_t i = 0; i < count; ++i)
+    products.push_back(std::make_unique<const Product>(folds.select(0, i), at::Tensor(), dtype_));
   source.done(name);
   return products;
 }
@@ -180,7 +204,8 @@ void DecoderLayer::load_llama(const std::string& prefix, const Source& source) {
   norm2_weight_ = source.vector(prefix + "post_attention_layernorm.weight", config_.hidden, dtype_);
   const std::string attention = prefix + "self_attn.";
   qkv_ = load_stacked({attention + "q_proj", attention + "k_proj", attention + "v_proj"},
-                      {config_.heads * d, config_.source_kv_heads * d, config_.kv_heads * d}, config_.hidden, config_.attention_bias, source);
+                      {config_.heads * d, config_.source_kv_heads * d, config_.kv_heads * d}, config_.hidden,
+                      config_.attention_bias, source);
   output_ = load_product(attention + "o_proj", config_.hidden, config_.heads * d, config_.attention_bias, source);
   if (config_.layout == KvLayout::projected) {
     const std::int64_t members = config_.source_kv_heads / config_.kv_heads;
@@ -193,7 +218,8 @@ void DecoderLayer::load_llama(const std::string& prefix, const Source& source) {
 }
 
 void DecoderLayer::load_bloom(const std::string& prefix, const Source& source) {
-  if (config_.layout == KvLayout::projected) throw InputError(fmt::format("{}: BLOOM has no rotation, so layout \"projected\" does not apply", config_.file));
+  if (config_.layout == KvLayout::projected)
+    throw InputError(fmt::format("{}: BLOOM has no rotation, so layout \"projected\" does not apply", config_.file));
   const std::int64_t d = config_.head_dim;
   const std::int64_t hidden = config_.hidden;
   norm1_weight_ = source.vector(prefix + "input_layernorm.weight", hidden, dtype_);
@@ -202,8 +228,8 @@ void DecoderLayer::load_bloom(const std::string& prefix, const Source& source) {
   norm2_bias_ = source.vector(prefix + "post_attention_layernorm.bias", hidden, dtype_);
   const std::string attention = prefix + "self_attention.";
   if (config_.split_qkv) {
-    qkv_ = load_stacked({attention + "query", attention + "key", attention + "value"}, {config_.heads * d, config_.kv_width(), config_.kv_width()},
-                        hidden, true, source);
+    qkv_ = load_stacked({attention + "query", attention + "key", attention + "value"},
+                        {config_.heads * d, config_.kv_width(), config_.kv_width()}, hidden, true, source);
   } else {
     // Stored as [heads, 3, head_dim, hidden]; wanted are all of Q, then K, then V.
     const std::string name = attention + "query_key_value";
@@ -211,7 +237,8 @@ void DecoderLayer::load_bloom(const std::string& prefix, const Source& source) {
     const at::Tensor weight = at::empty({3, heads, d, hidden}, dtype_);
     weight.copy_(source.checked(name + ".weight", {3 * heads * d, hidden}).view({heads, 3, d, hidden}).transpose(0, 1));
     source.done(name + ".weight");
-    const at::Tensor bias = source.vector(name + ".bias", 3 * heads * d, dtype_).view({heads, 3, d}).transpose(0, 1).contiguous();
+    const at::Tensor bias =
+        source.vector(name + ".bias", 3 * heads * d, dtype_).view({heads, 3, d}).transpose(0, 1).contiguous();
     qkv_ = std::make_unique<const Product>(weight.view({3 * heads * d, hidden}), bias.view({3 * heads * d}), dtype_);
   }
   output_ = load_product(attention + "dense", hidden, config_.heads * d, true, source);
@@ -219,8 +246,8 @@ void DecoderLayer::load_bloom(const std::string& prefix, const Source& source) {
   down_ = load_product(prefix + "mlp.dense_4h_to_h", hidden, config_.ffn, true, source);
 }
 
-/// Copies the heads of `from` [sequences * tokens, width], columns offset .. offset + heads * head_dim, to `to` [sequences, heads, tokens,
-/// head_dim] of any strides (contiguous channels); rotated when a table is given.
+/// Copies the heads of `from` [sequences * tokens, width], columns offset .. offset + heads * head_dim, to `to`
+/// [sequences, heads, tokens, head_dim] of any strides (contiguous channels); rotated when a table is given.
 struct HeadMove {
   std::int64_t offset = 0;
   at::Tensor to;
@@ -231,32 +258,34 @@ void move_heads(const at::Tensor& from, std::int64_t tokens, std::int64_t start,
   const auto& kernel = kernels::table(from.scalar_type());
   const auto size = static_cast<std::int64_t>(from.element_size());
   const auto* source = static_cast<const char*>(from.data_ptr());
-  at::parallel_for(0, from.size(0), std::max<std::int64_t>(1, 16384 / from.size(1)), [&](std::int64_t begin, std::int64_t end) {
-    for (const HeadMove& move : moves) {
-      const std::int64_t heads = move.to.size(1);
-      const std::int64_t d = move.to.size(3);
-      auto* target = static_cast<char*>(move.to.data_ptr());
-      for (std::int64_t row = begin; row < end; ++row) {
-        const std::int64_t sequence = row / tokens;
-        const std::int64_t token = row % tokens;
-        const char* x = source + (row * from.stride(0) + move.offset) * size;
-        char* y = target + (sequence * move.to.stride(0) + token * move.to.stride(2)) * size;
-        for (std::int64_t head = 0; head < heads; ++head, x += d * size, y += move.to.stride(1) * size) {
-          if (move.table == nullptr) {
-            std::memcpy(y, x, static_cast<std::size_t>(d * size));
-          } else {
-            const std::int64_t angle = (start + token) * move.table->half;
-            kernel.rotate(x, move.table->cosine.data_ptr<float>() + angle, move.table->sine.data_ptr<float>() + angle, y, move.table->half);
+  at::parallel_for(
+      0, from.size(0), std::max<std::int64_t>(1, 16384 / from.size(1)), [&](std::int64_t begin, std::int64_t end) {
+        for (const HeadMove& move : moves) {
+          const std::int64_t heads = move.to.size(1);
+          const std::int64_t d = move.to.size(3);
+          auto* target = static_cast<char*>(move.to.data_ptr());
+          for (std::int64_t row = begin; row < end; ++row) {
+            const std::int64_t sequence = row / tokens;
+            const std::int64_t token = row % tokens;
+            const char* x = source + (row * from.stride(0) + move.offset) * size;
+            char* y = target + (sequence * move.to.stride(0) + token * move.to.stride(2)) * size;
+            for (std::int64_t head = 0; head < heads; ++head, x += d * size, y += move.to.stride(1) * size) {
+              if (move.table == nullptr) {
+                std::memcpy(y, x, static_cast<std::size_t>(d * size));
+              } else {
+                const std::int64_t angle = (start + token) * move.table->half;
+                kernel.rotate(x, move.table->cosine.data_ptr<float>() + angle,
+                              move.table->sine.data_ptr<float>() + angle, y, move.table->half);
+              }
+            }
           }
         }
-      }
-    }
-  });
+      });
 }
 
 /// Attention of sequences first .. first + count: `out` [count * tokens, hidden] += output projection.
-void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens, LayerCache* cache,
-                                    const at::Tensor& observed_keys, const at::Tensor& out) const {
+void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens,
+                                    LayerCache* cache, const at::Tensor& observed_keys, const at::Tensor& out) const {
   const std::int64_t d = config_.head_dim;
   const std::int64_t heads = config_.heads;
   const std::int64_t kv_heads = config_.kv_heads;
@@ -277,14 +306,15 @@ void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std
     keys = cache->keys.slice(0, first, first + count).slice(1, 0, start + tokens).transpose(1, 2);
     values = cache->values.slice(0, first, first + count).slice(1, 0, start + tokens).transpose(1, 2);
   } else {
-    // Rotated keys that an observer wants stand as [sequences, tokens, heads, head_dim]; attention can use them where they are.
+    // Rotated keys that an observer wants stand as [sequences, tokens, heads, head_dim]; attention can use them where
+    // they are.
     keys = observed_keys.defined() && !projected ? observed_keys.slice(0, first, first + count).transpose(1, 2)
                                                  : scratch(slot_keys, {count, kv_heads, tokens, d}, dtype_);
     values = scratch(slot_values, {count, kv_heads, tokens, d}, dtype_);
   }
   const at::Tensor new_keys = keys.slice(2, start, start + tokens);
-  const std::vector<HeadMove> query_and_value = {{0, queries, table.get()},
-                                                 {(heads + source_heads) * d, values.slice(2, start, start + tokens), nullptr}};
+  const std::vector<HeadMove> query_and_value = {
+      {0, queries, table.get()}, {(heads + source_heads) * d, values.slice(2, start, start + tokens), nullptr}};
   std::vector<HeadMove> moves = query_and_value;
   at::Tensor source_keys;
   if (projected) {
@@ -308,8 +338,9 @@ void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std
         const std::int64_t sequence = task / (kv_heads + heads);
         const std::int64_t item = task % (kv_heads + heads);
         if (item < kv_heads) {
-          key_folds_[static_cast<std::size_t>(item)]->apply(stacked.select(0, sequence).slice(1, item * members * d, (item + 1) * members * d),
-                                                            new_keys.select(0, sequence).select(0, item));
+          key_folds_[static_cast<std::size_t>(item)]->apply(
+              stacked.select(0, sequence).slice(1, item * members * d, (item + 1) * members * d),
+              new_keys.select(0, sequence).select(0, item));
         } else {
           const std::int64_t head = item - kv_heads;
           query_folds_[static_cast<std::size_t>(head / readers)]->apply(queries.select(0, sequence).select(0, head),
@@ -363,7 +394,8 @@ void DecoderLayer::feed_forward(const at::Tensor& x, const at::Tensor& out) cons
       });
       down_->apply(gate, out.slice(0, begin, begin + rows), /*accumulate=*/true);
     } else {
-      for_elements(inner.numel(), [&](std::int64_t first, std::int64_t count) { kernel.gelu(inner_data + first * size, count); });
+      for_elements(inner.numel(),
+                   [&](std::int64_t first, std::int64_t count) { kernel.gelu(inner_data + first * size, count); });
       down_->apply(inner, out.slice(0, begin, begin + rows), /*accumulate=*/true);
     }
   }
@@ -371,8 +403,9 @@ void DecoderLayer::feed_forward(const at::Tensor& x, const at::Tensor& out) cons
 
 at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* cache, LayerObserver* observer) const {
   if (hidden_states.dim() != 3 || hidden_states.size(2) != config_.hidden || hidden_states.scalar_type() != dtype_)
-    throw InternalError(fmt::format("layer input {} {}, expected [batch, tokens, {}] {}", shape_text(hidden_states.sizes()),
-                                    c10::toString(hidden_states.scalar_type()), config_.hidden, c10::toString(dtype_)));
+    throw InternalError(fmt::format("layer input {} {}, expected [batch, tokens, {}] {}",
+                                    shape_text(hidden_states.sizes()), c10::toString(hidden_states.scalar_type()),
+                                    config_.hidden, c10::toString(dtype_)));
   const std::int64_t batch = hidden_states.size(0);
   const std::int64_t tokens = hidden_states.size(1);
   if (cache != nullptr) {
@@ -380,21 +413,24 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
       if (!tensor->defined() || tensor->dim() != 4 || tensor->size(0) != batch || tensor->size(2) != config_.kv_heads ||
           tensor->size(3) != config_.head_dim || tensor->scalar_type() != dtype_ || !tensor->is_contiguous())
         throw InternalError(fmt::format("KV cache {} for a batch of {}, expected [{}, capacity, {}, {}]",
-                                        tensor->defined() ? shape_text(tensor->sizes()) : "none", batch, batch, config_.kv_heads, config_.head_dim));
+                                        tensor->defined() ? shape_text(tensor->sizes()) : "none", batch, batch,
+                                        config_.kv_heads, config_.head_dim));
     if (cache->length + tokens > std::min(cache->keys.size(1), cache->values.size(1)))
-      throw InputError(fmt::format("the KV cache has room for {} tokens: {} are in it and {} more do not fit", cache->keys.size(1), cache->length, tokens));
+      throw InputError(fmt::format("the KV cache has room for {} tokens: {} are in it and {} more do not fit",
+                                   cache->keys.size(1), cache->length, tokens));
   }
   const at::Tensor hidden = hidden_states.contiguous();
   const std::int64_t rows = batch * tokens;
   const at::Tensor flat = hidden.view({rows, config_.hidden});
-  const at::Tensor x = observer != nullptr ? at::empty({rows, config_.hidden}, dtype_) : scratch(slot_norm, {rows, config_.hidden}, dtype_);
+  const at::Tensor x = observer != nullptr ? large_empty({rows, config_.hidden}, dtype_)
+                                           : scratch(slot_norm, {rows, config_.hidden}, dtype_);
   normalise(flat, norm1_weight_, norm1_bias_, config_.norm_eps, x);
   if (observer != nullptr) observer->attention_input(x.view({batch, tokens, config_.hidden}));
   const at::Tensor observed_keys = observer != nullptr && observer->wants_rotated_keys()
                                        ? at::empty({batch, tokens, config_.source_kv_heads, config_.head_dim}, dtype_)
                                        : at::Tensor();
 
-  const at::Tensor result = at::empty({batch, tokens, config_.hidden}, dtype_);
+  const at::Tensor result = large_empty({batch, tokens, config_.hidden}, dtype_);
   const at::Tensor out = result.view({rows, config_.hidden});
   out.copy_(config_.post_layernorm_residual ? x : flat);
   if (tokens > 0) {
@@ -421,7 +457,8 @@ std::unique_ptr<Layer> load_layer(const checkpoint::Reader& reader, std::int64_t
   return std::make_unique<DecoderLayer>(reader.config(), layer, dtype, source_of(reader));
 }
 
-std::unique_ptr<Layer> load_layer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype, const TensorGetter& getter) {
+std::unique_ptr<Layer> load_layer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype,
+                                  const TensorGetter& getter) {
   return std::make_unique<DecoderLayer>(config, layer, dtype, Source{getter});
 }
 
@@ -430,20 +467,23 @@ std::unique_ptr<Layer> load_layer(const ModelConfig& config, std::int64_t layer,
 
 void check_ids(const at::Tensor& ids, const ModelConfig& config) {
   if (!ids.defined() || ids.dim() != 2 || ids.scalar_type() != at::kLong)
-    throw InputError(fmt::format("token ids are {} {}, expected int64 [batch, tokens]", ids.defined() ? c10::toString(ids.scalar_type()) : "none",
+    throw InputError(fmt::format("token ids are {} {}, expected int64 [batch, tokens]",
+                                 ids.defined() ? c10::toString(ids.scalar_type()) : "none",
                                  ids.defined() ? shape_text(ids.sizes()) : ""));
   const at::Tensor dense = ids.contiguous();
   const auto* data = dense.data_ptr<std::int64_t>();
   for (std::int64_t i = 0; i < dense.numel(); ++i)
     if (data[i] < 0 || data[i] >= config.vocab)
-      throw InputError(fmt::format("token id {} at [{}, {}] is outside the vocabulary of {} ({} entries)", data[i], i / dense.size(1), i % dense.size(1),
-                                   config.file, config.vocab),
+      throw InputError(fmt::format("token id {} at [{}, {}] is outside the vocabulary of {} ({} entries)", data[i],
+                                   i / dense.size(1), i % dense.size(1), config.file, config.vocab),
                        "the ids were made with the tokenizer of another model");
 }
 
 namespace {
 
-bool bloom(const ModelConfig& config) { return config.family == Family::bloom; }
+bool bloom(const ModelConfig& config) {
+  return config.family == Family::bloom;
+}
 
 at::Tensor load_table(const checkpoint::Reader& reader, const std::string& name, at::ScalarType dtype) {
   require_dtype(dtype);
@@ -479,20 +519,21 @@ Head::Head(const checkpoint::Reader& reader, at::ScalarType dtype) : config_(rea
   norm_weight_ = source.vector(bloom(config_) ? "transformer.ln_f.weight" : "model.norm.weight", config_.hidden, dtype);
   if (bloom(config_)) norm_bias_ = source.vector("transformer.ln_f.bias", config_.hidden, dtype);
   const std::string name = config_.tied_embeddings ? table : "lm_head.weight";
-  projection_ = std::make_shared<const Product>(source.checked(name, {config_.vocab, config_.hidden}), at::Tensor(), dtype);
+  projection_ =
+      std::make_shared<const Product>(source.checked(name, {config_.vocab, config_.hidden}), at::Tensor(), dtype);
   source.done(name);
 }
 
 at::Tensor Head::logits(const at::Tensor& hidden) const {
   if (hidden.dim() < 1 || hidden.size(-1) != config_.hidden || hidden.scalar_type() != dtype_)
-    throw InternalError(fmt::format("head input {} {}, expected [..., {}] {}", shape_text(hidden.sizes()), c10::toString(hidden.scalar_type()),
-                                    config_.hidden, c10::toString(dtype_)));
+    throw InternalError(fmt::format("head input {} {}, expected [..., {}] {}", shape_text(hidden.sizes()),
+                                    c10::toString(hidden.scalar_type()), config_.hidden, c10::toString(dtype_)));
   const at::Tensor flat = hidden.contiguous().view({-1, config_.hidden});
   const at::Tensor x = scratch(slot_norm, flat.sizes(), dtype_);
   normalise(flat, norm_weight_, norm_bias_, config_.norm_eps, x);
   std::vector<std::int64_t> shape = hidden.sizes().vec();
   shape.back() = config_.vocab;
-  const at::Tensor result = at::empty(shape, dtype_);
+  const at::Tensor result = large_empty(shape, dtype_);
   projection_->apply(x, result.view({-1, config_.vocab}));
   return result;
 }
@@ -521,7 +562,8 @@ std::vector<LayerCache> Decoder::make_cache(std::int64_t batch, std::int64_t cap
 }
 
 at::Tensor Decoder::step(const at::Tensor& ids, std::vector<LayerCache>& caches) const {
-  if (caches.size() != layers_.size()) throw InternalError(fmt::format("{} caches for {} layers", caches.size(), layers_.size()));
+  if (caches.size() != layers_.size())
+    throw InternalError(fmt::format("{} caches for {} layers", caches.size(), layers_.size()));
   if (ids.dim() == 2 && ids.size(1) == 0) throw InputError("no token to continue from");
   at::Tensor hidden = embedding_.forward(ids);
   for (std::size_t i = 0; i < layers_.size(); ++i) hidden = layers_[i]->forward(hidden, &caches[i]);

@@ -11,14 +11,18 @@ struct Bf16 {
 
 #define HEADFOLD_INLINE inline __attribute__((always_inline))
 
-HEADFOLD_INLINE float get(const float& x) { return x; }
+HEADFOLD_INLINE float get(const float& x) {
+  return x;
+}
 HEADFOLD_INLINE float get(const Bf16& x) {
   const std::uint32_t wide = static_cast<std::uint32_t>(x.bits) << 16;
   float value;
   __builtin_memcpy(&value, &wide, sizeof(value));
   return value;
 }
-HEADFOLD_INLINE void put(float& x, float value) { x = value; }
+HEADFOLD_INLINE void put(float& x, float value) {
+  x = value;
+}
 HEADFOLD_INLINE void put(Bf16& x, float value) {
   // Round to nearest, ties to even; a NaN stays one.
   std::uint32_t wide;
@@ -27,7 +31,9 @@ HEADFOLD_INLINE void put(Bf16& x, float value) {
   x.bits = static_cast<std::uint16_t>(value == value ? nearest : 0x7fc0u);
 }
 /// `value` rounded to the type of the first argument, as float.
-HEADFOLD_INLINE float rounded(const float&, float value) { return value; }
+HEADFOLD_INLINE float rounded(const float&, float value) {
+  return value;
+}
 HEADFOLD_INLINE float rounded(const Bf16&, float value) {
   Bf16 x;
   put(x, value);

@@ -1,6 +1,6 @@
 #pragma once
-// Private: elementwise kernels of a decoder layer, one pass over memory each, float32 inside. Compiled for AVX-512, AVX2 and the
-// baseline; the best one that this processor has is chosen at run time.
+// Private: elementwise kernels of a decoder layer, one pass over memory each, float32 inside. Compiled for AVX-512,
+// AVX2 and the baseline; the best one that this processor has is chosen at run time.
 
 #include <ATen/ATen.h>
 
@@ -14,17 +14,20 @@ struct ScoreRow {
   std::int64_t visible = 0;  ///< leading entries that the causal mask lets through
   std::int64_t total = 0;    ///< entries of the row; those from `visible` on become 0
   float scale = 1;           ///< 1 / sqrt(head_dim)
-  float slope = 0;           ///< ALiBi slope of the head; 0 = none. The bias is slope * position, rounded to the row's output type
+  float slope =
+      0;  ///< ALiBi slope of the head; 0 = none. The bias is slope * position, rounded to the row's output type
 };
 
-/// Kernels over elements of one type: float, or bfloat16 passed as std::uint16_t bits. Pointers are void so that one table serves both.
+/// Kernels over elements of one type: float, or bfloat16 passed as std::uint16_t bits. Pointers are void so that one
+/// table serves both.
 struct Table {
   const char* isa;
   /// y = round(x / sqrt(mean(x^2) + eps)) * weight, n elements (RMSNorm, docs/formats.md "Arithmetic that must match").
   void (*rms_norm)(const void* x, const void* weight, void* y, std::int64_t n, float eps);
   /// y = (x - mean) / sqrt(var + eps) * weight + bias, biased variance.
   void (*layer_norm)(const void* x, const void* weight, const void* bias, void* y, std::int64_t n, float eps);
-  /// rotate_half rotation of one head: y[i] = x[i] cos[i] - x[i + half] sin[i], y[i + half] = x[i + half] cos[i] + x[i] sin[i].
+  /// rotate_half rotation of one head: y[i] = x[i] cos[i] - x[i + half] sin[i], y[i + half] = x[i + half] cos[i] + x[i]
+  /// sin[i].
   void (*rotate)(const void* x, const float* cosine, const float* sine, void* y, std::int64_t half);
   /// gate = silu(gate) * up.
   void (*silu_times)(void* gate, const void* up, std::int64_t n);
@@ -32,10 +35,12 @@ struct Table {
   void (*gelu)(void* x, std::int64_t n);
   /// probabilities = softmax(scale * scores + bias) over the visible entries; scores (float) are overwritten.
   void (*softmax)(float* scores, void* probabilities, const ScoreRow& row);
-  /// Sum of a[i] * b[i] in float.
-  float (*dot)(const void* a, const void* b, std::int64_t n);
+  /// sums[j] = sum over i < n of a[i] * b[j * stride + i], j < count, in float.
+  void (*dots)(const void* a, const void* b, std::int64_t stride, std::int64_t count, std::int64_t n, float* sums);
   /// sum[i] += factor * x[i], sum in float.
   void (*add_scaled)(float* sum, float factor, const void* x, std::int64_t n);
+  /// values = x, to float.
+  void (*load)(const void* x, float* values, std::int64_t n);
   /// x = round(values), float to the element type.
   void (*store)(const float* values, void* x, std::int64_t n);
   /// y = exp(x) as the other kernels compute it: relative error below 3e-7 within [-87, 88], 0 below. For tests.

@@ -1,8 +1,10 @@
-// Included once per instruction set and element type by kernels.cpp: HEADFOLD_ELEMENT is float or Bf16. Plain loops that the compiler
-// vectorises; no standard library calls, so that no inline function of the library is emitted for a newer instruction set.
+// Included once per instruction set and element type by kernels.cpp: HEADFOLD_ELEMENT is float or Bf16. Plain loops
+// that the compiler vectorises; no standard library calls, so that no inline function of the library is emitted for a
+// newer instruction set.
 
 static inline __attribute__((always_inline)) float exp_of(float x) {
-  // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, Taylor-like polynomial of degree 6 (Cephes coefficients).
+  // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2, Taylor-like polynomial of degree 6 (Cephes
+  // coefficients).
   const float limited = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
   const float shifted = limited * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
   const float n = shifted - 12582912.0f;
@@ -96,7 +98,8 @@ static void softmax(float* scores, void* probabilities_, const ScoreRow& row) {
   if (slope != 0) {
 #pragma omp simd reduction(max : largest)
     for (std::int64_t i = 0; i < n; ++i) {
-      const float s = scores[i] * scale + rounded(probabilities[i], slope * static_cast<float>(static_cast<std::int32_t>(i)));
+      const float s =
+          scores[i] * scale + rounded(probabilities[i], slope * static_cast<float>(static_cast<std::int32_t>(i)));
       scores[i] = s;
       largest = s > largest ? s : largest;
     }
@@ -122,13 +125,39 @@ static void softmax(float* scores, void* probabilities_, const ScoreRow& row) {
   for (std::int64_t i = n; i < row.total; ++i) put(probabilities[i], 0.0f);
 }
 
-static float dot(const void* a_, const void* b_, std::int64_t n) {
+static void dots(const void* a_, const void* b_, std::int64_t stride, std::int64_t count, std::int64_t n, float* sums) {
   const auto* a = static_cast<const HEADFOLD_ELEMENT*>(a_);
   const auto* b = static_cast<const HEADFOLD_ELEMENT*>(b_);
-  float sum = 0;
+  std::int64_t j = 0;
+  // Four rows at a time: independent sums hide the latency of the additions.
+  for (; j + 4 <= count; j += 4, b += 4 * stride) {
+    const HEADFOLD_ELEMENT *b0 = b, *b1 = b + stride, *b2 = b + 2 * stride, *b3 = b + 3 * stride;
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (std::int64_t i = 0; i < n; ++i) {
+      const float x = get(a[i]);
+      s0 += x * get(b0[i]);
+      s1 += x * get(b1[i]);
+      s2 += x * get(b2[i]);
+      s3 += x * get(b3[i]);
+    }
+    sums[j] = s0;
+    sums[j + 1] = s1;
+    sums[j + 2] = s2;
+    sums[j + 3] = s3;
+  }
+  for (; j < count; ++j, b += stride) {
+    float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (std::int64_t i = 0; i < n; ++i) sum += get(a[i]) * get(b[i]);
-  return sum;
+    for (std::int64_t i = 0; i < n; ++i) sum += get(a[i]) * get(b[i]);
+    sums[j] = sum;
+  }
+}
+
+static void load(const void* x_, float* values, std::int64_t n) {
+  const auto* x = static_cast<const HEADFOLD_ELEMENT*>(x_);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) values[i] = get(x[i]);
 }
 
 static void add_scaled(float* sum, float factor, const void* x_, std::int64_t n) {
@@ -149,5 +178,5 @@ static void exponential(const float* x, float* y, std::int64_t n) {
 }
 
 static constexpr Table make_table(const char* isa) {
-  return {isa, rms_norm, layer_norm, rotate, silu_times, gelu, softmax, dot, add_scaled, store, exponential};
+  return {isa, rms_norm, layer_norm, rotate, silu_times, gelu, softmax, dots, add_scaled, load, store, exponential};
 }

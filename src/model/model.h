@@ -1,5 +1,6 @@
 #pragma once
-// LLaMA and BLOOM decoders for inference, layer by layer, with explicit KV layouts. Names and shapes follow docs/formats.md.
+// LLaMA and BLOOM decoders for inference, layer by layer, with explicit KV layouts. Names and shapes follow
+// docs/formats.md.
 
 #include <ATen/ATen.h>
 #include <headfold/checkpoint/layout.h>
@@ -16,8 +17,8 @@ namespace headfold::model {
 using checkpoint::ModelConfig;
 class Product;
 
-/// Sees intermediate values of a layer while it runs (calibration). Called once per forward. The tensors are fresh: an observer may keep
-/// them.
+/// Sees intermediate values of a layer while it runs (calibration). Called once per forward. The tensors are fresh: an
+/// observer may keep them.
 class LayerObserver {
  public:
   virtual ~LayerObserver() = default;
@@ -30,7 +31,7 @@ class LayerObserver {
 
 /// Keys and values of one layer for a batch of sequences of equal length.
 struct LayerCache {
-  at::Tensor keys;    ///< [batch, capacity, kv_heads, head_dim]: what the layout caches (projected keys for `projected`)
+  at::Tensor keys;  ///< [batch, capacity, kv_heads, head_dim]: what the layout caches (projected keys for `projected`)
   at::Tensor values;  ///< [batch, capacity, kv_heads, head_dim]
   std::int64_t length = 0;
 };
@@ -39,10 +40,12 @@ struct LayerCache {
 class Layer {
  public:
   virtual ~Layer() = default;
-  /// hidden [batch, tokens, hidden] -> same shape. Tokens stand at positions start .. start+tokens-1 where start = cache ? cache->length : 0; with a
-  /// cache the new keys and values are appended (InputError when its capacity does not suffice). Causal. Scores are formed in bounded blocks:
-  /// memory stays below `attention_block_bytes()` whatever the length.
-  virtual at::Tensor forward(const at::Tensor& hidden, LayerCache* cache = nullptr, LayerObserver* observer = nullptr) const = 0;
+  /// hidden [batch, tokens, hidden] -> same shape. Tokens stand at positions start .. start+tokens-1 where start =
+  /// cache ? cache->length : 0; with a cache the new keys and values are appended (InputError when its capacity does
+  /// not suffice). Causal. Scores are formed in bounded blocks: memory stays below `attention_block_bytes()` whatever
+  /// the length.
+  virtual at::Tensor forward(const at::Tensor& hidden, LayerCache* cache = nullptr,
+                             LayerObserver* observer = nullptr) const = 0;
   /// Bytes of its weights.
   virtual std::int64_t bytes() const = 0;
 };
@@ -51,16 +54,20 @@ class Layer {
 std::int64_t attention_block_bytes();
 void set_attention_block_bytes(std::int64_t bytes);
 
-/// Gives the tensor of a canonical name (checkpoint::layer_tensors) and shape, in any floating-point dtype; it is copied.
+/// Gives the tensor of a canonical name (checkpoint::layer_tensors) and shape, in any floating-point dtype; it is
+/// copied.
 using TensorGetter = std::function<at::Tensor(const std::string& name, const std::vector<std::int64_t>& shape)>;
 
-/// Loads layer `layer` (0-based) in `dtype` (float32 or bfloat16; UsageError otherwise). The pages of the file are given back as soon
-/// as a tensor is copied. InputError names file, tensor and both shapes when one is absent or has another shape.
+/// Loads layer `layer` (0-based) in `dtype` (float32 or bfloat16; UsageError otherwise). The pages of the file are
+/// given back as soon as a tensor is copied. InputError names file, tensor and both shapes when one is absent or has
+/// another shape.
 std::unique_ptr<Layer> load_layer(const checkpoint::Reader& reader, std::int64_t layer, at::ScalarType dtype);
 /// The same from tensors in memory: for tests, benchmarks and models that are not on disk (yet).
-std::unique_ptr<Layer> load_layer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype, const TensorGetter& getter);
+std::unique_ptr<Layer> load_layer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype,
+                                  const TensorGetter& getter);
 
-/// Throws InputError naming the model and the first offender unless `ids` is int64 [batch, tokens] with every id in [0, vocab).
+/// Throws InputError naming the model and the first offender unless `ids` is int64 [batch, tokens] with every id in [0,
+/// vocab).
 void check_ids(const at::Tensor& ids, const ModelConfig& config);
 
 /// Token embedding (BLOOM: with its LayerNorm).
@@ -93,8 +100,8 @@ class Head {
 at::Tensor rope_inverse_frequencies(const ModelConfig& config);
 /// ALiBi slopes per query head [heads], float32.
 at::Tensor alibi_slopes(std::int64_t heads);
-/// Rotation of x [batch, tokens, heads, head_dim] (float32 or bfloat16) at positions start, start + 1, …: rotate_half layout, angles, cos and
-/// sin in float32, cos and sin cast to x's dtype. Returns a new tensor.
+/// Rotation of x [batch, tokens, heads, head_dim] (float32 or bfloat16) at positions start, start + 1, …: rotate_half
+/// layout, angles, cos and sin in float32, cos and sin cast to x's dtype. Returns a new tensor.
 at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& inverse_frequencies, std::int64_t start);
 
 /// A whole model in one process: for tests, generation and small evaluations.

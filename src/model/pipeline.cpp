@@ -7,10 +7,12 @@
 namespace headfold::model {
 namespace {
 
-constexpr int kTag = 7301;       // hidden states; messages of one pair of ranks arrive in the order they were sent
+constexpr int kTag = 7301;         // hidden states; messages of one pair of ranks arrive in the order they were sent
 constexpr std::size_t kAhead = 2;  // micro-batches that may wait on either side of a stage
 
-std::span<std::byte> bytes_of(const at::Tensor& tensor) { return {static_cast<std::byte*>(tensor.data_ptr()), tensor.nbytes()}; }
+std::span<std::byte> bytes_of(const at::Tensor& tensor) {
+  return {static_cast<std::byte*>(tensor.data_ptr()), tensor.nbytes()};
+}
 
 double parameters_of(const std::vector<checkpoint::TensorShape>& tensors) {
   double sum = 0;
@@ -29,7 +31,8 @@ Weights weights_of(const ModelConfig& config) {
   const auto table = static_cast<double>(config.vocab) * static_cast<double>(config.hidden);
   const bool bloom = config.family == checkpoint::Family::bloom;
   weights.embedding = table + (bloom ? 2.0 * static_cast<double>(config.hidden) : 0.0);
-  weights.head = table + static_cast<double>(config.hidden) * (bloom ? 2.0 : 1.0);  // a tied head is a copy on its own rank
+  weights.head =
+      table + static_cast<double>(config.hidden) * (bloom ? 2.0 : 1.0);  // a tied head is a copy on its own rank
   return weights;
 }
 
@@ -65,7 +68,8 @@ class Sender {
 /// Receives of known shapes, posted ahead.
 class Receiver {
  public:
-  Receiver(const comm::Communicator& pipeline, int from, std::vector<std::vector<std::int64_t>> shapes, at::ScalarType dtype)
+  Receiver(const comm::Communicator& pipeline, int from, std::vector<std::vector<std::int64_t>> shapes,
+           at::ScalarType dtype)
       : pipeline_(pipeline), from_(from), shapes_(std::move(shapes)), dtype_(dtype) {
     while (posted_.size() < kAhead && next_ < shapes_.size()) post();
   }
@@ -106,7 +110,8 @@ struct Pipeline::State {
   std::optional<Head> head;
 };
 
-Pipeline::Pipeline(const checkpoint::Reader& reader, const comm::Grid& grid, PipelineOptions options) : state_(std::make_unique<State>()) {
+Pipeline::Pipeline(const checkpoint::Reader& reader, const comm::Grid& grid, PipelineOptions options)
+    : state_(std::make_unique<State>()) {
   if (options.dtype != at::kFloat && options.dtype != at::kBFloat16)
     throw UsageError(fmt::format("models compute in float32 or bfloat16, not {}", c10::toString(options.dtype)));
   state_->reader = &reader;
@@ -115,7 +120,8 @@ Pipeline::Pipeline(const checkpoint::Reader& reader, const comm::Grid& grid, Pip
   range_ = stage_layers(reader.config(), grid.stages)[static_cast<std::size_t>(grid.stage)];
   if (options.residency == Residency::resident) {
     if (grid.first_stage()) state_->embedding.emplace(reader, options.dtype);
-    for (std::int64_t layer = range_.begin; layer < range_.end; ++layer) state_->layers.push_back(load_layer(reader, layer, options.dtype));
+    for (std::int64_t layer = range_.begin; layer < range_.end; ++layer)
+      state_->layers.push_back(load_layer(reader, layer, options.dtype));
     if (grid.last_stage() && options.head) state_->head.emplace(reader, options.dtype);
   }
   grid.world.barrier("loading the model");
@@ -123,11 +129,14 @@ Pipeline::Pipeline(const checkpoint::Reader& reader, const comm::Grid& grid, Pip
 
 Pipeline::~Pipeline() = default;
 
-const ModelConfig& Pipeline::config() const { return state_->reader->config(); }
+const ModelConfig& Pipeline::config() const {
+  return state_->reader->config();
+}
 
 const Head& Pipeline::head() const {
   if (!state_->grid.last_stage() || !state_->options.head)
-    throw InternalError(fmt::format("the head was asked for on stage {} of {}", state_->grid.stage, state_->grid.stages));
+    throw InternalError(
+        fmt::format("the head was asked for on stage {} of {}", state_->grid.stage, state_->grid.stages));
   if (!state_->head) state_->head.emplace(*state_->reader, state_->options.dtype);
   return *state_->head;
 }
@@ -148,7 +157,8 @@ void Pipeline::run(const std::vector<at::Tensor>& micro_batches, const PipelineH
   std::optional<Receiver> receiver;
   if (!grid.first_stage()) receiver.emplace(grid.pipeline, grid.stage - 1, shapes, state.options.dtype);
   std::optional<Sender> sender;
-  if (!grid.last_stage()) sender.emplace(grid.pipeline, grid.stage + 1, streamed ? std::max<std::size_t>(count, 1) : kAhead);
+  if (!grid.last_stage())
+    sender.emplace(grid.pipeline, grid.stage + 1, streamed ? std::max<std::size_t>(count, 1) : kAhead);
   const auto observer_of = [&](std::int64_t layer) { return hooks.observer ? hooks.observer(layer) : nullptr; };
   const auto enter = [&](std::int64_t layer, std::size_t index) {
     if (hooks.before_layer) hooks.before_layer(layer, static_cast<std::int64_t>(index));
@@ -183,7 +193,8 @@ void Pipeline::run(const std::vector<at::Tensor>& micro_batches, const PipelineH
     }
   } else {
     std::vector<LayerObserver*> observers;
-    for (std::int64_t layer = range_.begin; layer < range_.end; ++layer) observers.push_back(count > 0 ? observer_of(layer) : nullptr);
+    for (std::int64_t layer = range_.begin; layer < range_.end; ++layer)
+      observers.push_back(count > 0 ? observer_of(layer) : nullptr);
     for (std::size_t i = 0; i < count; ++i) {
       at::Tensor hidden = receiver ? receiver->receive() : state.embedding->forward(micro_batches[i]);
       for (std::int64_t layer = range_.begin; layer < range_.end; ++layer) {
@@ -212,13 +223,16 @@ std::int64_t stage_weight_bytes(const ModelConfig& config, int stages, int stage
   return static_cast<std::int64_t>(parameters) * static_cast<std::int64_t>(c10::elementSize(dtype));
 }
 
-int fewest_stages(const ModelConfig& config, at::ScalarType dtype, std::int64_t extra_bytes_per_layer, std::int64_t budget, int max_stages) {
+int fewest_stages(const ModelConfig& config, at::ScalarType dtype, std::int64_t extra_bytes_per_layer,
+                  std::int64_t budget, int max_stages) {
   const auto most = static_cast<int>(std::min<std::int64_t>(std::max(max_stages, 1), config.layers));
   for (int stages = 1; stages < most; ++stages) {
     const auto ranges = stage_layers(config, stages);
     bool fits = true;
     for (int stage = 0; stage < stages && fits; ++stage)
-      fits = stage_weight_bytes(config, stages, stage, dtype) + extra_bytes_per_layer * ranges[static_cast<std::size_t>(stage)].size() <= budget;
+      fits = stage_weight_bytes(config, stages, stage, dtype) +
+                 extra_bytes_per_layer * ranges[static_cast<std::size_t>(stage)].size() <=
+             budget;
     if (fits) return stages;
   }
   return most;

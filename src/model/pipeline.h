@@ -27,8 +27,9 @@ struct PipelineHooks {
   std::function<void(std::int64_t layer, std::int64_t index)> before_layer;
   /// Last stage only: final hidden states (before the final norm) of micro-batch `index`; use head() for logits.
   std::function<void(std::int64_t index, const at::Tensor& hidden)> output;
-  /// Called on every stage with work finished since the last call, in micro-batches: 1 after a micro-batch has left the stage; streamed: the
-  /// reciprocal of the stage's layers after every layer x micro-batch. Sums to the number of micro-batches.
+  /// Called on every stage with work finished since the last call, in micro-batches: 1 after a micro-batch has left the
+  /// stage; streamed: the reciprocal of the stage's layers after every layer x micro-batch. Sums to the number of
+  /// micro-batches.
   std::function<void(double micro_batches_done)> progress;
 };
 
@@ -38,10 +39,11 @@ class Pipeline {
   /// Loads this stage's weights (resident) or only opens the file (streamed). Collective over grid.world.
   Pipeline(const checkpoint::Reader& reader, const comm::Grid& grid, PipelineOptions options);
   ~Pipeline();
-  /// Pushes this replica's micro-batches (ids [batch, tokens] each, the same list on every stage of the replica) through all stages. Receives are
-  /// posted ahead and sends are asynchronous, so that all stages are busy in steady state (resident; at most two micro-batches wait on
-  /// either side of a stage). Streamed with several stages, a stage begins when its predecessor is in its last layer: prefer replicas then.
-  /// Throws InputError on every stage, before anything is sent, when a micro-batch is not int64 [batch, tokens] within the vocabulary.
+  /// Pushes this replica's micro-batches (ids [batch, tokens] each, the same list on every stage of the replica)
+  /// through all stages. Receives are posted ahead and sends are asynchronous, so that all stages are busy in steady
+  /// state (resident; at most two micro-batches wait on either side of a stage). Streamed with several stages, a stage
+  /// begins when its predecessor is in its last layer: prefer replicas then. Throws InputError on every stage, before
+  /// anything is sent, when a micro-batch is not int64 [batch, tokens] within the vocabulary.
   void run(const std::vector<at::Tensor>& micro_batches, const PipelineHooks& hooks) const;
   const comm::LayerRange& layers() const { return range_; }
   const ModelConfig& config() const;
@@ -58,7 +60,9 @@ class Pipeline {
 std::vector<comm::LayerRange> stage_layers(const ModelConfig& config, int stages);
 /// Bytes of weights of one stage in `dtype`.
 std::int64_t stage_weight_bytes(const ModelConfig& config, int stages, int stage, at::ScalarType dtype);
-/// Fewest stages whose weights plus `extra_bytes_per_layer` per layer fit `budget` bytes per rank; at most config.layers.
-int fewest_stages(const ModelConfig& config, at::ScalarType dtype, std::int64_t extra_bytes_per_layer, std::int64_t budget, int max_stages);
+/// Fewest stages whose weights plus `extra_bytes_per_layer` per layer fit `budget` bytes per rank; at most
+/// config.layers.
+int fewest_stages(const ModelConfig& config, at::ScalarType dtype, std::int64_t extra_bytes_per_layer,
+                  std::int64_t budget, int max_stages);
 
 }  // namespace headfold::model

@@ -3,13 +3,13 @@
 #include <ATen/Parallel.h>
 #include <headfold/base/error.h>
 #include <omp.h>
+#include <sys/mman.h>
 
+#include <array>
 #include <atomic>
-#include <list>
-#include <mutex>
-#include <string_view>
-#include <tuple>
 #include <unordered_map>
+
+#include "kernels.h"
 
 #ifdef HEADFOLD_WITH_ONEDNN
 #include <oneapi/dnnl/dnnl.hpp>
@@ -26,7 +26,9 @@ std::atomic<bool> onednn_on{false};
 
 }  // namespace
 
-bool uses_onednn() { return onednn_on; }
+bool uses_onednn() {
+  return onednn_on;
+}
 
 void use_onednn([[maybe_unused]] bool on) {
 #ifdef HEADFOLD_WITH_ONEDNN
@@ -52,7 +54,8 @@ dnnl::memory::data_type type_of(at::ScalarType type) {
 }
 
 /// Row-major matrix of `rows` x `columns`, or its transpose, as oneDNN describes it.
-dnnl::memory::desc describe_matrix(std::int64_t rows, std::int64_t columns, std::int64_t stride, at::ScalarType type, bool transposed) {
+dnnl::memory::desc describe_matrix(std::int64_t rows, std::int64_t columns, std::int64_t stride, at::ScalarType type,
+                                   bool transposed) {
   using Dims = dnnl::memory::dims;
   // A single row's stride is meaningless, but oneDNN compares it with the dense one.
   if (rows == 1) stride = columns;
@@ -60,8 +63,9 @@ dnnl::memory::desc describe_matrix(std::int64_t rows, std::int64_t columns, std:
                     : dnnl::memory::desc(Dims{rows, columns}, type_of(type), Dims{stride, 1});
 }
 
-dnnl::matmul::primitive_desc describe_product(const dnnl::memory::desc& a, const dnnl::memory::desc& b, const dnnl::memory::desc* bias,
-                                              const dnnl::memory::desc& c, bool accumulate) {
+dnnl::matmul::primitive_desc describe_product(const dnnl::memory::desc& a, const dnnl::memory::desc& b,
+                                              const dnnl::memory::desc* bias, const dnnl::memory::desc& c,
+                                              bool accumulate) {
   dnnl::primitive_attr attributes;
   if (accumulate) {
     dnnl::post_ops sum;
@@ -78,19 +82,22 @@ dnnl::matmul::primitive_desc describe_product(const dnnl::memory::desc& a, const
 }
 
 /// A primitive is built for one number of threads, so that number is part of its key.
-int threads_here() { return omp_in_parallel() != 0 ? 1 : omp_get_max_threads(); }
+int threads_here() {
+  return omp_in_parallel() != 0 ? 1 : omp_get_max_threads();
+}
 
 using Key = std::array<std::int64_t, 12>;
 struct KeyHash {
   std::size_t operator()(const Key& key) const {
     std::uint64_t hash = 1469598103934665603U;
-    for (const std::int64_t value : key) hash = (hash ^ static_cast<std::uint64_t>(value)) * 1099511628211U + (hash >> 29);
+    for (const std::int64_t value : key)
+      hash = (hash ^ static_cast<std::uint64_t>(value)) * 1099511628211U + (hash >> 29);
     return hash;
   }
 };
 
-/// Primitives of this thread: looking one up costs far less than describing it again. Dropped all at once when there are too many
-/// (sequences of hundreds of different lengths).
+/// Primitives of this thread: looking one up costs far less than describing it again. Dropped all at once when there
+/// are too many (sequences of hundreds of different lengths).
 template <class Value>
 class PrimitiveCache {
  public:
@@ -111,143 +118,147 @@ struct PlainProduct {
   dnnl::memory::desc a, b, c;
 };
 
-struct PackedProduct {
+struct WeightProduct {
   dnnl::matmul primitive;
-  dnnl::memory::desc x, weight, y;
+  dnnl::memory::desc x, weight, bias, y;
 };
 
 }  // namespace
-
-struct Product::State {
-  at::Tensor plain_weight, plain_bias;  // without oneDNN
-  dnnl::memory bias;
-  std::mutex mutex;
-  // The first is the packing for long inputs; a few shapes want another one.
-  std::list<dnnl::memory> packings;
-
-  dnnl::memory packed(const dnnl::memory::desc& wanted) {
-    const std::lock_guard lock(mutex);
-    for (const dnnl::memory& packing : packings)
-      if (packing.get_desc() == wanted) return packing;
-    dnnl::memory fresh(wanted, engine());
-    dnnl::memory from = packings.front();
-    dnnl::reorder(from, fresh).execute(stream(), from, fresh);
-    stream().wait();
-    packings.push_back(fresh);
-    return fresh;
-  }
-};
-#else
-struct Product::State {
-  at::Tensor plain_weight, plain_bias;
-};
 #endif
 
-Product::Product(const at::Tensor& weight, const at::Tensor& bias, at::ScalarType dtype)
-    : out_(weight.size(0)), in_(weight.size(1)), dtype_(dtype), state_(std::make_unique<State>()) {
-  at::Tensor plain = weight.to(dtype).contiguous();
-  const at::Tensor plain_bias = bias.defined() ? bias.to(dtype).contiguous() : bias;
-#ifdef HEADFOLD_WITH_ONEDNN
-  if (uses_onednn() && out_ > 0 && in_ > 0) {
-    using Tag = dnnl::memory::format_tag;
-    constexpr std::int64_t kLong = 1024;  // rows the packing is chosen for; it hardly depends on them
-    const dnnl::memory::desc x({kLong, in_}, type_of(dtype), Tag::ab);
-    const dnnl::memory::desc any({in_, out_}, type_of(dtype), Tag::any);
-    const dnnl::memory::desc y({kLong, out_}, type_of(dtype), Tag::ab);
-    const auto described = describe_product(x, any, nullptr, y, false);
-    dnnl::memory from(describe_matrix(out_, in_, in_, dtype, true), engine(), plain.data_ptr());
-    dnnl::memory packing(described.weights_desc(), engine());
-    dnnl::reorder(from, packing).execute(stream(), from, packing);
-    stream().wait();
-    state_->packings.push_back(packing);
-    if (plain_bias.defined()) {
-      state_->bias = dnnl::memory({{1, out_}, type_of(dtype), Tag::ab}, engine());
-      std::memcpy(state_->bias.get_data_handle(), plain_bias.data_ptr(), plain_bias.nbytes());
-    }
-    return;
-  }
-#endif
-  // A view of a mapped file must not be kept: its pages are given back.
-  state_->plain_weight = plain.is_alias_of(weight) ? plain.clone() : plain;
-  if (plain_bias.defined()) state_->plain_bias = plain_bias.is_alias_of(bias) ? plain_bias.clone() : plain_bias;
+at::Tensor large_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  at::Tensor tensor = at::empty(sizes, dtype);
+  constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
+  const auto begin = (reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / kPage * kPage;
+  // Only advice: where the kernel does not follow it the memory works as before.
+  if (end > begin) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  return tensor;
 }
 
-Product::~Product() = default;
+Product::Product(const at::Tensor& weight, const at::Tensor& bias, at::ScalarType dtype) {
+  weight_ = large_empty(weight.sizes(), dtype);
+  weight_.copy_(weight);
+  if (bias.defined()) bias_ = bias.to(dtype, /*non_blocking=*/false, /*copy=*/true);
+}
 
 std::int64_t Product::bytes() const {
-#ifdef HEADFOLD_WITH_ONEDNN
-  if (!state_->packings.empty()) {
-    std::size_t sum = state_->bias ? state_->bias.get_desc().get_size() : 0;
-    const std::lock_guard lock(state_->mutex);
-    for (const dnnl::memory& packing : state_->packings) sum += packing.get_desc().get_size();
-    return static_cast<std::int64_t>(sum);
-  }
-#endif
-  return static_cast<std::int64_t>(state_->plain_weight.nbytes() + (state_->plain_bias.defined() ? state_->plain_bias.nbytes() : 0));
+  return static_cast<std::int64_t>(weight_.nbytes() + (bias_.defined() ? bias_.nbytes() : 0));
 }
 
 void Product::apply(const at::Tensor& x, const at::Tensor& y, bool accumulate) const {
-  if (x.dim() != 2 || y.dim() != 2 || x.size(1) != in_ || y.size(1) != out_ || x.size(0) != y.size(0) || x.scalar_type() != dtype_ ||
-      y.scalar_type() != dtype_ || (x.size(0) > 0 && (x.stride(1) != 1 || y.stride(1) != 1)))
-    throw InternalError(fmt::format("product [{}, {}] applied to [{}] giving [{}]", out_, in_, fmt::join(x.sizes(), ", "),
-                                    fmt::join(y.sizes(), ", ")));
+  const at::ScalarType dtype = weight_.scalar_type();
+  if (x.dim() != 2 || y.dim() != 2 || x.size(1) != in() || y.size(1) != out() || x.size(0) != y.size(0) ||
+      x.scalar_type() != dtype || y.scalar_type() != dtype || (x.size(0) > 0 && (x.stride(1) != 1 || y.stride(1) != 1)))
+    throw InternalError(fmt::format("product [{}, {}] applied to [{}] giving [{}]", out(), in(),
+                                    fmt::join(x.sizes(), ", "), fmt::join(y.sizes(), ", ")));
   const std::int64_t rows = x.size(0);
-  if (rows == 0) return;
+  if (rows == 0 || out() == 0) return;
+  constexpr std::int64_t kFewRows = 4;
+  if (rows <= kFewRows) return apply_to_few_rows(x, y, accumulate);
 #ifdef HEADFOLD_WITH_ONEDNN
-  if (!state_->packings.empty()) {
-    thread_local PrimitiveCache<PackedProduct> cache;
-    const bool biased = static_cast<bool>(state_->bias);
-    // Keyed by shape, not by weight: all layers share the entries, and no entry keeps a weight alive.
-    const Key key{out_, in_, rows, x.stride(0), y.stride(0), accumulate, biased, static_cast<int>(dtype_), threads_here()};
-    PackedProduct& product = cache.get(key, [&] {
-      const auto a = describe_matrix(rows, in_, x.stride(0), dtype_, false);
-      const auto c = describe_matrix(rows, out_, y.stride(0), dtype_, false);
-      const dnnl::memory::desc any({in_, out_}, type_of(dtype_), dnnl::memory::format_tag::any);
-      const auto bias = biased ? state_->bias.get_desc() : dnnl::memory::desc();
-      const auto described = describe_product(a, any, biased ? &bias : nullptr, c, accumulate);
-      return PackedProduct{dnnl::matmul(described), a, described.weights_desc(), c};
+  if (uses_onednn()) {
+    thread_local PrimitiveCache<WeightProduct> cache;
+    // Keyed by shape, not by weight: all layers share the entries.
+    const Key key{
+        out(),         in(), rows, x.stride(0), y.stride(0), accumulate, bias_.defined(), static_cast<int>(dtype),
+        threads_here()};
+    WeightProduct& product = cache.get(key, [&] {
+      const auto a = describe_matrix(rows, in(), x.stride(0), dtype, false);
+      const auto w = describe_matrix(out(), in(), in(), dtype, true);
+      const auto c = describe_matrix(rows, out(), y.stride(0), dtype, false);
+      const auto b = describe_matrix(1, out(), out(), dtype, false);
+      return WeightProduct{dnnl::matmul(describe_product(a, w, bias_.defined() ? &b : nullptr, c, accumulate)), a, w, b,
+                           c};
     });
-    std::unordered_map<int, dnnl::memory> arguments{{DNNL_ARG_SRC, dnnl::memory(product.x, engine(), x.data_ptr())},
-                                                    {DNNL_ARG_WEIGHTS, state_->packed(product.weight)},
-                                                    {DNNL_ARG_DST, dnnl::memory(product.y, engine(), y.data_ptr())}};
-    if (biased) arguments.emplace(DNNL_ARG_BIAS, state_->bias);
+    std::unordered_map<int, dnnl::memory> arguments{
+        {DNNL_ARG_SRC, dnnl::memory(product.x, engine(), x.data_ptr())},
+        {DNNL_ARG_WEIGHTS, dnnl::memory(product.weight, engine(), weight_.data_ptr())},
+        {DNNL_ARG_DST, dnnl::memory(product.y, engine(), y.data_ptr())}};
+    if (bias_.defined()) arguments.emplace(DNNL_ARG_BIAS, dnnl::memory(product.bias, engine(), bias_.data_ptr()));
     product.primitive.execute(stream(), arguments);
     stream().wait();
     return;
   }
 #endif
   at::Tensor result = y;
-  const at::Tensor transposed = state_->plain_weight.t();
+  const at::Tensor transposed = weight_.t();
   if (accumulate) {
     result.addmm_(x, transposed);
-    if (state_->plain_bias.defined()) result.add_(state_->plain_bias);
-  } else if (state_->plain_bias.defined()) {
-    at::addmm_out(result, state_->plain_bias, x, transposed);
+    if (bias_.defined()) result.add_(bias_);
+  } else if (bias_.defined()) {
+    at::addmm_out(result, bias_, x, transposed);
   } else {
     at::mm_out(result, x, transposed);
   }
 }
 
-void multiply(const Matrix& a, const Matrix& b, bool transposed, at::ScalarType dtype, void* c, std::int64_t c_stride, at::ScalarType result) {
+void Product::apply_to_few_rows(const at::Tensor& x, const at::Tensor& y, bool accumulate) const {
+  // Decoding reads every weight for a row or two: bound by memory, so each thread streams its own rows of the weight
+  // once.
+  const auto& kernel = kernels::table(weight_.scalar_type());
+  const auto size = static_cast<std::int64_t>(weight_.element_size());
+  constexpr std::int64_t kBlock = 64;
+  const auto* weights = static_cast<const char*>(weight_.data_ptr());
+  const std::int64_t blocks = (out() + kBlock - 1) / kBlock;
+  at::parallel_for(
+      0, blocks, std::max<std::int64_t>(1, 65536 / (kBlock * in())), [&](std::int64_t begin, std::int64_t end) {
+        std::array<float, kBlock> sums{}, addends{};
+        for (std::int64_t block = begin; block < end; ++block) {
+          const std::int64_t first = block * kBlock;
+          const std::int64_t count = std::min(kBlock, out() - first);
+          for (std::int64_t row = 0; row < x.size(0); ++row) {
+            kernel.dots(static_cast<const char*>(x.data_ptr()) + row * x.stride(0) * size,
+                        weights + first * in() * size, in(), count, in(), sums.data());
+            auto* target = static_cast<char*>(y.data_ptr()) + (row * y.stride(0) + first) * size;
+            if (bias_.defined()) {
+              kernel.load(static_cast<const char*>(bias_.data_ptr()) + first * size, addends.data(), count);
+              for (std::int64_t i = 0; i < count; ++i)
+                sums[static_cast<std::size_t>(i)] += addends[static_cast<std::size_t>(i)];
+            }
+            if (accumulate) {
+              kernel.load(target, addends.data(), count);
+              for (std::int64_t i = 0; i < count; ++i)
+                sums[static_cast<std::size_t>(i)] += addends[static_cast<std::size_t>(i)];
+            }
+            kernel.store(sums.data(), target, count);
+          }
+        }
+      });
+}
+
+void multiply(const Matrix& a, const Matrix& b, bool transposed, at::ScalarType dtype, void* c, std::int64_t c_stride,
+              at::ScalarType result) {
   const std::int64_t m = a.rows;
   const std::int64_t k = a.columns;
   const std::int64_t n = transposed ? b.rows : b.columns;
   if ((transposed ? b.columns : b.rows) != k)
-    throw InternalError(fmt::format("product of [{}, {}] and [{}, {}]{}", a.rows, a.columns, b.rows, b.columns, transposed ? "^T" : ""));
+    throw InternalError(fmt::format("product of [{}, {}] and [{}, {}]{}", a.rows, a.columns, b.rows, b.columns,
+                                    transposed ? "^T" : ""));
   if (m == 0 || n == 0) return;
 #ifdef HEADFOLD_WITH_ONEDNN
   if (uses_onednn()) {
     thread_local PrimitiveCache<PlainProduct> cache;
-    const Key key{m, n, k, a.stride, b.stride, c_stride, transposed, static_cast<int>(dtype), static_cast<int>(result), threads_here()};
+    const Key key{m,
+                  n,
+                  k,
+                  a.stride,
+                  b.stride,
+                  c_stride,
+                  transposed,
+                  static_cast<int>(dtype),
+                  static_cast<int>(result),
+                  threads_here()};
     PlainProduct& product = cache.get(key, [&] {
       const auto x = describe_matrix(m, k, a.stride, dtype, false);
       const auto w = describe_matrix(b.rows, b.columns, b.stride, dtype, transposed);
       const auto y = describe_matrix(m, n, c_stride, result, false);
       return PlainProduct{dnnl::matmul(describe_product(x, w, nullptr, y, false)), x, w, y};
     });
-    product.primitive.execute(stream(), {{DNNL_ARG_SRC, dnnl::memory(product.a, engine(), const_cast<void*>(a.data))},
-                                         {DNNL_ARG_WEIGHTS, dnnl::memory(product.b, engine(), const_cast<void*>(b.data))},
-                                         {DNNL_ARG_DST, dnnl::memory(product.c, engine(), c)}});
+    product.primitive.execute(stream(),
+                              {{DNNL_ARG_SRC, dnnl::memory(product.a, engine(), const_cast<void*>(a.data))},
+                               {DNNL_ARG_WEIGHTS, dnnl::memory(product.b, engine(), const_cast<void*>(b.data))},
+                               {DNNL_ARG_DST, dnnl::memory(product.c, engine(), c)}});
     stream().wait();
     return;
   }

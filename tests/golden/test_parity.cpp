@@ -49,10 +49,15 @@ class Parity : public testing::TestWithParam<const char*> {
   }
 };
 
-TEST_P(Parity, float32_resident) { EXPECT_LE(pipeline_difference(at::kFloat, Residency::resident), 1e-4); }
-TEST_P(Parity, float32_streamed) { EXPECT_LE(pipeline_difference(at::kFloat, Residency::streamed), 1e-4); }
+TEST_P(Parity, float32_resident) {
+  EXPECT_LE(pipeline_difference(at::kFloat, Residency::resident), 1e-4);
+}
+TEST_P(Parity, float32_streamed) {
+  EXPECT_LE(pipeline_difference(at::kFloat, Residency::streamed), 1e-4);
+}
 
-// The yardstick is what rounding the weights alone to bfloat16 does to float32 logits: rounding activations too adds about half as much (measured 1.4 to 1.6 in all).
+// The yardstick is what rounding the weights alone to bfloat16 does to float32 logits: rounding activations too adds
+// about half as much (measured 1.4 to 1.6 in all).
 TEST_P(Parity, bfloat16_within_its_rounding) {
   const double difference = pipeline_difference(at::kBFloat16, Residency::resident);
   testing_support::ScratchFolder scratch;
@@ -63,7 +68,8 @@ TEST_P(Parity, bfloat16_within_its_rounding) {
     headfold::copy_file(folder_ / "config.json", scratch / "config.json");
   }
   world().barrier("rounded weights");
-  const double of_weights = relative_difference(Decoder(checkpoint::Reader(scratch.path()), at::kFloat).logits(ids_), logits_);
+  const double of_weights =
+      relative_difference(Decoder(checkpoint::Reader(scratch.path()), at::kFloat).logits(ids_), logits_);
   EXPECT_LE(difference, 2.5 * of_weights) << of_weights;
   EXPECT_LE(difference, 6e-2);
   if (world().rank() == world().size() - 1) {

@@ -40,16 +40,33 @@ inline SmallModel make_model(const Json& json, std::uint64_t seed = 1) {
   return model;
 }
 
-inline Json llama_json(std::int64_t hidden, std::int64_t heads, std::int64_t kv_heads, std::int64_t layers = 2, std::int64_t vocab = 97) {
-  return {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"hidden_act", "silu"}, {"hidden_size", hidden},
-          {"intermediate_size", hidden * 2 + 24}, {"num_hidden_layers", layers}, {"num_attention_heads", heads}, {"num_key_value_heads", kv_heads},
-          {"vocab_size", vocab}, {"max_position_embeddings", 4096}, {"rms_norm_eps", 1e-6}, {"rope_theta", 10000.0},
-          {"tie_word_embeddings", false}, {"torch_dtype", "float32"}};
+inline Json llama_json(std::int64_t hidden, std::int64_t heads, std::int64_t kv_heads, std::int64_t layers = 2,
+                       std::int64_t vocab = 97) {
+  return {{"architectures", {"LlamaForCausalLM"}},
+          {"model_type", "llama"},
+          {"hidden_act", "silu"},
+          {"hidden_size", hidden},
+          {"intermediate_size", hidden * 2 + 24},
+          {"num_hidden_layers", layers},
+          {"num_attention_heads", heads},
+          {"num_key_value_heads", kv_heads},
+          {"vocab_size", vocab},
+          {"max_position_embeddings", 4096},
+          {"rms_norm_eps", 1e-6},
+          {"rope_theta", 10000.0},
+          {"tie_word_embeddings", false},
+          {"torch_dtype", "float32"}};
 }
 
 inline Json bloom_json(std::int64_t hidden, std::int64_t heads, std::int64_t layers = 2, std::int64_t vocab = 97) {
-  return {{"architectures", {"BloomForCausalLM"}}, {"model_type", "bloom"}, {"hidden_size", hidden}, {"n_layer", layers}, {"n_head", heads},
-          {"vocab_size", vocab}, {"layer_norm_epsilon", 1e-5}, {"torch_dtype", "float32"}};
+  return {{"architectures", {"BloomForCausalLM"}},
+          {"model_type", "bloom"},
+          {"hidden_size", hidden},
+          {"n_layer", layers},
+          {"n_head", heads},
+          {"vocab_size", vocab},
+          {"layer_norm_epsilon", 1e-5},
+          {"torch_dtype", "float32"}};
 }
 
 /// The model's config with its KV heads folded; weights are then drawn for the new shapes.
@@ -91,13 +108,15 @@ class ReferenceDecoder {
     for (const auto& [name, tensor] : model.tensors) weights_[name] = tensor.to(at::kDouble);
   }
 
-  /// hidden [tokens, hidden] of one sequence -> same shape. `rotated` receives the rotated keys [tokens, source heads, head_dim].
+  /// hidden [tokens, hidden] of one sequence -> same shape. `rotated` receives the rotated keys [tokens, source heads,
+  /// head_dim].
   at::Tensor layer(const at::Tensor& hidden, std::int64_t index, at::Tensor* rotated = nullptr) const {
     const bool llama = config_.family == checkpoint::Family::llama;
     const std::string p = llama ? fmt::format("model.layers.{}.", index) : fmt::format("transformer.h.{}.", index);
     const at::Tensor x = norm(hidden, p + "input_layernorm");
     const at::Tensor attended = attention(x, p + (llama ? "self_attn." : "self_attention."), rotated);
-    at::Tensor y = (config_.post_layernorm_residual ? x : hidden) + linear(attended, p + (llama ? "self_attn.o_proj" : "self_attention.dense"));
+    at::Tensor y = (config_.post_layernorm_residual ? x : hidden) +
+                   linear(attended, p + (llama ? "self_attn.o_proj" : "self_attention.dense"));
     const at::Tensor z = norm(y, p + "post_attention_layernorm");
     if (config_.post_layernorm_residual) y = z;
     if (llama) {
@@ -105,7 +124,8 @@ class ReferenceDecoder {
       return y + linear(gate / (1 + at::exp(-gate)) * linear(z, p + "mlp.up_proj"), p + "mlp.down_proj");
     }
     const at::Tensor inner = linear(z, p + "mlp.dense_h_to_4h");
-    return y + linear(0.5 * inner * (1 + at::tanh(0.79788456 * inner * (1 + 0.044715 * inner * inner))), p + "mlp.dense_4h_to_h");
+    return y + linear(0.5 * inner * (1 + at::tanh(0.79788456 * inner * (1 + 0.044715 * inner * inner))),
+                      p + "mlp.dense_4h_to_h");
   }
 
   /// ids [tokens] -> logits [tokens, vocab].
@@ -127,9 +147,11 @@ class ReferenceDecoder {
   }
   at::Tensor norm(const at::Tensor& x, const std::string& name) const {
     const at::Tensor weight = weights_.at(name + ".weight");
-    if (config_.family == checkpoint::Family::llama) return x / at::sqrt((x * x).mean(-1, true) + config_.norm_eps) * weight;
+    if (config_.family == checkpoint::Family::llama)
+      return x / at::sqrt((x * x).mean(-1, true) + config_.norm_eps) * weight;
     const at::Tensor centred = x - x.mean(-1, true);
-    return centred / at::sqrt((centred * centred).mean(-1, true) + config_.norm_eps) * weight + weights_.at(name + ".bias");
+    return centred / at::sqrt((centred * centred).mean(-1, true) + config_.norm_eps) * weight +
+           weights_.at(name + ".bias");
   }
   /// x [tokens, head_dim] rotated at positions 0, 1, …
   at::Tensor rotate(const at::Tensor& x) const {
@@ -137,7 +159,8 @@ class ReferenceDecoder {
     at::Tensor y = x.clone();
     for (std::int64_t n = 0; n < x.size(0); ++n)
       for (std::int64_t i = 0; i < half; ++i) {
-        double frequency = std::pow(config_.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(config_.head_dim));
+        double frequency =
+            std::pow(config_.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(config_.head_dim));
         if (config_.rope_scaling.type == "linear") frequency /= config_.rope_scaling.factor;
         const double angle = static_cast<double>(n) * frequency;
         const double a = x[n][i].item<double>();
@@ -157,7 +180,9 @@ class ReferenceDecoder {
     const std::int64_t d = config_.head_dim;
     const std::int64_t tokens = x.size(0);
     const bool llama = config_.family == checkpoint::Family::llama;
-    const auto columns = [&](const at::Tensor& all, std::int64_t head) { return all.slice(1, head * d, (head + 1) * d); };
+    const auto columns = [&](const at::Tensor& all, std::int64_t head) {
+      return all.slice(1, head * d, (head + 1) * d);
+    };
     at::Tensor q, k, v;
     if (llama) {
       q = linear(x, p + "q_proj"), k = linear(x, p + "k_proj"), v = linear(x, p + "v_proj");
@@ -171,7 +196,8 @@ class ReferenceDecoder {
       q = at::cat(parts[0], 1), k = at::cat(parts[1], 1), v = at::cat(parts[2], 1);
     }
     std::vector<at::Tensor> keys, outputs;
-    for (std::int64_t h = 0; h < config_.source_kv_heads; ++h) keys.push_back(llama ? rotate(columns(k, h)) : columns(k, h));
+    for (std::int64_t h = 0; h < config_.source_kv_heads; ++h)
+      keys.push_back(llama ? rotate(columns(k, h)) : columns(k, h));
     if (rotated != nullptr) *rotated = at::stack(keys, 1);
     const bool projected = config_.layout == checkpoint::KvLayout::projected;
     const std::int64_t members = config_.source_kv_heads / config_.kv_heads;

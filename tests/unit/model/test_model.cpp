@@ -97,7 +97,8 @@ TEST_P(Forms, result_depends_neither_on_threads_nor_on_the_batch) {
   at::set_num_threads(2);
   EXPECT_TRUE(at::equal(layer->forward(hidden), one));
   at::set_num_threads(before);
-  for (std::int64_t b = 0; b < 3; ++b) EXPECT_LE(relative_difference(layer->forward(hidden.slice(0, b, b + 1)), one.slice(0, b, b + 1)), 1e-6);
+  for (std::int64_t b = 0; b < 3; ++b)
+    EXPECT_LE(relative_difference(layer->forward(hidden.slice(0, b, b + 1)), one.slice(0, b, b + 1)), 1e-6);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Forms, testing::Range(std::size_t{0}, all_forms().size()),
@@ -141,11 +142,13 @@ TEST(PositionsTest, alibi_slopes_are_the_documented_ones) {
   EXPECT_NEAR(s32[0].item<double>(), 0.840896, 1e-6);
   EXPECT_NEAR(s32[1].item<double>(), 0.707107, 1e-6);
   EXPECT_NEAR(s32[31].item<double>(), 0.00390625, 1e-8);
-  const std::vector<double> expected = {0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625,
-                                        0.70710678, 0.35355339, 0.17677670, 0.08838835, 0.04419417, 0.02209709};
+  const std::vector<double> expected = {0.5,        0.25,       0.125,      0.0625,     0.03125,
+                                        0.015625,   0.0078125,  0.00390625, 0.70710678, 0.35355339,
+                                        0.17677670, 0.08838835, 0.04419417, 0.02209709};
   const at::Tensor s14 = alibi_slopes(14);
   ASSERT_EQ(s14.numel(), 14);
-  for (std::int64_t i = 0; i < 14; ++i) EXPECT_NEAR(s14[i].item<double>(), expected[static_cast<std::size_t>(i)], 1e-7) << i;
+  for (std::int64_t i = 0; i < 14; ++i)
+    EXPECT_NEAR(s14[i].item<double>(), expected[static_cast<std::size_t>(i)], 1e-7) << i;
   EXPECT_THROW(alibi_slopes(0), InputError);
 }
 
@@ -159,7 +162,10 @@ TEST(PositionsTest, rope_frequencies_follow_each_scaling_rule) {
   json["rope_scaling"] = {{"rope_type", "linear"}, {"factor", 8.0}};
   EXPECT_LE(relative_difference(rope_inverse_frequencies(checkpoint::parse_config(json, "c")) * 8, plain), 1e-14);
 
-  json["rope_scaling"] = {{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0},
+  json["rope_scaling"] = {{"rope_type", "llama3"},
+                          {"factor", 8.0},
+                          {"low_freq_factor", 1.0},
+                          {"high_freq_factor", 4.0},
                           {"original_max_position_embeddings", 8192}};
   const auto scaled = rope_inverse_frequencies(checkpoint::parse_config(json, "c"));
   int unchanged = 0, divided = 0, between = 0;
@@ -223,7 +229,8 @@ TEST(ErrorsTest, missing_and_misshapen_tensors_and_bad_ids_are_named) {
   {
     const checkpoint::Reader reader(scratch.path());
     const std::string text = message([&] { load_layer(reader, 1, at::kFloat); });
-    for (const char* part : {"model.safetensors", "self_attn.k_proj.weight", "[32, 60]", "[32, 64]"}) EXPECT_NE(text.find(part), std::string::npos) << text;
+    for (const char* part : {"model.safetensors", "self_attn.k_proj.weight", "[32, 60]", "[32, 64]"})
+      EXPECT_NE(text.find(part), std::string::npos) << text;
     EXPECT_NO_THROW(load_layer(reader, 0, at::kFloat));
     EXPECT_THROW(load_layer(reader, 0, at::kDouble), UsageError);
   }
@@ -234,10 +241,15 @@ TEST(ErrorsTest, missing_and_misshapen_tensors_and_bad_ids_are_named) {
   EXPECT_NE(text.find(name), std::string::npos) << text;
 
   const Embedding embedding(reader, at::kFloat);
-  EXPECT_NE(message([&] { embedding.forward(at::tensor({1, 2, 97, 3}, at::kLong).view({2, 2})); }).find("97 at [1, 0]"), std::string::npos);
+  EXPECT_NE(message([&] {
+              embedding.forward(at::tensor({1, 2, 97, 3}, at::kLong).view({2, 2}));
+            }).find("97 at [1, 0]"),
+            std::string::npos);
   EXPECT_NE(message([&] { embedding.forward(at::full({1, 1}, -1, at::kLong)); }).find("-1"), std::string::npos);
   EXPECT_NE(message([&] { embedding.forward(at::zeros({1, 1}, at::kFloat)); }).find("int64"), std::string::npos);
-  EXPECT_THROW(load_layer(model.config, 0, at::kFloat, [](const auto&, const auto&) { return at::zeros({2}, at::kFloat); }), InputError);
+  EXPECT_THROW(
+      load_layer(model.config, 0, at::kFloat, [](const auto&, const auto&) { return at::zeros({2}, at::kFloat); }),
+      InputError);
 }
 
 }  // namespace
