@@ -31,7 +31,8 @@ po::options_description verify_options() {
       "seq-len", po::value<std::int64_t>()->default_value(256), "tokens per sequence")(
       "seed", po::value<std::uint64_t>()->default_value(1), "seed that draws them")(
       "bos", po::value<std::string>()->default_value("default"), "default, always or never: BOS before every document")(
-      "out", po::value<std::string>(), "result file (default MODEL/verification.json)");
+      "dry-run", "say what would be done and stop")("out", po::value<std::string>(),
+                                                    "result file (default MODEL/verification.json)");
   return options;
 }
 
@@ -205,6 +206,27 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
   if (samples < 1 || length < 2)
     throw UsageError(fmt::format("--samples {} --seq-len {}: at least 1 and 2", samples, length));
 
+  std::vector<fs::path> files;
+  for (const std::string& file : values["data"].as<std::vector<std::string>>()) files.emplace_back(file);
+  const auto field = values["field"].as<std::string>();
+  const auto tokenizer = tokenizer::load_tokenizer(original.folder());
+  const at::Tensor ids =
+      calibration::draw_sequences(calibration::token_stream(*tokenizer, calibration::read_documents(files, field),
+                                                            parse_bos(values["bos"].as<std::string>())),
+                                  samples, length, values["seed"].as<std::uint64_t>());
+  if (world.root())
+    std::cout << fmt::format(
+        "model      {} ({} -> {} KV heads), folded from {}\n"
+        "text       {} sequences of {} tokens, drawn by seed {}, spread over {} rank(s)\n"
+        "checks     config, names, shapes, bytes of untouched tensors; then the losses of {} layers\n"
+        "output     {}\n",
+        folded.folder().string(), config.kv_heads, folded.config().kv_heads, original.folder().string(), samples,
+        length, values["seed"].as<std::uint64_t>(), world.size(), config.layers, out.string());
+  if (values.count("dry-run") > 0) {
+    if (world.root()) std::cout << "dry run: nothing was measured or written\n";
+    return;
+  }
+
   std::size_t compared = 0;
   const std::vector<std::string> faults = exact_faults(world, folded, original, fold, compared);
   if (!faults.empty()) {
@@ -220,14 +242,6 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
         "exact checks passed: config, names, dtypes, shapes; {} untouched tensors are identical to the original's\n",
         compared);
 
-  std::vector<fs::path> files;
-  for (const std::string& file : values["data"].as<std::vector<std::string>>()) files.emplace_back(file);
-  const auto field = values["field"].as<std::string>();
-  const auto tokenizer = tokenizer::load_tokenizer(original.folder());
-  const at::Tensor ids =
-      calibration::draw_sequences(calibration::token_stream(*tokenizer, calibration::read_documents(files, field),
-                                                            parse_bos(values["bos"].as<std::string>())),
-                                  samples, length, values["seed"].as<std::uint64_t>());
   std::vector<at::Tensor> mine;
   for (std::int64_t s = world.rank(); s < samples; s += world.size()) mine.push_back(ids.slice(0, s, s + 1));
 
