@@ -367,7 +367,7 @@ std::string bar_chart(const std::string& id, const std::string& title, const std
 std::string HeatMap::svg() const {
   double label_width = 0;
   for (const std::string& label : row_labels) label_width = std::max(label_width, text_width(label, 11));
-  const double left = label_width + 12 + (y_title.empty() ? 0 : 18), right = 14, top = heading.empty() ? 8 : 28;
+  const double left = label_width + 12 + (y_title.empty() ? 0 : 18), right = 22, top = heading.empty() ? 8 : 28;
   const double bottom = (x_title.empty() ? 22 : 42) + (key.empty() ? 0 : 34);
   const auto rows = static_cast<double>(std::max<std::size_t>(shades.size(), 1));
   const double row_height = std::clamp(260.0 / rows, 5.0, 22.0);
@@ -396,6 +396,8 @@ std::string HeatMap::svg() const {
     out.line(x, top + plot_height, x, top + plot_height + 4, "axis");
     out.text(x, top + plot_height + 17, label, "tick", "middle");
   }
+  // A rule over cells of any shade is seen by its light edges.
+  if (rule >= 0) out.line(left + rule * plot_width, top - 3, left + rule * plot_width, top + plot_height, "halo");
   if (rule >= 0)
     out.line(left + rule * plot_width, top - 3, left + rule * plot_width, top + plot_height, "rule strong");
   if (!x_title.empty()) out.text(left + plot_width / 2, top + plot_height + 36, x_title, "at", "middle");

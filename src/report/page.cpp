@@ -832,12 +832,15 @@ class Builder {
                    "one curve per layer, averaged over groups."
                  : " Each row is a layer, averaged over groups; darker (in dark mode: lighter) means that the channels "
                    "up to here hold more of the energy.");
-      caption.add(" The rule marks the channels that the fold keeps: the higher the curve there, the less is lost.");
+      caption.add(
+          curves
+              ? " The rule marks the channels that the fold keeps: the higher the curve there, the less is lost."
+              : " The rule marks the channels that the fold keeps: the more energy is held there, the less is lost.");
       if (keys && std::any_of(panels.begin(), panels.end(),
                               [](const Panel& p) { return p.keys && p.title.starts_with("rope-commuting"); }))
         caption.add(
             " rope-commuting keeps the strongest component of every frequency, so its channels stand in that order and "
-            "its curves rise in steps.");
+            "the energy comes in steps.");
       document_.figure(drawn, curves ? "panels" : "panels wide", caption);
     }
   }

@@ -76,7 +76,8 @@ svg text.c0,svg text.c1,svg text.c2,svg text.c3,svg text.c4,svg text.c5,svg text
 svg .grid{stroke:var(--grid);stroke-width:1}
 svg .axis{stroke:var(--muted);stroke-width:1}
 svg .rule{stroke:var(--muted);stroke-width:1;stroke-dasharray:3 3}
-svg .rule.strong{stroke:var(--text);stroke-width:1.5}
+svg .halo{stroke:var(--page);stroke-width:4.5}
+svg .rule.strong{stroke-dasharray:none;stroke:var(--text);stroke-width:1.5}
 svg .lead{stroke:var(--muted);stroke-width:.7;opacity:.7}
 svg .ln{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
 svg .dash{stroke-dasharray:5 4}
