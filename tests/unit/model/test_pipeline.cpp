@@ -1,4 +1,5 @@
 #include <headfold/base/error.h>
+#include <headfold/base/files.h>
 #include <headfold/model/pipeline.h>
 
 #include <set>
@@ -86,6 +87,33 @@ TEST_F(PipelineTest, every_grid_gives_the_decoders_numbers_and_calls_its_hooks) 
       pipeline.run({}, hooks);
     }
   }
+}
+
+TEST_F(PipelineTest, streaming_keeps_one_layer_in_memory) {
+  testing_support::ScratchFolder folder;
+  if (world().root()) make_model(llama_json(512, 8, 8, 8)).write(folder.path());
+  world().barrier("model written");
+  const checkpoint::Reader reader(folder.path());
+  const comm::Grid grid = comm::make_grid(world(), 1);
+  const std::vector<at::Tensor> batches(3, at::zeros({1, 16}, at::kLong));
+  const auto bytes_while = [&](Residency residency) {
+    PipelineOptions options;
+    options.residency = residency;
+    const auto start = static_cast<double>(resident_anonymous_bytes());
+    double most = 0;
+    const Pipeline pipeline(reader, grid, options);
+    PipelineHooks hooks;
+    hooks.before_layer = [&](std::int64_t, std::int64_t) {
+      most = std::max(most, static_cast<double>(resident_anonymous_bytes()) - start);
+    };
+    pipeline.run(batches, hooks);
+    return most;
+  };
+  const auto layer = static_cast<double>(load_layer(reader, 0, at::kFloat)->bytes());
+  const double streamed = bytes_while(Residency::streamed);
+  const double resident = bytes_while(Residency::resident);
+  EXPECT_LE(streamed, 2.5 * layer);
+  EXPECT_GE(resident, 6 * layer);  // it may reuse what the streamed run left in the allocator
 }
 
 TEST_F(PipelineTest, bad_ids_are_refused_on_every_rank_at_once) {
