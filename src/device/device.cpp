@@ -49,6 +49,14 @@ std::string blas_library() {
   return code ? std::string(info.dli_fname) : real.string();
 }
 
+namespace {
+/// The last folder and the file name: Debian's libraries of all vendors are called libblas.so.3.
+std::string blas_name() {
+  const fs::path library = blas_library();
+  return (library.parent_path().filename() / library.filename()).string();
+}
+}  // namespace
+
 void warn_about_slow_blas() {
   const std::string library = blas_library();
   for (const char* fast : {"openblas", "mkl", "blis", "atlas", "nvpl", "armpl"})
@@ -69,8 +77,7 @@ bool fast_bfloat16() {
 
 std::string describe_device() {
   return fmt::format("{}: {} thread(s), {} memory available, BLAS {}", comm::Environment::host(), at::get_num_threads(),
-                     human_bytes(static_cast<double>(available_memory_bytes())),
-                     fs::path(blas_library()).filename().string());
+                     human_bytes(static_cast<double>(available_memory_bytes())), blas_name());
 }
 
 }  // namespace headfold::device
