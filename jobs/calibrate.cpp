@@ -166,7 +166,10 @@ Memory stage_memory(const Settings& settings, const checkpoint::ModelConfig& con
   // widths.
   const double widths = 6 * hidden + 2 * static_cast<double>(config.heads * config.head_dim) +
                         2 * static_cast<double>(key_width) + 3 * static_cast<double>(config.ffn);
-  memory.activations = tokens * widths * element + static_cast<double>(model::attention_block_bytes());
+  // Attention scores are float32, in blocks of bounded size.
+  const double scores = 4 * tokens * static_cast<double>(settings.length) * static_cast<double>(config.heads);
+  memory.activations =
+      tokens * widths * element + std::min(scores, static_cast<double>(model::attention_block_bytes()));
   if (settings.streamed) {
     const double batches = std::ceil(static_cast<double>(settings.samples) / static_cast<double>(settings.micro_batch));
     memory.activations += std::ceil(batches / static_cast<double>(replicas)) * tokens * hidden * element;

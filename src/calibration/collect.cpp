@@ -67,7 +67,7 @@ void LayerAccumulator::attention_input(const at::Tensor& x) {
     if (first_count_ == kFirstRows) flush();
     const at::Tensor rest = sequence.narrow(0, 1, x.size(1) - 1);
     add_column_sums(statistics_.sum, rest);
-    moment_.add(rest);
+    moment_.add(sequence, 1);
   }
   statistics_.count_0 += static_cast<double>(x.size(0));
   statistics_.count += static_cast<double>(x.size(0) * (x.size(1) - 1));
@@ -80,7 +80,7 @@ void LayerAccumulator::rotated_keys(const at::Tensor& keys) {
         fmt::format("rotated keys of shape {}, expected [batch, tokens, heads, head_dim] with {} channels",
                     fmt::join(keys.sizes(), " x "), keys_->size()));
   for (std::int64_t b = 0; b < keys.size(0); ++b)
-    keys_->add(keys.select(0, b).narrow(0, 1, keys.size(1) - 1).reshape({keys.size(1) - 1, keys_->size()}));
+    keys_->add(keys.select(0, b).reshape({keys.size(1), keys_->size()}), 1);
 }
 
 void LayerAccumulator::flush() {

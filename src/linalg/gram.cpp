@@ -52,37 +52,63 @@ void add_product(at::Tensor& packed, const at::Tensor& x, std::int64_t rows) {
 }
 
 #ifdef HEADFOLD_WITH_ONEDNN
+/// Columns [first, last) of the packed lower triangle += scratch [n - first, last - first], whose rows are those from
+/// `first` on.
+void add_columns(double* packed, const float* scratch, std::int64_t n, std::int64_t first, std::int64_t last) {
+  const std::int64_t width = last - first;
+  at::parallel_for(first, n, std::max<std::int64_t>(1, 32768 / width), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      double* to = packed + i * (i + 1) / 2 + first;
+      const float* from = scratch + (i - first) * width;
+      const std::int64_t count = std::min(width, i + 1 - first);
+#pragma omp simd
+      for (std::int64_t j = 0; j < count; ++j) to[j] += static_cast<double>(from[j]);
+    }
+  });
+}
+
 /// float32 or bfloat16 (exact products), accumulated in float32. Its kernels are chosen by what the processor can do,
 /// while OpenBLAS goes by the processor's name and takes its slowest kernels for one that it does not know (virtual
-/// machines, new models).
-void add_rows_of(at::Tensor& packed, const at::Tensor& x) {
+/// machines, new models). Column blocks: each part of x is packed once, and the left side is read as it lies.
+void add_rows_of(at::Tensor& packed, const at::Tensor& x, std::int64_t skip) {
   using dnnl::memory;
   static dnnl::engine engine(dnnl::engine::kind::cpu, 0);
   thread_local dnnl::stream stream(engine);
   const auto type = x.scalar_type() == at::kFloat ? memory::data_type::f32 : memory::data_type::bf16;
   const std::int64_t n = x.size(1);
   const std::int64_t tokens = x.size(0);
-  const std::int64_t step = block_rows(n, std::max<std::int64_t>(256, (n / 8 + 63) / 64 * 64));
-  const at::Tensor turned = x.transpose(0, 1).contiguous();  // the products run fastest along contiguous rows
-  const auto row_bytes = static_cast<std::int64_t>(x.element_size()) * tokens;
+  const std::int64_t step = block_rows(n, 256);
+  thread_local at::Tensor turned;  // kept: fresh pages cost as much as the transposition
+  if (!turned.defined() || turned.scalar_type() != x.scalar_type() || turned.size(0) != n || turned.size(1) != tokens)
+    turned = at::empty({n, tokens}, x.options());
+  turned.copy_(x.transpose(0, 1));
+  // Rows to leave out meet zeros: a length of 2048 is faster than one of 2047.
+  if (skip > 0) turned.narrow(1, 0, skip).zero_();
+  const auto element = static_cast<std::int64_t>(x.element_size());
   at::Tensor buffer = scratch(step * n);
   try {
     for (std::int64_t first = 0; first < n; first += step) {
       const std::int64_t last = std::min(n, first + step);
-      const memory::desc left({last - first, tokens}, type, memory::dims{tokens, 1});
-      const memory::desc right({tokens, last}, type, memory::dims{n, 1});
-      const memory::desc out({last - first, last}, memory::data_type::f32, memory::dims{last, 1});
+      const memory::desc left({n - first, tokens}, type, memory::dims{tokens, 1});
+      const memory::desc right({tokens, last - first}, type, memory::dims{n, 1});
+      const memory::desc wanted({tokens, last - first}, type, memory::format_tag::any);
+      const memory::desc out({n - first, last - first}, memory::data_type::f32, memory::dims{last - first, 1});
 #if DNNL_VERSION_MAJOR >= 3
-      const dnnl::matmul::primitive_desc description(engine, left, right, out);
+      const dnnl::matmul::primitive_desc description(engine, left, wanted, out);
 #else
-      const dnnl::matmul::primitive_desc description(dnnl::matmul::desc(left, right, out), engine);
+      const dnnl::matmul::primitive_desc description(dnnl::matmul::desc(left, wanted, out), engine);
 #endif
-      memory a(left, engine, static_cast<char*>(turned.data_ptr()) + first * row_bytes);
-      memory b(right, engine, x.data_ptr());
+      memory a(left, engine, static_cast<char*>(turned.data_ptr()) + first * tokens * element);
+      memory b(right, engine, static_cast<char*>(x.data_ptr()) + first * element);
       memory c(out, engine, buffer.data_ptr());
+      if (description.weights_desc() != right) {
+        memory fresh(description.weights_desc(), engine);
+        dnnl::reorder(b, fresh).execute(stream, b, fresh);
+        b = fresh;
+      }
       dnnl::matmul(description).execute(stream, {{DNNL_ARG_SRC, a}, {DNNL_ARG_WEIGHTS, b}, {DNNL_ARG_DST, c}});
       stream.wait();
-      add_rows(packed.data_ptr<double>(), buffer.data_ptr<float>(), last, first, last);
+      add_columns(packed.data_ptr<double>(), buffer.data_ptr<float>(), n, first, last);
     }
   } catch (const dnnl::error& error) {
     throw InternalError(
@@ -91,8 +117,8 @@ void add_rows_of(at::Tensor& packed, const at::Tensor& x) {
 }
 #elif defined(HEADFOLD_WITH_CBLAS)
 /// float32; bfloat16 is upcast.
-void add_rows_of(at::Tensor& packed, const at::Tensor& rows) {
-  const at::Tensor x = rows.to(at::kFloat);
+void add_rows_of(at::Tensor& packed, const at::Tensor& rows, std::int64_t skip) {
+  const at::Tensor x = rows.narrow(0, skip, rows.size(0) - skip).to(at::kFloat);
   const std::int64_t n = x.size(1);
   const auto tokens = static_cast<int>(x.size(0));
   const std::int64_t step = block_rows(n, 1024);
@@ -112,8 +138,8 @@ void add_rows_of(at::Tensor& packed, const at::Tensor& rows) {
   }
 }
 #else
-void add_rows_of(at::Tensor& packed, const at::Tensor& x) {
-  add_product(packed, x.to(at::kFloat), block_rows(x.size(1), 256));
+void add_rows_of(at::Tensor& packed, const at::Tensor& x, std::int64_t skip) {
+  add_product(packed, x.narrow(0, skip, x.size(0) - skip).to(at::kFloat), block_rows(x.size(1), 256));
 }
 #endif
 
@@ -155,18 +181,19 @@ at::Tensor pack_lower(const at::Tensor& matrix) {
 
 GramAccumulator::GramAccumulator(std::int64_t n) : n_(n), packed_(at::zeros({packed_size(n)}, at::kDouble)) {}
 
-void GramAccumulator::add(const at::Tensor& x) {
+void GramAccumulator::add(const at::Tensor& x, std::int64_t skip) {
   if (x.dim() != 2 || x.size(1) != n_)
     throw InternalError(
         fmt::format("a Gram of width {} cannot take rows of shape {}", n_, fmt::join(x.sizes(), " x ")));
-  if (x.size(0) == 0 || n_ == 0) return;
+  if (skip < 0 || skip > x.size(0)) throw InternalError(fmt::format("{} rows to skip of {}", skip, x.size(0)));
+  if (x.size(0) == skip || n_ == 0) return;
   const at::Tensor rows = x.contiguous();
   switch (x.scalar_type()) {
     case at::kFloat:
     case at::kBFloat16:
-      return add_rows_of(packed_, rows);
+      return add_rows_of(packed_, rows, skip);
     case at::kDouble:
-      return add_product(packed_, rows, block_rows(n_, 256));
+      return add_product(packed_, rows.narrow(0, skip, rows.size(0) - skip), block_rows(n_, 256));
     default:
       throw InternalError(fmt::format("no Gram of {} rows", c10::toString(x.scalar_type())));
   }

@@ -70,8 +70,9 @@ LowRank weighted_low_rank(const at::Tensor& sigma, const std::vector<at::Tensor>
 class GramAccumulator {
  public:
   explicit GramAccumulator(std::int64_t n);
-  /// InternalError unless x is [tokens, n] of one of the three dtypes.
-  void add(const at::Tensor& x);
+  /// Rows before `skip` are left out (they must be finite all the same). InternalError unless x is [tokens, n] of one
+  /// of the three dtypes.
+  void add(const at::Tensor& x, std::int64_t skip = 0);
   /// Full symmetric matrix, float64 [n, n].
   at::Tensor full() const;
   /// The accumulator itself, float64 [n (n + 1) / 2].

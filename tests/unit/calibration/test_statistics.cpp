@@ -245,6 +245,7 @@ class DamagedFileTest : public testing::Test {
     const hid_t space = H5Screate_simple(static_cast<int>(sizes.size()), sizes.data(), nullptr);
     const hid_t properties = H5Pcreate(H5P_DATASET_CREATE);
     H5Pset_alloc_time(properties, H5D_ALLOC_TIME_EARLY);
+    H5Pset_fill_time(properties, H5D_FILL_TIME_ALLOC);  // zeros, not what stood there before
     const hid_t set = H5Dcreate2(file, name.c_str(), type, space, H5P_DEFAULT, properties, H5P_DEFAULT);
     ASSERT_GE(set, 0);
     H5Dclose(set);

@@ -297,9 +297,14 @@ TEST_P(GramTest, equals_the_float64_product_for_every_dtype) {
     GramAccumulator gram(n);
     at::Tensor expected = at::zeros({n, n}, at::kDouble);
     for (const std::int64_t tokens : {97, 1, 64}) {
-      // The first row is cut off as calibration does: the rest is a view.
-      const at::Tensor x = random_matrix(tokens + 1, n, at::kFloat, 200 + tokens).to(dtype).narrow(0, 1, tokens);
-      gram.add(x);
+      // The first row is left out as calibration does, by a view or by `skip`.
+      const at::Tensor all = random_matrix(tokens + 1, n, at::kFloat, 200 + tokens).to(dtype);
+      const at::Tensor x = all.narrow(0, 1, tokens);
+      if (tokens == 64) {
+        gram.add(x);
+      } else {
+        gram.add(all, 1);
+      }
       const at::Tensor wide = x.to(at::kDouble);
       expected += at::matmul(wide.transpose(0, 1), wide);
     }
@@ -315,7 +320,9 @@ TEST(GramAccumulatorTest, refuses_other_shapes_and_dtypes) {
   EXPECT_THROW(gram.add(at::zeros({4, 7})), InternalError);
   EXPECT_THROW(gram.add(at::zeros({8})), InternalError);
   EXPECT_THROW(gram.add(at::zeros({4, 8}, at::kHalf)), InternalError);
+  EXPECT_THROW(gram.add(at::zeros({4, 8}), 5), InternalError);
   gram.add(at::zeros({0, 8}));
+  gram.add(at::ones({2, 8}), 2);
   EXPECT_EQ(largest(gram.packed()), 0);
   EXPECT_THROW(unpack_lower(at::zeros({5}, at::kDouble), 3), InternalError);
 }
