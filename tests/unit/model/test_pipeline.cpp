@@ -90,10 +90,10 @@ TEST_F(PipelineTest, every_grid_gives_the_decoders_numbers_and_calls_its_hooks) 
 }
 
 TEST_F(PipelineTest, streaming_keeps_one_layer_in_memory) {
-  testing_support::ScratchFolder folder;
-  if (world().root()) make_model(llama_json(512, 8, 8, 8)).write(folder.path());
+  const auto folder = scratch_ / "larger";
+  if (world().root()) make_model(llama_json(512, 8, 8, 8)).write(folder);
   world().barrier("model written");
-  const checkpoint::Reader reader(folder.path());
+  const checkpoint::Reader reader(folder);
   const comm::Grid grid = comm::make_grid(world(), 1);
   const std::vector<at::Tensor> batches(3, at::zeros({1, 16}, at::kLong));
   const auto bytes_while = [&](Residency residency) {
