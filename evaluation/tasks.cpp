@@ -84,9 +84,9 @@ Task blocks_task(const tokenizer::Tokenizer& tokenizer, const TextSource& source
   std::vector<std::int64_t> stream;
   if (joiner == Joiner::documents) {
     stream = calibration::token_stream(tokenizer, calibration::read_documents(source.files, source.field), source.bos);
-    task.recipe = fmt::format(
-        "documents tokenised one by one (BOS {}, EOS after each), cut into windows of {} tokens, remainder dropped",
-        name_of(source.bos), length);
+    const bool leads = source.bos != tokenizer::Bos::never && tokenizer.bos() >= 0;
+    task.recipe = fmt::format("documents tokenised one by one, {}, cut into windows of {} tokens, remainder dropped",
+                              leads ? "BOS before each" : "EOS after each where there is one", length);
   } else {
     std::vector<std::string> rows;
     for (const fs::path& file : source.files) {

@@ -13,8 +13,7 @@ namespace headfold::evaluation {
 /// How documents become the one token stream of `ppl_blocks`.
 enum class Joiner {
   automatic,  ///< `documents` for .jsonl, `paper` for any other file
-  documents,  ///< every document tokenised by itself, with BOS by policy before it and EOS after it
-              ///< (calibration::token_stream)
+  documents,  ///< every document tokenised by itself, a token at each boundary (calibration::token_stream)
   paper,  ///< rows joined with "\n\n" (a line of a text file with its newline, or a .jsonl document), one tokenisation,
           ///< BOS once
 };

@@ -2,6 +2,7 @@
 #include <headfold/base/log.h>
 #include <headfold/base/progress.h>
 #include <headfold/base/table.h>
+#include <headfold/checkpoint/layout.h>
 #include <headfold/device/device.h>
 #include <headfold/folding/apply.h>
 
@@ -194,6 +195,11 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   const std::uint64_t shard = parse_size(values["max-shard-size"].as<std::string>());
   const checkpoint::Reader reader(values["model"].as<std::string>());
   const checkpoint::ModelConfig& config = reader.config();
+  if (const auto problems = checkpoint::layout_problems(reader); !problems.empty())
+    throw InputError(fmt::format("{}: {} fault(s): {}", reader.folder().string(), problems.size(),
+                                 fmt::join(problems.begin(),
+                                           problems.begin() + std::min<std::ptrdiff_t>(3, std::ssize(problems)), "; ")),
+                     "weights and config.json do not belong together; headfold inspect lists every fault");
   if (fs::exists(out) && fs::equivalent(out, reader.folder()))
     throw UsageError("--out is the model folder itself", "choose another --out");
 

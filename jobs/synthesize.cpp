@@ -81,7 +81,12 @@ void synthesize(const Context& context, const std::vector<std::string>& argument
   change.dtype = values["dtype"].as<std::string>();
   if (!change.dtype.empty() && change.dtype != "float32" && change.dtype != "float16" && change.dtype != "bfloat16")
     throw UsageError(fmt::format("--dtype {}: choose float32, float16 or bfloat16", change.dtype));
-  const checkpoint::ModelConfig config = checkpoint::change_shape(read_shape(shape), change, shape);
+  const Json base = read_shape(shape);
+  const std::int64_t heads = checkpoint::parse_config(base, shape).heads;
+  if (change.kv_heads > 0 && heads % change.kv_heads != 0)
+    throw UsageError(fmt::format("--kv-heads {}: {} query heads cannot be shared evenly", change.kv_heads, heads),
+                     fmt::format("choose a divisor of {}", heads));
+  const checkpoint::ModelConfig config = checkpoint::change_shape(base, change, shape);
   std::vector<fs::path> copies;
   if (values.count("tokenizer") > 0) {
     const fs::path folder = values["tokenizer"].as<std::string>();

@@ -118,11 +118,13 @@ std::string data_hash(const std::vector<std::filesystem::path>& files, const std
 
 std::vector<std::int64_t> token_stream(const tokenizer::Tokenizer& tokenizer, const std::vector<std::string>& documents,
                                        tokenizer::Bos bos) {
+  const bool leads = bos != tokenizer::Bos::never && tokenizer.bos() >= 0;
   std::vector<std::int64_t> stream;
   for (const std::string& document : documents) {
-    const std::vector<std::int64_t> ids = tokenizer.encode(document, bos);
+    if (leads) stream.push_back(tokenizer.bos());
+    const std::vector<std::int64_t> ids = tokenizer.encode(document);
     stream.insert(stream.end(), ids.begin(), ids.end());
-    if (tokenizer.eos() >= 0) stream.push_back(tokenizer.eos());
+    if (!leads && tokenizer.eos() >= 0) stream.push_back(tokenizer.eos());
   }
   return stream;
 }

@@ -821,8 +821,7 @@ class Reader {
 RunData read_run(const std::filesystem::path& run, const std::filesystem::path& skip) {
   std::error_code code;
   if (!fs::exists(run, code))
-    throw InputError(fmt::format("--run {}: there is no such folder", run.string()),
-                     "name the folder that the other jobs wrote into");
+    throw IoError(run.string(), "there is no such folder", "name the folder that the other jobs wrote into");
   if (!fs::is_directory(run, code))
     throw InputError(fmt::format("--run {}: is a file, expected a folder", run.string()));
   Reader reader(run.lexically_normal() / "", skip);

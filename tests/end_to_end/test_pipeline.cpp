@@ -86,5 +86,18 @@ TEST(Pipeline, from_calibration_to_report_on_two_ranks) {
   EXPECT_THAT(page, testing::Not(testing::HasSubstr("NaN")));
 }
 
+TEST(Evaluate, gives_the_held_out_figures_of_the_demo_models) {
+  const ScratchFolder run;
+  for (const auto& [name, expected] : {std::pair{"prose-llama", 29.5}, std::pair{"prose-bloom", 37.6}}) {
+    const Outcome outcome = run_headfold(2,
+                                         {"evaluate", "--model", demo_model(name), "--data", demo_text("heldout.jsonl"),
+                                          "--limit", "120", "--out", run / name},
+                                         run / "log.txt", 120);
+    ASSERT_EQ(outcome.code, 0) << outcome.output;
+    const double perplexity = results_below(run / name)["results"]["ppl_blocks@256"]["perplexity,none"];
+    EXPECT_NEAR(perplexity, expected, 0.1) << name;  // published to one digit; bfloat16 where the machine is fast at it
+  }
+}
+
 }  // namespace
 }  // namespace headfold::end_to_end

@@ -194,11 +194,12 @@ TEST(Tasks, ppl_blocks_follows_the_recipe_its_files_call_for) {
   const ByteTokenizer tokenizer;
   const Task documents = blocks_task(tokenizer, {.files = {scratch / "a.jsonl"}}, 3);
   EXPECT_EQ(documents.name, "ppl_blocks@3");
-  EXPECT_EQ(documents.stream_tokens, 3 + 2 + 2 * 2);  // BOS and EOS around each document
-  ASSERT_EQ(documents.items, 3);
+  EXPECT_EQ(documents.stream_tokens, 3 + 2 + 2);  // BOS before each document
+  EXPECT_THAT(documents.recipe, HasSubstr("BOS before each"));
+  ASSERT_EQ(documents.items, 2);
   EXPECT_THAT(documents.windows[0].inputs, ElementsAre(1, 'a' + 3));
-  EXPECT_THAT(documents.windows[1].inputs, ElementsAre('c' + 3, 2));
-  EXPECT_THAT(documents.windows[2].targets, ElementsAre('e' + 3, 2));
+  EXPECT_THAT(documents.windows[1].inputs, ElementsAre('c' + 3, 1));
+  EXPECT_THAT(documents.windows[1].targets, ElementsAre(1, 'd' + 3));
 
   const Task paper = blocks_task(tokenizer, {.files = {scratch / "b.txt"}}, 4);
   EXPECT_EQ(paper.stream_tokens, 1 + 10);  // "ab\n" "\n\n" "" "\n\n" "cd\n", BOS once
@@ -214,7 +215,7 @@ TEST(Tasks, ppl_blocks_follows_the_recipe_its_files_call_for) {
   EXPECT_EQ(blocks_task(tokenizer, {.files = {scratch / "a.jsonl"}, .joiner = Joiner::paper}, 3).stream_tokens,
             1 + 3 + 2 + 2);
   EXPECT_EQ(blocks_task(tokenizer, {.files = {scratch / "b.txt"}, .joiner = Joiner::documents}, 3).stream_tokens,
-            7 + 2);
+            7 + 1);
 }
 
 TEST(Tasks, errors_name_the_file_and_both_numbers) {

@@ -581,7 +581,7 @@ TEST(ReportTest, nothing_to_report_says_what_was_looked_for) {
     for (const char* name : {"*.h5.json", "headfold.json", "results_*.json", "verification.json"})
       EXPECT_THAT(error.what(), HasSubstr(name));
   }
-  EXPECT_THROW(read_run(scratch / "absent"), InputError);
+  EXPECT_THROW(read_run(scratch / "absent"), IoError);
   write_file(scratch / "file", "x");
   EXPECT_THROW(read_run(scratch / "file"), InputError);
 }

@@ -113,15 +113,17 @@ TEST(DataHashTest, follows_content_order_and_field_but_not_names) {
   EXPECT_THROW(data_hash({folder / "absent.txt"}, "text"), IoError);
 }
 
-TEST(TokenStreamTest, documents_are_framed_as_the_tokenizer_says) {
+TEST(TokenStreamTest, one_token_marks_each_boundary) {
   const std::vector<std::string> documents = {"ab", "", "c"};
   using tokenizer::Bos;
-  EXPECT_THAT(token_stream(ByteTokenizer(true, true), documents),
-              ElementsAre(256, 'a', 'b', 257, 256, 257, 256, 'c', 257));
-  EXPECT_THAT(token_stream(ByteTokenizer(false, true), documents), ElementsAre('a', 'b', 257, 257, 'c', 257));
-  EXPECT_THAT(token_stream(ByteTokenizer(true, false), documents, Bos::never), ElementsAre('a', 'b', 'c'));
-  EXPECT_THAT(token_stream(ByteTokenizer(false, false), documents, Bos::always),
-              ElementsAre(256, 'a', 'b', 256, 256, 'c'));
+  for (const bool adds_bos : {true, false}) {
+    for (const Bos policy : {Bos::model_default, Bos::always})
+      EXPECT_THAT(token_stream(ByteTokenizer(adds_bos, true), documents, policy),
+                  ElementsAre(256, 'a', 'b', 256, 256, 'c'));
+    EXPECT_THAT(token_stream(ByteTokenizer(adds_bos, true), documents, Bos::never),
+                ElementsAre('a', 'b', 257, 257, 'c', 257));
+    EXPECT_THAT(token_stream(ByteTokenizer(adds_bos, false), documents, Bos::never), ElementsAre('a', 'b', 'c'));
+  }
 }
 
 std::vector<std::int64_t> counting(std::int64_t tokens) {
