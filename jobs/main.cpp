@@ -100,6 +100,7 @@ int run(int argc, char** argv) {
 }  // namespace headfold::jobs
 
 int main(int argc, char** argv) {
+  headfold::device::restart_with_fast_blas(argv);
   headfold::device::keep_freed_memory();
   return headfold::jobs::run(argc, argv);
 }

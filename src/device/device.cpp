@@ -5,7 +5,9 @@
 #include <headfold/device/device.h>
 #include <malloc.h>
 #include <sched.h>
+#include <unistd.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <thread>
@@ -17,6 +19,33 @@ void keep_freed_memory() {
   ::mallopt(M_MMAP_THRESHOLD, largest_threshold);
   ::mallopt(M_TRIM_THRESHOLD, 512 << 20);
   ::mallopt(M_TOP_PAD, 16 << 20);
+}
+
+std::string blas_kernels() {
+  using CoreName = char* (*)();
+  const auto core_name = reinterpret_cast<CoreName>(::dlsym(RTLD_DEFAULT, "openblas_get_corename"));
+  return core_name == nullptr ? std::string() : std::string(core_name());
+}
+
+void restart_with_fast_blas([[maybe_unused]] char** argv) {
+#if defined(__x86_64__)
+  if (std::getenv("OPENBLAS_CORETYPE") != nullptr || std::getenv("HEADFOLD_RESTARTED") != nullptr) return;
+  const std::string kernels = blas_kernels();
+  bool old = false;
+  for (const char* name : {"Prescott", "Core2", "Penryn", "Dunnington", "Nehalem", "Generic"})
+    old = old || kernels == name;
+  if (!old) return;
+  const char* better = nullptr;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) better = "Haswell";
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl"))
+    better = "SkylakeX";
+  if (better == nullptr) return;
+  ::setenv("OPENBLAS_CORETYPE", better, 1);
+  ::setenv("HEADFOLD_RESTARTED", "1", 1);
+  ::execv("/proc/self/exe",
+          argv);  // returns only when it failed; then the slow kernels still compute the right numbers
+#endif
 }
 
 int usable_cores() {
@@ -53,7 +82,9 @@ namespace {
 /// The last folder and the file name: Debian's libraries of all vendors are called libblas.so.3.
 std::string blas_name() {
   const fs::path library = blas_library();
-  return (library.parent_path().filename() / library.filename()).string();
+  const std::string kernels = blas_kernels();
+  return (library.parent_path().filename() / library.filename()).string() +
+         (kernels.empty() ? std::string() : fmt::format(" ({} kernels)", kernels));
 }
 }  // namespace
 
