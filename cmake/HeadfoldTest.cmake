@@ -8,7 +8,7 @@ target_compile_definitions(headfold_test_main PUBLIC HEADFOLD_TESTS_FOLDER="${PR
 target_include_directories(headfold_test_main PUBLIC "${PROJECT_SOURCE_DIR}/tests/support")
 headfold_compile_settings(headfold_test_main)
 
-# Threads that wait must not spin: tests share the cores with each other.
+# Threads that wait must not spin: tests share the cores with each other. Starting twice for faster BLAS kernels (src/device) does not pay here.
 # Registers COMMAND at each rank count; `name.ranks_N`.
 function(headfold_register_ranks name)
   cmake_parse_arguments(arg "" "TIMEOUT" "COMMAND;RANKS;LABELS" ${ARGN})
@@ -25,7 +25,7 @@ function(headfold_register_ranks name)
       add_test(NAME ${name}.ranks_${ranks} COMMAND ${MPIEXEC_EXECUTABLE} ${HEADFOLD_MPIEXEC_FLAGS} -np ${ranks} ${arg_COMMAND})
     endif()
     set_tests_properties(${name}.ranks_${ranks} PROPERTIES LABELS "${arg_LABELS};ranks_${ranks}" TIMEOUT ${arg_TIMEOUT} PROCESSORS ${ranks}
-      ENVIRONMENT "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;ASAN_OPTIONS=detect_leaks=0;OMP_WAIT_POLICY=passive")
+      ENVIRONMENT "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;ASAN_OPTIONS=detect_leaks=0;OMP_WAIT_POLICY=passive;HEADFOLD_RESTARTED=1")
   endforeach()
 endfunction()
 
