@@ -67,9 +67,9 @@ bool started_by_launcher() {
 
 }  // namespace
 
-Request& Request::operator=(Request&& other) {
+Request& Request::operator=(Request&& other) noexcept {
   if (this != &other) {
-    wait();
+    const Request finished(std::move(state_));  // waits, as a destructor does
     state_ = std::move(other.state_);
   }
   return *this;
@@ -77,7 +77,7 @@ Request& Request::operator=(Request&& other) {
 Request::~Request() {
   try {
     wait();
-  } catch (...) {  // a destructor may not throw; the next operation on the communicator reports the failure
+  } catch (...) {  // may not throw here; the next operation on the communicator reports the failure
   }
 }
 void Request::wait() {

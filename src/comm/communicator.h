@@ -27,7 +27,7 @@ class Request {
   Request() = default;
   explicit Request(std::unique_ptr<State> state) : state_(std::move(state)) {}
   Request(Request&&) noexcept = default;
-  Request& operator=(Request&& other);
+  Request& operator=(Request&& other) noexcept;
   ~Request();
   void wait();
   bool active() const { return state_ != nullptr; }

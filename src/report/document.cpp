@@ -99,7 +99,7 @@ void Document::table_markdown(const Grid& grid) {
     markdown_ += "|";
     for (const Cell& cell : row) {
       std::string text = escape_markdown(cell.text);
-      if (cell.best) text = "**" + text + "**";
+      if (cell.best) text = fmt::format("**{}**", text);
       if (!cell.small.empty()) text += " (" + escape_markdown(cell.small) + ")";
       markdown_ += " " + text + " |";
     }

@@ -175,10 +175,11 @@ std::vector<double> log_ticks(double low, double high, int most) {
     return ticks;
   };
   const auto limit = static_cast<std::size_t>(std::max(most, 3));
-  for (const auto& ticks : {collect({1, 2, 3, 5, 7}, 1), collect({1, 2, 5}, 1), collect({1, 3}, 1), collect({1}, 1)})
+  for (const std::vector<double>& ticks :
+       {collect({1, 2, 3, 5, 7}, 1), collect({1, 2, 5}, 1), collect({1, 3}, 1), collect({1}, 1)})
     if (ticks.size() >= 3 && ticks.size() <= limit) return ticks;
   for (int every = 2; every < 700; ++every)
-    if (const auto ticks = collect({1}, every); last - first > 2 && ticks.size() <= limit) return ticks;
+    if (auto ticks = collect({1}, every); last - first > 2 && ticks.size() <= limit) return ticks;
   return nice_ticks(low, high, most);
 }
 

@@ -146,6 +146,7 @@ SideLoss losses_of(const Conversion& conversion, bool keys) {
 
 std::vector<double> values_of(const std::vector<Point>& points) {
   std::vector<double> values;
+  values.reserve(points.size());
   for (const Point& point : points) values.push_back(point.y);
   return values;
 }
@@ -1001,7 +1002,7 @@ class Builder {
       facts.emplace_back("Calibration" + which, parts.empty() ? std::string(kNone) : joined(parts, ", "));
       if (!calibration.options.empty()) {
         std::vector<std::string> options;
-        for (const auto& [key, value] : calibration.options) options.push_back(key + " = " + value);
+        for (const auto& [key, value] : calibration.options) options.push_back(fmt::format("{} = {}", key, value));
         facts.emplace_back("Calibration options" + which, joined(options, "; "));
       }
       if (!calibration.data_hash.empty()) facts.emplace_back("Calibration data, hash" + which, calibration.data_hash);
@@ -1089,6 +1090,7 @@ class Builder {
           "The recorded commands, in the order they ran. Paths inside the run folder are relative to it; “…/” stands "
           "for folders elsewhere.");
       std::vector<std::string> lines;
+      lines.reserve(commands.size() + 1);
       for (const auto& [date, line] : commands) lines.push_back(clean_text(line));
       lines.push_back("headfold report --run .");
       document_.code(joined(lines, "\n"));

@@ -46,7 +46,7 @@ std::int64_t positive(const Json& object, const std::string& key, const std::str
 }
 
 Json object_at(const Json& parent, const std::string& key, const std::string& file) {
-  const auto value = required<Json>(parent, key, file);
+  auto value = required<Json>(parent, key, file);
   if (!value.is_object()) throw InputError(fmt::format("{}: \"{}\" is no JSON object", file, key));
   return value;
 }
