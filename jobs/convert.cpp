@@ -37,7 +37,8 @@ po::options_description convert_options() {
       "plan", po::value<std::string>(), "apply this plan (its groups may have been edited) instead of planning")(
       "max-shard-size", po::value<std::string>()->default_value("5GB"),
       "largest shard of the result, for example 500MB or 5GB")("dry-run", "say what would be done and stop")(
-      "out", po::value<std::string>()->required(), "folder of the result");
+      "overwrite", "replace another conversion that stands in --out")("out", po::value<std::string>()->required(),
+                                                                      "folder of the result");
   return options;
 }
 
@@ -264,6 +265,13 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
       std::cout << fmt::format("{} is already the result of this very command; nothing to do\n", out.string());
     return;
   }
+
+  world.on_root([&] {
+    if (!plan_only && values.count("overwrite") == 0 && fs::exists(out / "headfold.json") &&
+        fs::exists(out / "convert.json"))
+      throw UsageError(fmt::format("{} holds another conversion", out.string()),
+                       "choose another --out, or replace it with --overwrite");
+  });
 
   // A given plan brings decisions only: its losses may be those of groups that were edited since, so all are computed
   // again.

@@ -118,6 +118,21 @@ std::int64_t largest_stage(const std::vector<std::pair<const checkpoint::Reader*
   return largest;
 }
 
+/// Two models can only be compared token by token when a text is the same tokens to both. A reference without tokenizer
+/// files is taken to share the model's.
+void require_same_tokenizer(const tokenizer::Tokenizer& own, const Options& options) {
+  bool has_files = false;
+  for (const char* name : {"tokenizer.model", "tokenizer.json"})
+    has_files = has_files || fs::exists(options.reference / name);
+  if (!has_files) return;
+  const std::unique_ptr<tokenizer::Tokenizer> other = tokenizer::load_tokenizer(options.reference);
+  const std::string probe = "The quick brown fox, 1234 times; na\u00efve caf\u00e9.\n  Then \"it\" stopped: why?";
+  if (own.vocab_size() == other->vocab_size() && own.encode(probe) == other->encode(probe)) return;
+  throw InputError(fmt::format("the tokenizers of {} and of the reference {} differ", options.model.string(),
+                               options.reference.string()),
+                   "KL divergence compares distributions over the same tokens: give the model this one was made from");
+}
+
 }  // namespace
 
 void evaluate(const Context& context, const std::vector<std::string>& arguments) {
@@ -136,6 +151,7 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
         fmt::format("vocabularies differ: {} has {} tokens, the reference {} has {}", options.model.string(),
                     config.vocab, options.reference.string(), reference->config().vocab),
         "KL divergence compares distributions over the same tokens: give the model this one was made from");
+  if (reference) require_same_tokenizer(*tokenizer, options);
   std::int64_t length = std::min(options.seq_len, config.max_positions);
   if (reference) length = std::min(length, reference->config().max_positions);
   if (length < options.seq_len && speaks) spdlog::info("windows of {} tokens: the longest this model takes", length);

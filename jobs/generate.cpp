@@ -111,6 +111,9 @@ void generate(const Context& context, const std::vector<std::string>& arguments)
   std::int64_t steps = 0;
   bool ended = false;
   for (std::int64_t i = 0; i < wanted && !ended; ++i) {
+    if (!at::isfinite(scores).all().item<bool>())
+      throw InputError(fmt::format("{}: the model gives NaN or Inf", reader.folder().string()),
+                       "try --dtype float32; if it persists, the checkpoint itself is broken");
     const std::int64_t next = choose(scores[0], sampling);
     ended = next == config.eos || next == tokenizer->eos();
     ids.push_back(next);

@@ -32,8 +32,7 @@ std::string help_text() {
       "usage: headfold JOB [options]      headfold JOB --help      headfold --version\n"
       "       mpirun -np N headfold JOB [options]                  srun --mpi=pmix headfold JOB [options]\n\njobs:\n";
   for (const Job& job : kJobs) text += fmt::format("  {:<12}{}\n", job.name, job.summary);
-  return text +
-         "\nexit codes: 0 done, 64 usage, 65 bad input, 70 internal, 74 input/output, 75 stopped and resumable\n";
+  return text + "\nexit codes: 0 done, 64 usage, 65 bad input, 70 internal, 74 input/output\n";
 }
 
 const Job& find_job(const std::string& name) {

@@ -2,9 +2,11 @@
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
 #include <headfold/base/version.h>
+#include <headfold/checkpoint/writer.h>
 #include <headfold/device/device.h>
 
 #include <chrono>
+#include <cmath>
 #include <filesystem>
 #include <iostream>
 #include <set>
@@ -44,8 +46,13 @@ po::variables_map parse(const Context& context, const std::string& job, const st
     throw UsageError(error.what(), fmt::format("headfold {} --help", job));
   }
   const auto threads = values["threads"].as<int>();
-  if (threads < 0) throw UsageError(fmt::format("--threads {}: must be 0 or more", threads));
-  comm::set_timeout_seconds(values["timeout"].as<double>());
+  const int most = std::max(64, 4 * device::usable_cores());
+  if (threads < 0 || threads > most)
+    throw UsageError(fmt::format("--threads {}: must be between 0 and {} here", threads, most));
+  const auto timeout = values["timeout"].as<double>();
+  if (!std::isfinite(timeout) || timeout < 0)
+    throw UsageError(fmt::format("--timeout {}: seconds, 0 or more", timeout), "0 waits for ever");
+  comm::set_timeout_seconds(timeout);
   start_logging(context.world.rank(), context.world.size(),
                 values.count("log-dir") > 0 ? values["log-dir"].as<std::string>() : std::string(),
                 values.count("verbose") > 0);
@@ -93,7 +100,9 @@ void check_output_folder(const std::filesystem::path& folder) {
   if (!fs::exists(folder)) return;
   if (!fs::is_directory(folder))
     throw UsageError(fmt::format("{} exists and is not a folder", folder.string()), "choose another --out");
-  if (fs::is_empty(folder) || fs::exists(folder / "headfold.json")) return;
+  if (fs::is_empty(folder) || fs::exists(folder / "headfold.json") ||
+      fs::exists(folder / checkpoint::kUnfinishedMarker))
+    return;
   throw UsageError(fmt::format("{} is not empty and was not written by headfold", folder.string()),
                    "choose another --out, or empty that folder yourself: headfold does not overwrite foreign files");
 }

@@ -108,8 +108,8 @@ void LayerAccumulator::finish(const comm::Communicator& peers, std::int64_t laye
     if (!part->defined()) continue;
     peers.all_reduce(span_of(*part));
     if (!std::isfinite(part->sum().item<double>()))
-      throw NumericalError(fmt::format("the activations of layer {} contain NaN or Inf", layer),
-                           "calibrate with --dtype float32; if it persists, the checkpoint itself is broken");
+      throw InputError(fmt::format("the activations of layer {} contain NaN or Inf", layer),
+                       "calibrate with --dtype float32; if it persists, the checkpoint itself is broken");
   }
 }
 

@@ -23,7 +23,7 @@ class LayerAccumulator : public model::LayerObserver {
   void rotated_keys(const at::Tensor& keys) override;
   bool wants_rotated_keys() const override { return keys_ != nullptr; }
   /// Adds what is still buffered, sums over `peers` (collective, in float64, in place) and checks that everything is
-  /// finite. NumericalError naming `layer` otherwise. Once, after the last forward.
+  /// finite. InputError naming `layer` otherwise. Once, after the last forward.
   void finish(const comm::Communicator& peers, std::int64_t layer);
   /// Valid after finish(); shares memory with the accumulator.
   const PackedStatistics& statistics() const;

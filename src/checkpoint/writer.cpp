@@ -99,6 +99,8 @@ struct ParallelWriter::State {
       std::error_code code;
       fs::remove(temporary(i), code);
     }
+    std::error_code code;
+    fs::remove(folder / kUnfinishedMarker, code);
   }
 
   /// Rank 0: reserves the files and writes their headers.
@@ -114,6 +116,7 @@ struct ParallelWriter::State {
                                 human_bytes(static_cast<double>(free))),
                     "free some space or choose another folder");
     try {
+      write_file(folder / kUnfinishedMarker, "a checkpoint is being written here\n");
       for (std::size_t i = 0; i < headers.size(); ++i) {
         PositionedFile file = PositionedFile::create(temporary(i), shard_bytes[i]);
         file.write(headers[i].data(), headers[i].size(), 0);
@@ -276,7 +279,11 @@ void ParallelWriter::finish(const Json& config, const OrderedJson& headfold,
   if (state.finished) throw InternalError("a checkpoint writer was finished twice");
   state.check_complete();
   state.sync_all();
-  state.world.on_root([&] { state.put_in_place(config, headfold, copies); });
+  state.world.on_root([&] {
+    state.put_in_place(config, headfold, copies);
+    std::error_code code;
+    fs::remove(state.folder / kUnfinishedMarker, code);
+  });
   state.finished = true;
 }
 

@@ -13,6 +13,10 @@
 
 namespace headfold::checkpoint {
 
+/// File that stands in a folder while a checkpoint is being written to it, and stays there when the writer was killed:
+/// the folder's content is then headfold's own and may be replaced by the same command run again.
+inline constexpr const char* kUnfinishedMarker = ".headfold-unfinished";
+
 /// Every rank constructs it with the same list (collective). Shards, their headers and all offsets follow from the list
 /// alone, so any rank can write any tensor at its place, in any order, at the same time. Shard files appear as *.tmp
 /// and are renamed in finish(); the index comes last. One shard gives "model.safetensors" without an index. Bytes do

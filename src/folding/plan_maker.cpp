@@ -118,8 +118,15 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
     for_each_item(
         1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, Part::both, options.sink_weight); });
     for_each_item(count, [&](std::int64_t i) {
-      results[static_cast<std::size_t>(i)] =
-          plan_group(problem, lists[static_cast<std::size_t>(layer)][static_cast<std::size_t>(first + i)], options);
+      try {
+        results[static_cast<std::size_t>(i)] =
+            plan_group(problem, lists[static_cast<std::size_t>(layer)][static_cast<std::size_t>(first + i)], options);
+      } catch (const NumericalError& error) {
+        throw InputError(
+            fmt::format("{}: layer {}: {}{}", reader.folder().string(), layer, error.what(),
+                        statistics == nullptr ? "" : fmt::format(" (statistics: {})", statistics->path().string())),
+            "the attention weights of that layer or its statistics are not finite or not what they claim to be");
+      }
     });
     for (const GroupPlan& group : results)
       mine.push_back(
