@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <headfold/base/json.h>
 #include <headfold/checkpoint/safetensors.h>
+#include <headfold/checkpoint/writer.h>
 
 #include <map>
 
@@ -166,6 +167,26 @@ const std::vector<Case>& cases() {
        kUsage,
        {"samples"},
        true},
+      {"calibrate_absurd_samples",
+       "calibrate --model +llama --data +text --seq-len 64 --samples 4000000000 --out %.h5",
+       kBadInput,
+       {"4000000000", "--samples"}},
+      {"calibrate_absurd_threads",
+       "calibrate --model +llama --data +text --threads 99999999 --out %.h5",
+       kUsage,
+       {"--threads"}},
+      {"calibrate_timeout_that_is_no_number",
+       "calibrate --model +llama --data +text --timeout nan --out %.h5",
+       kUsage,
+       {"--timeout"}},
+      {"evaluate_foreign_tokenizer",
+       "evaluate --model +llama --reference +bloom --data +heldout --limit 1 --out %",
+       kBadInput,
+       {"tokenizers"}},
+      {"convert_onto_another_conversion",
+       "convert --model +llama --kv-heads 2 --keys meanpool --values meanpool --out @converted",
+       kUsage,
+       {"converted", "--overwrite"}},
       {"calibrate_negative_length",
        "calibrate --model +llama --data +text --seq-len -5 --out %.h5",
        kUsage,
@@ -453,6 +474,24 @@ void expect_failure(const Case& one, int ranks) {
 // The checks are the same code at any rank count, so a case that ends two ranks is not repeated on one.
 TEST_P(Errors, on_one_rank) {
   expect_failure(GetParam(), 1);
+}
+
+TEST(KilledRun, leaves_a_folder_that_the_same_command_may_write_again) {
+  const fs::path folder = fs::temp_directory_path() / fmt::format("headfold-killed-{}", ::getpid());
+  // What a conversion leaves that was killed while it wrote.
+  write_file(folder / "out" / checkpoint::kUnfinishedMarker, "");
+  write_file(folder / "out" / "model.safetensors.tmp", "half");
+  write_file(folder / "out" / "model-00001-of-00002.safetensors.tmp", "half");
+  const std::vector<std::string> command = {"convert",    "--model",     demo_model("prose-llama"),
+                                            "--kv-heads", "4",           "--keys",
+                                            "meanpool",   "--values",    "meanpool",
+                                            "--out",      folder / "out"};
+  const Outcome outcome = run_headfold(1, command, folder / "log");
+  EXPECT_EQ(outcome.code, 0) << outcome.output;
+  EXPECT_EQ(listing(folder / "out"),
+            (std::vector<std::string>{"config.json", "convert.json", "generation_config.json", "headfold.json",
+                                      "model.safetensors", "tokenizer.model"}));
+  fs::remove_all(folder);
 }
 
 class ErrorsOfTwoRanks : public testing::TestWithParam<Case> {};
