@@ -90,7 +90,7 @@ TEST(LayerAccumulatorTest, nan_is_named_with_its_layer_on_every_rank) {
   try {
     accumulator.finish(world(), 11);
     FAIL() << "no error";
-  } catch (const NumericalError& error) {
+  } catch (const InputError& error) {
     EXPECT_THAT(error.what(), HasSubstr("layer 11"));
   }
   EXPECT_THROW(accumulator.attention_input(random({1, 4, kHidden + 1}, 5)), InternalError);
