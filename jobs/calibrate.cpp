@@ -9,6 +9,7 @@
 #include <headfold/calibration/collect.h>
 #include <headfold/calibration/text.h>
 #include <headfold/device/device.h>
+#include <headfold/evaluation/tasks.h>
 #include <headfold/tokenizer/tokenizer.h>
 
 #include <iostream>
@@ -73,12 +74,7 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   settings.seed = at_least(values, "seed", 0);
   settings.micro_batch = std::min(at_least(values, "micro-batch", 1), settings.samples);
   settings.bos_name = values["bos"].as<std::string>();
-  if (settings.bos_name == "always")
-    settings.bos = tokenizer::Bos::always;
-  else if (settings.bos_name == "never")
-    settings.bos = tokenizer::Bos::never;
-  else if (settings.bos_name != "default")
-    throw UsageError(fmt::format("--bos {}: choose default, always or never", settings.bos_name));
+  settings.bos = evaluation::parse_bos(settings.bos_name);
   settings.stages = values["pipeline-ranks"].as<int>();
   if (settings.stages < 0)
     throw UsageError(

@@ -4,6 +4,7 @@
 #include <headfold/base/table.h>
 #include <headfold/calibration/text.h>
 #include <headfold/checkpoint/layout.h>
+#include <headfold/evaluation/tasks.h>
 #include <headfold/folding/apply.h>
 #include <headfold/folding/comparison.h>
 #include <headfold/model/pipeline.h>
@@ -34,13 +35,6 @@ po::options_description verify_options() {
       "dry-run", "say what would be done and stop")("out", po::value<std::string>(),
                                                     "result file (default MODEL/verification.json)");
   return options;
-}
-
-tokenizer::Bos parse_bos(const std::string& text) {
-  if (text == "default") return tokenizer::Bos::model_default;
-  if (text == "always") return tokenizer::Bos::always;
-  if (text == "never") return tokenizer::Bos::never;
-  throw UsageError(fmt::format("--bos {}: choose default, always or never", text));
 }
 
 /// What headfold.json says about the fold.
@@ -212,7 +206,7 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
   const auto tokenizer = tokenizer::load_tokenizer(original.folder());
   const at::Tensor ids =
       calibration::draw_sequences(calibration::token_stream(*tokenizer, calibration::read_documents(files, field),
-                                                            parse_bos(values["bos"].as<std::string>())),
+                                                            evaluation::parse_bos(values["bos"].as<std::string>())),
                                   samples, length, values["seed"].as<std::uint64_t>());
   if (world.root())
     std::cout << fmt::format(
