@@ -19,6 +19,26 @@ struct LayerStatistics {
   at::Tensor moment, moment_0;    ///< S2 = sum x x^T [hidden, hidden], full symmetric
   at::Tensor rotated_keys;  ///< sum (R(n)k)(R(n)k)^T [kv_heads*head_dim, same], positions > 0; undefined for models
                             ///< without RoPE
+  /// The even sequences' share of the sums above (sequence s of the drawn list, s even); undefined when no halves were
+  /// kept. The odd half is the difference.
+  double count_even = 0, count_0_even = 0;
+  at::Tensor sum_even, sum_0_even, moment_even, moment_0_even, rotated_keys_even;
+  /// Attention statistics, over all positions (position 0 included); undefined when not collected.
+  double attention_count = 0;       ///< queries
+  at::Tensor rotated_queries;       ///< sum (R(n)q)(R(n)q)^T per query head [heads, head_dim, head_dim]; without RoPE
+                                    ///< sum q q^T
+  at::Tensor distance_mass;         ///< sum over queries of attention probability at distance tau, [heads, sequence
+                                    ///< length]
+  at::Tensor attended;              ///< sum y_h y_h^T, y_h = sum_j a_hj v_j over the values of the head's block,
+                                    ///< [heads, block, block], block = attended_heads * head_dim
+  at::Tensor attended_sum;          ///< sum y_h, [heads, block]
+  std::int64_t attended_heads = 0;  ///< source KV heads of one block; query head h belongs to block kv(h) /
+                                    ///< attended_heads
+  bool has_halves() const { return moment_even.defined(); }
+  bool has_attention() const { return rotated_queries.defined(); }
+  /// One half as statistics of its own (which: 0 even, 1 odd), without attention statistics. InternalError without
+  /// halves.
+  LayerStatistics half(int which) const;
   /// Cx(w) = (S2 + w S2_0) / (N + w N_0)  (methods.md 2.1). InputError when no token is left.
   at::Tensor second_moment(double sink_weight) const;
   /// mu(w) [hidden]

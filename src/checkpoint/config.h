@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <string>
+#include <vector>
 
 namespace headfold::checkpoint {
 
@@ -15,6 +16,15 @@ enum class KvLayout {
   gqa,        ///< kv_heads keys and values of head_dim each: stock grouped-query attention (MHA when kv_heads == heads)
   projected,  ///< arXiv 2406.07056 section 3.4: full keys, rotated, projected to kv_heads x head_dim before they are
               ///< cached
+  latent,     ///< LoRC, Palu: a low-rank latent per group of heads, keys rebuilt from it and then rotated
+};
+
+/// What one layer caches. Uniform models have the same in every layer.
+struct LayerShape {
+  std::int64_t kv_heads = 0;     ///< cached KV heads; `latent`: latents (groups)
+  std::int64_t key_width = 0;    ///< channels of one cached key: head_dim but for `latent`
+  std::int64_t value_width = 0;  ///< channels of one cached value: head_dim but for `latent`
+  bool operator==(const LayerShape&) const = default;
 };
 
 /// RoPE frequency rule; type is "default", "linear" or "llama3".
@@ -35,6 +45,9 @@ struct ModelConfig {
   std::int64_t kv_heads = 0;         ///< KV heads that are cached
   std::int64_t source_kv_heads = 0;  ///< `projected`: heads of the full key projection; otherwise == kv_heads
   std::int64_t head_dim = 0;
+  /// One entry per layer; empty: all layers alike, {kv_heads, head_dim, head_dim}. Uneven models have kv_heads = the
+  /// largest of their layers.
+  std::vector<LayerShape> layer_shapes;
   std::int64_t ffn = 0;  ///< inner width of the MLP
   std::int64_t vocab = 0;
   std::int64_t max_positions = 0;  ///< longest sequence; BLOOM: seq_length, else 2048
@@ -55,6 +68,11 @@ struct ModelConfig {
   std::string file;               ///< where it came from, for messages
 
   std::int64_t kv_width() const { return kv_heads * head_dim; }
+  LayerShape shape_of(std::int64_t layer) const {
+    return layer_shapes.empty() ? LayerShape{kv_heads, head_dim, head_dim}
+                                : layer_shapes.at(static_cast<std::size_t>(layer));
+  }
+  bool uneven() const;  ///< whether layers differ in what they cache
   /// Bytes of KV cache per token over all layers: layers * 2 * kv_heads * head_dim * element_size.
   std::int64_t cache_bytes_per_token(std::int64_t element_size) const;
 };
@@ -69,6 +87,9 @@ ModelConfig read_config(const std::filesystem::path& folder);
 /// LLaMA + gqa gives a stock file. `projected` renames architecture and model_type ("headfold_llama") so that stock
 /// loaders refuse it. Grouped BLOOM becomes "headfold_bloom" with num_key_value_heads.
 Json folded_config(const ModelConfig& source, std::int64_t kv_heads, KvLayout layout);
+/// The same with a shape for every layer. Uneven LLaMA + gqa gives a DeciLM (Nemotron-NAS) config with one block per
+/// layer, which headfold, vLLM and llama.cpp's converter read; `latent` is headfold's own.
+Json folded_config(const ModelConfig& source, const std::vector<LayerShape>& shapes, KvLayout layout);
 
 const char* name_of(Family family);
 const char* name_of(KvLayout layout);

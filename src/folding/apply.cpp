@@ -312,8 +312,7 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
     const Part part = item % 2 == 0 ? Part::keys : Part::values;
     const Groups& list = groups[static_cast<std::size_t>(layer)];
     LayerProblem problem;
-    for_each_item(
-        1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, part, plan.options.sink_weight); });
+    for_each_item(1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, part, plan.options); });
     const NewTensors made =
         part == Part::keys ? folded_keys(problem, list, plan.options) : folded_values(problem, list, plan.options);
     const std::string prefix = attention_prefix(reader, layer);

@@ -1,23 +1,31 @@
 #include <ATen/Parallel.h>
 #include <headfold/base/error.h>
 #include <headfold/folding/bases.h>
+#include <headfold/model/model.h>
 
 namespace headfold::folding {
 
 LayerProblem load_problem(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics,
-                          std::int64_t layer, Part part, double sink_weight) {
+                          std::int64_t layer, Part part, const FoldOptions& options, Half half) {
   LayerProblem problem;
   problem.weights = load_layer_weights(reader, layer, part);
   problem.rotates = reader.config().family == checkpoint::Family::llama;
   problem.centred_values = reader.config().family == checkpoint::Family::bloom;
+  if (problem.rotates) problem.frequencies = model::rope_inverse_frequencies(reader.config());
+  problem.context = options.context > 0     ? options.context
+                    : statistics != nullptr ? statistics->header().sequence_length
+                                            : reader.config().max_positions;
   if (statistics != nullptr) {
-    problem.moments = moments_of(statistics->layer(layer), problem.weights, sink_weight);
+    calibration::LayerStatistics sums = statistics->layer(layer);
+    if (half != Half::all) sums = sums.half(half == Half::even ? 0 : 1);
+    problem.moments = moments_of(sums, problem.weights, options.sink_weight);
     problem.has_moments = true;
   }
   return problem;
 }
 
-Basis key_basis(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, const FoldOptions& options) {
+Basis key_basis(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, const FoldOptions& options,
+                std::int64_t /*width*/) {
   const GroupWeights group = group_of(problem.weights, kv_heads);
   const LayerMoments* moments = problem.moments_or_null();
   switch (options.keys) {
@@ -25,6 +33,9 @@ Basis key_basis(const LayerProblem& problem, const std::vector<std::int64_t>& kv
       return fold_keys_meanpool(group, moments, options.key_metric, problem.rotates);
     case KeyFold::rope_commuting:
       return fold_keys_rope_commuting(group, moments, options.key_metric, options.weight_ridge);
+    case KeyFold::procrustes:
+    case KeyFold::latent:
+      break;
     case KeyFold::norope: {
       Basis basis = fold_keys_norope(group, moments, options.key_metric, options.weight_ridge);
       normalise_scale(
@@ -48,7 +59,8 @@ Basis key_basis(const LayerProblem& problem, const std::vector<std::int64_t>& kv
   throw InternalError("unknown key fold");
 }
 
-Basis value_basis(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, const FoldOptions& options) {
+Basis value_basis(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, const FoldOptions& options,
+                  std::int64_t /*width*/) {
   const GroupWeights group = group_of(problem.weights, kv_heads);
   if (options.values == ValueFold::meanpool)
     return fold_values_meanpool(group, problem.moments_or_null(), options.value_metric, problem.centred_values);

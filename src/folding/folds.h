@@ -16,7 +16,14 @@ namespace headfold::folding {
 /// heads) for act+query, mean squared error of keys or values for act, squared Frobenius norm for weights. `energies`
 /// are real channels in the order in which the fold would keep them, so that the first d of them sum to total - loss
 /// (meanpool apart, which keeps none of them: there they are the spectrum).
-using Basis = linalg::LowRank;
+struct Basis : linalg::LowRank {
+  Basis() = default;
+  Basis(linalg::LowRank low_rank) : linalg::LowRank(std::move(low_rank)) {}  // NOLINT: a kernel's result is a basis
+  /// Values, tier 2b (methods.md 4.3): B_h of every query head of the group, in the order of its source heads, [query
+  /// heads, head_dim, r]. Undefined: query head h reads the decoder rows of its source head.
+  at::Tensor head_decoders;
+  std::vector<double> imaginary_share, leading_share;  ///< per frequency (GroupPlan)
+};
 
 /// A weighted low-rank problem on stacked heads: Sigma and the diagonal blocks of Lambda (empty = identity),
 /// methods.md 3.1.

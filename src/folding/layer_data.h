@@ -40,6 +40,13 @@ struct LayerMoments {
   at::Tensor mean;          ///< E[x~], [hidden + 1]
   at::Tensor rotated_keys;  ///< E[(R(n)k)(R(n)k)^T], [kv_heads * head_dim, same]; undefined unless the statistics and
                             ///< the key weights were given
+  // From the attention statistics; undefined without them.
+  at::Tensor rotated_queries;  ///< E[(R(n)q)(R(n)q)^T] of every query head, [heads, head_dim, head_dim]
+  at::Tensor distance_law;     ///< attention mass by distance, mean over heads, sums to 1, [sequence length]
+  at::Tensor attended;         ///< E[y_h y_h^T] of every query head (methods.md 2.3), [heads, block, block], block =
+                               ///< attended_heads * head_dim: attention of head h applied to the values of its block
+  at::Tensor attended_mean;    ///< E[y_h], [heads, block]
+  std::int64_t attended_heads = 0;  ///< source KV heads of one block: block b holds heads b * n .. b * n + n - 1
 };
 /// `weights.key` (with its bias) gives the rotated-key moment of position 0, which statistics files do not store.
 LayerMoments moments_of(const calibration::LayerStatistics& statistics, const LayerWeights& weights,

@@ -16,12 +16,21 @@ struct Named {
   const char* name;
 };
 constexpr Named<KeyFold> kKeyFolds[] = {{KeyFold::meanpool, "meanpool"},
+                                        {KeyFold::procrustes, "procrustes"},
                                         {KeyFold::norope, "norope"},
                                         {KeyFold::post_rotation, "post-rotation"},
-                                        {KeyFold::rope_commuting, "rope-commuting"}};
-constexpr Named<ValueFold> kValueFolds[] = {{ValueFold::meanpool, "meanpool"}, {ValueFold::svd, "svd"}};
-constexpr Named<Metric> kMetrics[] = {
-    {Metric::weights, "weights"}, {Metric::act, "act"}, {Metric::act_query, "act+query"}};
+                                        {KeyFold::rope_commuting, "rope-commuting"},
+                                        {KeyFold::latent, "latent"}};
+constexpr Named<ValueFold> kValueFolds[] = {
+    {ValueFold::meanpool, "meanpool"}, {ValueFold::procrustes, "procrustes"}, {ValueFold::svd, "svd"}};
+constexpr Named<Metric> kMetrics[] = {{Metric::weights, "weights"},     {Metric::act, "act"},
+                                      {Metric::act_query, "act+query"}, {Metric::act_query_dist, "act+query+dist"},
+                                      {Metric::act_out, "act+out"},     {Metric::attn_out, "attn+out"}};
+constexpr Named<Grouping> kGroupings[] = {{Grouping::contiguous, "contiguous"}, {Grouping::search, "search"}};
+constexpr Named<Allocation> kAllocations[] = {{Allocation::uniform, "uniform"},
+                                              {Allocation::lorc_progressive, "lorc-progressive"},
+                                              {Allocation::greedy, "greedy"},
+                                              {Allocation::dp, "dp"}};
 
 template <class Table>
 auto parse_name(const Table& table, const std::string& name, const char* what) {
@@ -54,6 +63,18 @@ ValueFold parse_value_fold(const std::string& name) {
 }
 Metric parse_metric(const std::string& name) {
   return parse_name(kMetrics, name, "metric");
+}
+Grouping parse_grouping(const std::string& name) {
+  return parse_name(kGroupings, name, "grouping");
+}
+Allocation parse_allocation(const std::string& name) {
+  return parse_name(kAllocations, name, "budget");
+}
+std::string name_of(Grouping grouping) {
+  return name_in(kGroupings, grouping);
+}
+std::string name_of(Allocation allocation) {
+  return name_in(kAllocations, allocation);
 }
 std::string name_of(KeyFold fold) {
   return name_in(kKeyFolds, fold);

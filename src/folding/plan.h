@@ -13,25 +13,48 @@
 
 namespace headfold::folding {
 
-enum class KeyFold { meanpool, norope, post_rotation, rope_commuting };
-enum class ValueFold { meanpool, svd };
-enum class Metric { weights, act, act_query };
+enum class KeyFold { meanpool, procrustes, norope, post_rotation, rope_commuting, latent };
+enum class ValueFold { meanpool, procrustes, svd };
+/// methods.md 3.1. Keys: weights, act, act+query, act+query+dist. Values: weights, act, act+out, attn+out.
+enum class Metric { weights, act, act_query, act_query_dist, act_out, attn_out };
+/// Which source heads share one head of the result (methods.md 8).
+enum class Grouping { contiguous, search };
+/// How the budget is spread over layers (methods.md 9): the same everywhere; LoRC's reconstructed rule on widths; KV
+/// heads per layer by predicted losses times measured exchange rates, greedily or exactly.
+enum class Allocation { uniform, lorc_progressive, greedy, dp };
+
+/// FoldOptions::slow_band: as many pairs as turn by less than half a radian over the context (methods.md 6.1.3).
+inline constexpr std::int64_t kSlowBandAuto = -1;
 
 KeyFold parse_key_fold(const std::string& name);  ///< UsageError lists the names
 ValueFold parse_value_fold(const std::string& name);
 Metric parse_metric(const std::string& name);
+Grouping parse_grouping(const std::string& name);
+Allocation parse_allocation(const std::string& name);
 std::string name_of(KeyFold);
 std::string name_of(ValueFold);
 std::string name_of(Metric);
+std::string name_of(Grouping);
+std::string name_of(Allocation);
 
 struct FoldOptions {
   KeyFold keys = KeyFold::rope_commuting;
   Metric key_metric = Metric::act_query;
   ValueFold values = ValueFold::svd;
   Metric value_metric = Metric::act;
-  std::int64_t kv_heads = 0;
-  double sink_weight = 1.0;  ///< w_sink of methods.md 2.1
+  std::int64_t kv_heads = 0;  ///< KV heads of the result; allocations by layer: their mean
+  double sink_weight = 1.0;   ///< w_sink of methods.md 2.1
+  double mean_weight = 1.0;   ///< rho of methods.md 2.1, where it is a choice: keys under RoPE, values
   double weight_ridge = 0.0;
+  std::int64_t slow_band = 0;  ///< slowest RoPE pairs folded without rotation (rope-commuting); kSlowBandAuto
+  std::int64_t polish = 0;     ///< sweeps of alternating least squares after the closed form (rope-commuting, attn+out)
+  std::int64_t context = 0;    ///< tokens, for slow_band auto and distance laws; 0: the calibration sequences' length
+  std::int64_t latent_groups = 0;  ///< `latent`: latents per layer, each of kv_heads * head_dim / latent_groups
+                                   ///< channels; 0: kv_heads
+  std::int64_t min_width = 0;      ///< lorc-progressive: narrowest latent in channels (0: an eighth of the widest)
+  std::int64_t max_width = 0;      ///< lorc-progressive: widest latent in channels (0: the uniform width)
+  Grouping grouping = Grouping::contiguous;
+  Allocation allocation = Allocation::uniform;
 };
 
 /// Predicted loss of one group of one layer.
@@ -43,10 +66,18 @@ struct GroupPlan {
   /// ceil(i * channels / n) of the group's channels (group size * head_dim) keep, in the order in which the fold keeps
   /// them. A merge to one head keeps head_dim channels.
   std::vector<double> key_energy, value_energy;
+  /// Relative losses on one half of the calibration sequences of a basis fitted to the other half, and of the same
+  /// basis on its own half (statistics with half samples; negative: unknown).
+  double key_held_out = -1, key_fitted = -1, value_held_out = -1, value_fitted = -1;
+  /// `rope-commuting`, per frequency: ||Im A_l|| / ||A_l|| and lambda_1 / tr A_l (methods.md 6.1.2); else empty.
+  std::vector<double> imaginary_share, leading_share;
+  /// Spectral condition of the key and value Grams after truncation, and what share of their directions was dropped.
+  double key_condition = 0, value_condition = 0, key_dropped = 0, value_dropped = 0;
 };
 struct LayerPlan {
   std::int64_t layer = 0;
-  std::vector<GroupPlan> groups;
+  std::int64_t key_width = 0, value_width = 0;  ///< channels cached per group: head_dim but for `latent`
+  std::vector<GroupPlan> groups;                ///< as many as the layer keeps KV heads (or latents)
   /// Sum of losses over sum of totals; 0 when the total is 0.
   double key_relative_loss() const;
   double value_relative_loss() const;
@@ -55,6 +86,13 @@ struct Plan {
   FoldOptions options;
   std::string model_hash, statistics_hash;  ///< statistics_hash is empty when no statistics were used
   std::vector<LayerPlan> layers;
+  OrderedJson decisions;  ///< how groups and budget were chosen, for people: search costs, exchange rates, widths
+};
+
+/// What a layer is folded to. `key_width` and `value_width` are channels cached per group.
+struct LayerTarget {
+  std::vector<std::vector<std::int64_t>> groups;
+  std::int64_t key_width = 0, value_width = 0;
 };
 
 /// Groups of one layer, in output order.

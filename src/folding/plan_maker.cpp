@@ -115,8 +115,7 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
     const std::int64_t count = std::min(end, (layer + 1) * per_layer) - item;
     std::vector<GroupPlan> results(static_cast<std::size_t>(count));
     LayerProblem problem;
-    for_each_item(
-        1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, Part::both, options.sink_weight); });
+    for_each_item(1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, Part::both, options); });
     for_each_item(count, [&](std::int64_t i) {
       try {
         results[static_cast<std::size_t>(i)] =

@@ -258,7 +258,7 @@ TEST(FoldedModelTest, stock_form_equals_the_dense_equivalent) {
     const checkpoint::Reader reader(model);
     const calibration::StatisticsFile statistics(out.string() + ".h5");
     for (std::int64_t l = 0; l < kLayers; ++l) {
-      const LayerProblem problem = load_problem(reader, &statistics, l, Part::both, 1.0);
+      const LayerProblem problem = load_problem(reader, &statistics, l, Part::both, FoldOptions{});
       for (const GroupPlan& group : plan.layers[static_cast<std::size_t>(l)].groups) {
         const Basis keys = key_basis(problem, group.kv_heads, options),
                     values = value_basis(problem, group.kv_heads, options);

@@ -1,0 +1,41 @@
+#pragma once
+// A folded model scored without being written: the original's layers with some replaced, on a few held-out windows.
+
+#include <headfold/checkpoint/reader.h>
+#include <headfold/comm/communicator.h>
+#include <headfold/evaluation/scorer.h>
+#include <headfold/model/model.h>
+
+#include <functional>
+#include <map>
+#include <memory>
+
+namespace headfold::evaluation {
+
+/// Tensors that replace or join those of one layer, by the last part of their name ("k_proj.weight"), and the layer's
+/// configuration (ModelConfig of the folded model).
+struct ReplacedLayer {
+  const checkpoint::ModelConfig* config = nullptr;
+  const std::map<std::string, at::Tensor>* tensors = nullptr;
+};
+
+/// Windows are dealt to ranks; hidden states of the original model before every layer are kept, so a trial that
+/// replaces layers l and later begins at layer l. Scores do not depend on the rank count.
+class Trial {
+ public:
+  /// `windows` the same on every rank. Runs the original once. Collective.
+  Trial(const comm::Communicator& world, const checkpoint::Reader& reader, std::vector<Window> windows,
+        at::ScalarType dtype);
+  ~Trial();
+  /// Totals of the original alone (divergence 0).
+  const Totals& original() const;
+  /// `replaced(layer)` returns nullptr-filled ReplacedLayer for layers that stay. Each layer is asked for once, in
+  /// order, from `first_layer` (the first replaced one). Collective. Loss, KL(original || folded), agreement.
+  Totals score(std::int64_t first_layer, const std::function<ReplacedLayer(std::int64_t layer)>& replaced) const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace headfold::evaluation
