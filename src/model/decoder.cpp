@@ -108,6 +108,14 @@ Source source_of(const checkpoint::Reader& reader) {
           [&reader](const std::string& name) { reader.done_with(name); }};
 }
 
+/// What an observer asked for of one forward pass, filled sequence by sequence; undefined what it did not ask for.
+struct Observed {
+  at::Tensor rotated_keys;           // [batch, tokens, source_kv_heads, head_dim]
+  at::Tensor queries, keys, values;  // [batch, tokens, heads, head_dim]; with every earlier token, kv_heads instead
+  at::Tensor attended;               // [batch, tokens, heads * head_dim]
+  at::Tensor inner;                  // [batch * tokens, ffn]
+};
+
 class DecoderLayer final : public Layer {
  public:
   DecoderLayer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype, const Source& source)
@@ -151,8 +159,8 @@ class DecoderLayer final : public Layer {
   std::vector<ProductPtr> load_folds(const std::string& name, std::int64_t count, std::int64_t out, std::int64_t in,
                                      const Source& source) const;
   void attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens,
-                        LayerCache* cache, const at::Tensor& observed_keys, const at::Tensor& out) const;
-  void feed_forward(const at::Tensor& x, const at::Tensor& out) const;
+                        LayerCache* cache, const Observed& observed, const at::Tensor& out) const;
+  void feed_forward(const at::Tensor& x, const at::Tensor& observed_inner, const at::Tensor& out) const;
 
   ModelConfig config_;
   at::ScalarType dtype_;
@@ -285,7 +293,8 @@ void move_heads(const at::Tensor& from, std::int64_t tokens, std::int64_t start,
 
 /// Attention of sequences first .. first + count: `out` [count * tokens, hidden] += output projection.
 void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens,
-                                    LayerCache* cache, const at::Tensor& observed_keys, const at::Tensor& out) const {
+                                    LayerCache* cache, const Observed& observed, const at::Tensor& out) const {
+  const at::Tensor& observed_keys = observed.rotated_keys;
   const std::int64_t d = config_.head_dim;
   const std::int64_t heads = config_.heads;
   const std::int64_t kv_heads = config_.kv_heads;
@@ -372,21 +381,29 @@ void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std
     attention.output = attended.slice(0, sequence * tokens).data_ptr();
     attend(attention);
   }
+  const auto keep = [&](const at::Tensor& all, const at::Tensor& own) {
+    if (all.defined()) all.slice(0, first, first + count).copy_(own);
+  };
+  keep(observed.queries, queries.transpose(1, 2));
+  keep(observed.keys, keys.transpose(1, 2));
+  keep(observed.values, values.transpose(1, 2));
+  keep(observed.attended, attended.view({count, tokens, heads * d}));
   output_->apply(attended, out, /*accumulate=*/true);
 }
 
-/// out [rows, hidden] += MLP of x.
-void DecoderLayer::feed_forward(const at::Tensor& x, const at::Tensor& out) const {
+/// out [rows, hidden] += MLP of x; what enters the down projection stays in `observed_inner` [rows, ffn] if defined.
+void DecoderLayer::feed_forward(const at::Tensor& x, const at::Tensor& observed_inner, const at::Tensor& out) const {
   const auto& kernel = kernels::table(dtype_);
   const auto size = static_cast<std::int64_t>(x.element_size());
   for (std::int64_t begin = 0; begin < x.size(0); begin += kRows) {
     const std::int64_t rows = std::min(kRows, x.size(0) - begin);
     const at::Tensor input = x.slice(0, begin, begin + rows);
-    const at::Tensor inner = scratch(slot_up, {rows, config_.ffn}, dtype_);
+    const at::Tensor seen = observed_inner.defined() ? observed_inner.slice(0, begin, begin + rows) : at::Tensor();
+    const at::Tensor inner = !gate_ && seen.defined() ? seen : scratch(slot_up, {rows, config_.ffn}, dtype_);
     up_->apply(input, inner);
     auto* inner_data = static_cast<char*>(inner.data_ptr());
     if (gate_) {
-      const at::Tensor gate = scratch(slot_gate, {rows, config_.ffn}, dtype_);
+      const at::Tensor gate = seen.defined() ? seen : scratch(slot_gate, {rows, config_.ffn}, dtype_);
       gate_->apply(input, gate);
       auto* gate_data = static_cast<char*>(gate.data_ptr());
       for_elements(inner.numel(), [&](std::int64_t first, std::int64_t count) {
@@ -426,9 +443,18 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
                                            : scratch(slot_norm, {rows, config_.hidden}, dtype_);
   normalise(flat, norm1_weight_, norm1_bias_, config_.norm_eps, x);
   if (observer != nullptr) observer->attention_input(x.view({batch, tokens, config_.hidden}));
-  const at::Tensor observed_keys = observer != nullptr && observer->wants_rotated_keys()
-                                       ? at::empty({batch, tokens, config_.source_kv_heads, config_.head_dim}, dtype_)
-                                       : at::Tensor();
+  Observed observed;
+  if (observer != nullptr && observer->wants_rotated_keys())
+    observed.rotated_keys = at::empty({batch, tokens, config_.source_kv_heads, config_.head_dim}, dtype_);
+  if (observer != nullptr && observer->wants_attention()) {
+    const std::int64_t seen = (cache != nullptr ? cache->length : 0) + tokens;
+    observed.queries = large_empty({batch, tokens, config_.heads, config_.head_dim}, dtype_);
+    observed.keys = large_empty({batch, seen, config_.kv_heads, config_.head_dim}, dtype_);
+    observed.values = large_empty({batch, seen, config_.kv_heads, config_.head_dim}, dtype_);
+  }
+  if (observer != nullptr && observer->wants_activated()) observed.inner = large_empty({rows, config_.ffn}, dtype_);
+  if (observer != nullptr && observer->wants_attended())
+    observed.attended = large_empty({batch, tokens, config_.heads * config_.head_dim}, dtype_);
 
   const at::Tensor result = large_empty({batch, tokens, config_.hidden}, dtype_);
   const at::Tensor out = result.view({rows, config_.hidden});
@@ -437,17 +463,20 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
     const std::int64_t together = std::max<std::int64_t>(1, kRows / tokens);
     for (std::int64_t first = 0; first < batch; first += together) {
       const std::int64_t count = std::min(together, batch - first);
-      attend_sequences(x.slice(0, first * tokens, (first + count) * tokens), first, count, tokens, cache, observed_keys,
+      attend_sequences(x.slice(0, first * tokens, (first + count) * tokens), first, count, tokens, cache, observed,
                        out.slice(0, first * tokens, (first + count) * tokens));
     }
   }
   if (cache != nullptr) cache->length += tokens;
-  if (observed_keys.defined()) observer->rotated_keys(observed_keys);
+  if (observed.rotated_keys.defined()) observer->rotated_keys(observed.rotated_keys);
+  if (observed.queries.defined()) observer->attention(observed.queries, observed.keys, observed.values);
+  if (observed.attended.defined()) observer->attended(observed.attended);
 
   const at::Tensor y = scratch(slot_norm, {rows, config_.hidden}, dtype_);
   normalise(out, norm2_weight_, norm2_bias_, config_.norm_eps, y);
   if (config_.post_layernorm_residual) out.copy_(y);
-  feed_forward(y, out);
+  feed_forward(y, observed.inner, out);
+  if (observed.inner.defined()) observer->activated(observed.inner.view({batch, tokens, config_.ffn}));
   return result;
 }
 

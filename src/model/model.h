@@ -28,12 +28,16 @@ class LayerObserver {
   virtual void rotated_keys(const at::Tensor& keys) = 0;
   virtual bool wants_rotated_keys() const = 0;
   /// Queries and keys as they enter the scores (rotated, folded: [batch, tokens, heads, head_dim] and [batch, tokens,
-  /// kv_heads, head_dim]) and values [batch, tokens, kv_heads, head_dim], compute dtype; only when asked for.
+  /// kv_heads, head_dim]) and values [batch, tokens, kv_heads, head_dim], compute dtype; only when asked for. With a
+  /// cache, keys and values are those of every token so far.
   virtual void attention(const at::Tensor& /*queries*/, const at::Tensor& /*keys*/, const at::Tensor& /*values*/) {}
   virtual bool wants_attention() const { return false; }
   /// Outputs of all heads side by side as they enter the output projection, [batch, tokens, heads * head_dim].
   virtual void attended(const at::Tensor& /*y*/) {}
   virtual bool wants_attended() const { return false; }
+  /// What enters the MLP's down projection, [batch, tokens, ffn].
+  virtual void activated(const at::Tensor& /*inner*/) {}
+  virtual bool wants_activated() const { return false; }
 };
 
 /// Keys and values of one layer for a batch of sequences of equal length.
