@@ -1,5 +1,6 @@
 #include <headfold/base/error.h>
 #include <headfold/checkpoint/config.h>
+#include <headfold/checkpoint/layout.h>
 #include <headfold/checkpoint/safetensors.h>
 
 #include <cmath>
@@ -9,7 +10,7 @@ namespace {
 
 /// Larger than any model there is, small enough that no product of two of them overflows.
 constexpr std::int64_t kMostWidth = std::int64_t{1} << 24;
-constexpr std::int64_t kMostLayers = 100000;
+constexpr std::int64_t kMostLayers = 10000;  // there are lists with an entry for every tensor of every layer
 constexpr std::int64_t kMostHeads = 1 << 16;
 constexpr std::int64_t kMostVocabulary = std::int64_t{1} << 28;
 constexpr std::int64_t kMostPositions = std::int64_t{1} << 31;
@@ -193,6 +194,15 @@ void check_heads(const ModelConfig& config, const std::string& file) {
         "num_attention_heads must be a multiple of num_key_value_heads");
 }
 
+/// So that the number of parameters, and of their bytes, fits 64 bits.
+void check_size(const ModelConfig& config, const std::string& file) {
+  double parameters = 2.0 * static_cast<double>(config.vocab) * static_cast<double>(config.hidden);
+  for (const TensorShape& tensor : layer_tensors(config, 0))
+    parameters += static_cast<double>(config.layers) * static_cast<double>(tensor.elements());
+  if (parameters > 1e17)
+    throw InputError(fmt::format("{}: its sizes make {:.2g} parameters, more than any model has", file, parameters));
+}
+
 void read_llama(const Json& json, const Kind& kind, ModelConfig& c, const std::string& file) {
   c.hidden = bounded(json, spelling(json, {"hidden_size", "n_embd", "n_embed"}), kMostWidth, file);
   c.layers = bounded(json, spelling(json, {"num_hidden_layers", "n_layer", "n_layers"}), kMostLayers, file);
@@ -291,6 +301,7 @@ ModelConfig parse_config(const Json& json, const std::string& file) {
   if (config.norm_eps >= 1)
     throw InputError(fmt::format("{}: the norm's epsilon is {}; must be below 1", file, config.norm_eps));
   check_heads(config, file);
+  check_size(config, file);
   return config;
 }
 

@@ -274,6 +274,8 @@ class SentencePieceTokenizer final : public Tokenizer {
   }
   [[noreturn]] void corrupt(const std::string& why) const { throw CorruptFile(file_, why, "copy the file again"); }
 
+  static constexpr std::size_t longest_piece = 4096;  // 16 characters is what the trainer makes unless told otherwise
+
   PieceType type(std::int32_t id) const { return model_.pieces[static_cast<std::size_t>(id)].type; }
   std::int32_t id_of(std::string_view text) const {
     const auto found = ids_.find(text);
@@ -299,6 +301,9 @@ class SentencePieceTokenizer final : public Tokenizer {
       const Piece& piece = model_.pieces[index];
       const auto id = static_cast<std::int32_t>(index);
       if (piece.text.empty()) corrupt(fmt::format("piece {} is empty", id));
+      // Rules are made for every way to cut a piece, so a long one costs its length squared.
+      if (piece.text.size() > longest_piece)
+        corrupt(fmt::format("piece {} has {} bytes; {} are the most", id, piece.text.size(), longest_piece));
       if (invalid_utf8_at(piece.text) != std::string_view::npos) corrupt(fmt::format("piece {} is not UTF-8", id));
       if (std::isnan(piece.score)) corrupt(fmt::format("piece {} (\"{}\") has no score", id, piece.text.substr(0, 80)));
       if (!ids_.emplace(piece.text, id).second)

@@ -190,7 +190,16 @@ class JsonTokenizer final : public Tokenizer {
       if (kinds_[static_cast<std::size_t>(id)] != TokenKind::special)
         parts.push_back(tokens_[static_cast<std::size_t>(id)]);
     }
-    for (const DecoderStep& step : decoder_) apply(step, parts);
+    const auto bytes = [&] {
+      std::size_t sum = 0;
+      for (const std::string& token : parts) sum += token.size();
+      return sum;
+    };
+    const std::size_t before = bytes();
+    for (const DecoderStep& step : decoder_) {
+      apply(step, parts);
+      if (step.kind == DecoderStep::Kind::replace) check_growth(before, bytes());
+    }
     std::string text;
     for (std::size_t i = 0; i < parts.size(); ++i) {
       // Without a decoder the library puts a space between tokens.
@@ -250,14 +259,27 @@ class JsonTokenizer final : public Tokenizer {
     return text;
   }
 
+  /// A text that a step puts in: a character or two in any real file.
+  std::string insertion(const Json& step, const char* key) const {
+    auto text = required<std::string>(step, key, file_);
+    if (text.size() > 1024) unsupported(fmt::format("a \"{}\" of {} bytes", key, text.size()));
+    return text;
+  }
+
+  /// Steps that each double a text would fill any memory after a few dozen of them.
+  void check_growth(std::size_t before, std::size_t after) const {
+    if (after > 16 * before + 65536)
+      throw InputError(fmt::format("{}: its replacements turn {} bytes of text into {} and more", file_, before, after),
+                       "no real tokenizer does that: copy the file again");
+  }
+
   void read_normalizer(const Json& value) {
     for (const Json* step : steps(value, "normalizers")) {
       const auto type = required<std::string>(*step, "type", file_);
       if (type == "Prepend")
-        normalizer_.push_back({true, {}, required<std::string>(*step, "prepend", file_)});
+        normalizer_.push_back({true, {}, insertion(*step, "prepend")});
       else if (type == "Replace")
-        normalizer_.push_back(
-            {false, literal_pattern(*step, "normalizer Replace"), required<std::string>(*step, "content", file_)});
+        normalizer_.push_back({false, literal_pattern(*step, "normalizer Replace"), insertion(*step, "content")});
       else
         unsupported(fmt::format("normalizer \"{}\"", shortened(type)));
     }
@@ -439,7 +461,8 @@ class JsonTokenizer final : public Tokenizer {
         // What is searched in normalised text is normalised itself.
         std::string storage;
         token.content = std::string(normalize(token.content, storage));
-        normalized_matcher_.add(std::move(token));
+        // Nothing may be left of it; an empty token would be found everywhere.
+        if (!token.content.empty()) normalized_matcher_.add(std::move(token));
       } else {
         plain_matcher_.add(std::move(token));
       }
@@ -480,8 +503,7 @@ class JsonTokenizer final : public Tokenizer {
       } else if (type == "Metaspace") {
         decoder_.push_back({Kind::metaspace, {}, {}, 0, 0, read_scheme(*step)});
       } else if (type == "Replace") {
-        decoder_.push_back(
-            {Kind::replace, literal_pattern(*step, "decoder Replace"), required<std::string>(*step, "content", file_)});
+        decoder_.push_back({Kind::replace, literal_pattern(*step, "decoder Replace"), insertion(*step, "content")});
       } else if (type == "ByteFallback") {
         decoder_.push_back({Kind::byte_fallback, {}, {}});
       } else if (type == "Fuse") {
@@ -586,9 +608,11 @@ class JsonTokenizer final : public Tokenizer {
   }
 
   std::string_view normalize(std::string_view text, std::string& storage) const {
+    const std::size_t before = text.size();
     for (const NormalizerStep& step : normalizer_) {
       std::string changed =
           step.prepend ? (text.empty() ? "" : step.to + std::string(text)) : replace_all(text, step.from, step.to);
+      check_growth(before, changed.size());
       storage = std::move(changed);
       text = storage;
     }
