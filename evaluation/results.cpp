@@ -304,7 +304,7 @@ fs::path write_results(const fs::path& folder, const RunInfo& run, const std::ve
     write_file(folder / fmt::format("samples_{}_{}.jsonl", result.task->name, time), text);
   }
   // The results come last: whoever sees them finds the samples too.
-  const fs::path path = folder / fmt::format("results_{}.json", time);
+  fs::path path = folder / fmt::format("results_{}.json", time);
   write_file(path, dump(harness_results(run, tasks), 2) + "\n");
   return path;
 }

@@ -44,6 +44,39 @@ constexpr std::size_t kFields = 5;  // of WindowScore, as doubles for the reduct
 
 }  // namespace
 
+WindowScore score_window(const Window& window, const at::Tensor& hidden, const model::Head& head,
+                         const at::Tensor& reference_hidden, const model::Head* reference, std::int64_t logits_bytes) {
+  WindowScore result;
+  result.tokens = static_cast<std::int64_t>(window.targets.size());
+  const auto inputs = static_cast<std::int64_t>(window.inputs.size());
+  const std::int64_t first = inputs - result.tokens;
+  // The vocabulary is known from the first logits only; one position more or less in memory does not matter.
+  const std::int64_t vocab = head.logits(hidden.slice(0, first, first + 1)).size(-1);
+  const std::int64_t block = std::max<std::int64_t>(1, logits_bytes / (vocab * 4));
+  for (std::int64_t begin = first; begin < inputs; begin += block) {
+    const std::int64_t end = std::min(inputs, begin + block);
+    const at::Tensor targets =
+        at::from_blob(const_cast<std::int64_t*>(window.targets.data()) + (begin - first), {end - begin, 1}, at::kLong);
+    const at::Tensor log_q = at::log_softmax(head.logits(hidden.slice(0, begin, end)), -1, at::kFloat);
+    const auto add = [&](double& sum, const at::Tensor& log_probabilities) {
+      const at::Tensor picked = log_probabilities.gather(1, targets).contiguous();
+      const auto* values = picked.data_ptr<float>();
+      for (std::int64_t i = 0; i < end - begin; ++i) sum -= static_cast<double>(values[i]);
+    };
+    add(result.loss, log_q);
+    if (reference == nullptr) continue;
+    const at::Tensor log_p = at::log_softmax(reference->logits(reference_hidden.slice(0, begin, end)), -1, at::kFloat);
+    add(result.reference_loss, log_p);
+    // KL(p || q) = sum p (log p - log q)
+    const at::Tensor divergence =
+        at::sum(at::exp(log_p).mul_(at::sub(log_p, log_q)), {-1}, false, at::kDouble).contiguous();
+    const auto* values = divergence.data_ptr<double>();
+    for (std::int64_t i = 0; i < end - begin; ++i) result.divergence += values[i];
+    result.agreements += log_p.argmax(-1).eq(log_q.argmax(-1)).sum().item<std::int64_t>();
+  }
+  return result;
+}
+
 struct Scorer::State {
   const checkpoint::Reader* model_reader;
   const checkpoint::Reader* reference_reader;
@@ -62,38 +95,6 @@ struct Scorer::State {
     if (other != nullptr)
       reference = std::make_unique<model::Pipeline>(
           *other, own_grid, model::PipelineOptions{own_options.reference_dtype, own_options.residency, true});
-  }
-
-  /// Scores one window from its hidden states [tokens, hidden] (and the reference's).
-  WindowScore score(const Window& window, const at::Tensor& hidden, const at::Tensor& reference_hidden) const {
-    WindowScore result;
-    result.tokens = static_cast<std::int64_t>(window.targets.size());
-    const auto inputs = static_cast<std::int64_t>(window.inputs.size());
-    const std::int64_t first = inputs - result.tokens;
-    const std::int64_t block = std::max<std::int64_t>(1, options.logits_bytes / (model.config().vocab * 4));
-    for (std::int64_t begin = first; begin < inputs; begin += block) {
-      const std::int64_t end = std::min(inputs, begin + block);
-      const at::Tensor targets = at::from_blob(const_cast<std::int64_t*>(window.targets.data()) + (begin - first),
-                                               {end - begin, 1}, at::kLong);
-      const at::Tensor log_q = at::log_softmax(model.head().logits(hidden.slice(0, begin, end)), -1, at::kFloat);
-      const auto add = [&](double& sum, const at::Tensor& log_probabilities) {
-        const at::Tensor picked = log_probabilities.gather(1, targets).contiguous();
-        const auto* values = picked.data_ptr<float>();
-        for (std::int64_t i = 0; i < end - begin; ++i) sum -= static_cast<double>(values[i]);
-      };
-      add(result.loss, log_q);
-      if (reference == nullptr) continue;
-      const at::Tensor log_p =
-          at::log_softmax(reference->head().logits(reference_hidden.slice(0, begin, end)), -1, at::kFloat);
-      add(result.reference_loss, log_p);
-      // KL(p || q) = sum p (log p - log q)
-      const at::Tensor divergence =
-          at::sum(at::exp(log_p).mul_(at::sub(log_p, log_q)), {-1}, false, at::kDouble).contiguous();
-      const auto* values = divergence.data_ptr<double>();
-      for (std::int64_t i = 0; i < end - begin; ++i) result.divergence += values[i];
-      result.agreements += log_p.argmax(-1).eq(log_q.argmax(-1)).sum().item<std::int64_t>();
-    }
-    return result;
   }
 };
 
@@ -162,8 +163,9 @@ std::vector<WindowScore> Scorer::score(const std::vector<Window>& windows, const
         for (std::size_t row = 0; row < own[i]->windows.size(); ++row) {
           const std::size_t window = own[i]->windows[row];
           const auto r = static_cast<std::int64_t>(row);
-          scores[window] =
-              state.score(windows[window], hidden.select(0, r), two ? reference_hidden[i].select(0, r) : at::Tensor());
+          scores[window] = score_window(windows[window], hidden.select(0, r), state.model.head(),
+                                        two ? reference_hidden[i].select(0, r) : at::Tensor(),
+                                        two ? &state.reference->head() : nullptr, state.options.logits_bytes);
         }
         reference_hidden[i] = at::Tensor();
       };

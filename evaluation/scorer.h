@@ -22,6 +22,11 @@ struct WindowScore {
   std::int64_t agreements = 0;  ///< predictions where both models' most likely token is the same
 };
 
+/// Scores one window from its final hidden states [tokens, hidden], and the reference's (null: none), in blocks of
+/// positions whose logits stay below `logits_bytes`: log-softmax in float32, sums in float64 in order of position.
+WindowScore score_window(const Window& window, const at::Tensor& hidden, const model::Head& head,
+                         const at::Tensor& reference_hidden, const model::Head* reference, std::int64_t logits_bytes);
+
 struct ScorerOptions {
   std::int64_t micro_batch = 1;  ///< windows that go through the model together
   at::ScalarType dtype = at::kFloat;

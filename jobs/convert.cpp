@@ -2,162 +2,174 @@
 #include <headfold/base/log.h>
 #include <headfold/base/progress.h>
 #include <headfold/base/table.h>
+#include <headfold/calibration/text.h>
 #include <headfold/checkpoint/layout.h>
 #include <headfold/device/device.h>
 #include <headfold/folding/apply.h>
 
+#include <algorithm>
 #include <cmath>
 #include <iostream>
 
-#include "job.h"
+#include "convert_options.h"
+#include "convert_plan.h"
 
 namespace headfold::jobs {
 
 namespace {
 
 using folding::FoldOptions;
-using folding::KeyFold;
-
-po::options_description convert_options() {
-  po::options_description options("convert options");
-  options.add_options()("model", po::value<std::string>()->required(), "folder of the model to fold")(
-      "calibration", po::value<std::string>(),
-      "statistics file of headfold calibrate; not needed for metric weights and for meanpool")(
-      "kv-heads", po::value<std::int64_t>(), "KV heads of the result")(
-      "ratio", po::value<double>(), "the same as a share of the model's KV heads, for example 0.5")(
-      "keys", po::value<std::string>(),
-      "meanpool, norope (BLOOM; its default), post-rotation, rope-commuting (LLaMA; its default)")(
-      "key-metric", po::value<std::string>(), "weights, act, act+query (default act+query)")(
-      "values", po::value<std::string>(), "meanpool, svd (default svd)")("value-metric", po::value<std::string>(),
-                                                                         "weights, act (default act)")(
-      "sink-weight", po::value<double>(),
-      "weight of the first token of every sequence in the statistics, 0 to 1 (default 1)")(
-      "weight-ridge", po::value<double>(), "added to the query weights, as a share of their mean (default 0)")(
-      "plan-only", "write OUT/plan.json and stop")(
-      "plan", po::value<std::string>(), "apply this plan (its groups may have been edited) instead of planning")(
-      "max-shard-size", po::value<std::string>()->default_value("5GB"),
-      "largest shard of the result, for example 500MB or 5GB")("dry-run", "say what would be done and stop")(
-      "overwrite", "replace another conversion that stands in --out")("out", po::value<std::string>()->required(),
-                                                                      "folder of the result");
-  return options;
-}
-
-std::uint64_t parse_size(const std::string& text) {
-  std::size_t used = 0;
-  double number = 0;
-  try {
-    number = std::stod(text, &used);
-  } catch (const std::exception&) {
-    used = 0;
-  }
-  const std::string unit = text.substr(used);
-  const double factor = unit.empty() || unit == "B" ? 1
-                        : unit == "KB"              ? 1e3
-                        : unit == "MB"              ? 1e6
-                        : unit == "GB"              ? 1e9
-                        : unit == "KiB"             ? 1024.0
-                        : unit == "MiB"             ? 1048576.0
-                        : unit == "GiB"             ? 1073741824.0
-                                                    : 0;
-  if (used == 0 || factor == 0 || !(number > 0) || !(number * factor >= 1) || number * factor > 9e18)
-    throw UsageError(fmt::format("--max-shard-size {}: expected a number with B, KB, MB, GB, KiB, MiB or GiB", text));
-  return static_cast<std::uint64_t>(number * factor);
-}
-
-std::int64_t target_heads(const po::variables_map& values, const checkpoint::ModelConfig& config) {
-  const bool heads = values.count("kv-heads") > 0, ratio = values.count("ratio") > 0;
-  const std::string legal = fmt::format("{}", fmt::join(folding::legal_kv_heads(config), ", "));
-  if (heads == ratio)
-    throw UsageError(
-        heads ? "--kv-heads and --ratio say the same thing; give one of them" : "give --kv-heads or --ratio",
-        fmt::format("this model has {} KV heads; legal numbers are {}", config.kv_heads, legal));
-  if (heads) return values["kv-heads"].as<std::int64_t>();
-  const double share = values["ratio"].as<double>();
-  const double exact = share * static_cast<double>(config.kv_heads);
-  const double whole = std::round(exact);
-  if (!(share > 0 && share <= 1) || std::abs(exact - whole) > 1e-6 * static_cast<double>(config.kv_heads) ||
-      whole < 1 || config.kv_heads % static_cast<std::int64_t>(whole) != 0) {
-    std::string ratios;
-    for (const std::int64_t n : folding::legal_kv_heads(config))
-      ratios += fmt::format("{}{:.4g}", ratios.empty() ? "" : ", ",
-                            static_cast<double>(n) / static_cast<double>(config.kv_heads));
-    throw UsageError(fmt::format("--ratio {} of {} KV heads gives no equal groups; legal ratios are {} (KV heads {})",
-                                 share, config.kv_heads, ratios, legal));
-  }
-  return static_cast<std::int64_t>(whole);
-}
-
-FoldOptions fold_options(const po::variables_map& values, const checkpoint::ModelConfig& config) {
-  FoldOptions options;
-  const auto text = [&](const char* name, const std::string& fallback) {
-    return values.count(name) > 0 ? values[name].as<std::string>() : fallback;
-  };
-  const bool rotates = config.family == checkpoint::Family::llama;
-  options.keys = folding::parse_key_fold(text("keys", rotates ? "rope-commuting" : "norope"));
-  options.key_metric = folding::parse_metric(text("key-metric", "act+query"));
-  options.values = folding::parse_value_fold(text("values", "svd"));
-  options.value_metric = folding::parse_metric(text("value-metric", "act"));
-  if (values.count("sink-weight") > 0) options.sink_weight = values["sink-weight"].as<double>();
-  if (values.count("weight-ridge") > 0) options.weight_ridge = values["weight-ridge"].as<double>();
-  options.kv_heads = target_heads(values, config);
-  return options;
-}
 
 std::string percent(double share) {
   return fmt::format("{:.3g} %", 100 * share);
 }
 
-double energy_at(const std::vector<double>& energy, std::int64_t kept_one_of) {
-  // Point i of n stands for the share i / n of the channels; one head of a group keeps 1 / group size of them.
+/// Share of energy that the kept channels hold: point i of n stands for the share i / n of the channels.
+double energy_at(const std::vector<double>& energy, std::int64_t kept, std::int64_t channels) {
   const auto n = static_cast<std::int64_t>(energy.size());
-  return energy.at(static_cast<std::size_t>(std::max<std::int64_t>(1, n / kept_one_of) - 1));
+  if (n == 0 || channels == 0) return 0;
+  return energy.at(static_cast<std::size_t>(std::clamp<std::int64_t>(kept * n / channels, 1, n) - 1));
+}
+
+const char* quantity_of(folding::Metric metric, bool keys) {
+  switch (metric) {
+    case folding::Metric::weights:
+      return keys ? "squared error of key weights" : "squared error of value weights";
+    case folding::Metric::act:
+      return keys ? "squared error of keys" : "squared error of values";
+    case folding::Metric::act_query:
+    case folding::Metric::act_query_dist:
+      return "squared error of scores";
+    case folding::Metric::act_out:
+      return "squared error of values behind the output projection";
+    case folding::Metric::attn_out:
+      return "squared error of attended values behind the output projection";
+  }
+  throw InternalError("unknown metric");
 }
 
 void print_plan(const folding::Plan& plan, const checkpoint::ModelConfig& config) {
-  const std::int64_t size = config.kv_heads / plan.options.kv_heads;
-  Table table({"layer", "key loss", "value loss", "key energy kept", "value energy kept"});
+  const bool held_out = plan.layers.at(0).key_held_out() >= 0;
+  const bool uneven = [&] {
+    for (const folding::LayerPlan& layer : plan.layers)
+      if (layer.groups.size() != plan.layers[0].groups.size() || layer.key_width != plan.layers[0].key_width)
+        return true;
+    return false;
+  }();
+  std::vector<std::string> head = {"layer"};
+  if (uneven) head.insert(head.end(), {"groups", "channels"});
+  head.insert(head.end(), {"key loss", "value loss", "key energy kept", "value energy kept"});
+  if (held_out) head.insert(head.end(), {"keys held out", "values held out"});
+  Table table(head);
   for (const folding::LayerPlan& layer : plan.layers) {
+    const std::int64_t channels = config.kv_heads / std::ssize(layer.groups) * config.head_dim;
     double keys = 0, values = 0;
     for (const folding::GroupPlan& group : layer.groups) {
-      keys += energy_at(group.key_energy, size) / static_cast<double>(layer.groups.size());
-      values += energy_at(group.value_energy, size) / static_cast<double>(layer.groups.size());
+      keys += energy_at(group.key_energy, layer.key_width, channels) / static_cast<double>(layer.groups.size());
+      values += energy_at(group.value_energy, layer.value_width, channels) / static_cast<double>(layer.groups.size());
     }
-    table.add({std::to_string(layer.layer), percent(layer.key_relative_loss()), percent(layer.value_relative_loss()),
-               percent(keys), percent(values)});
+    std::vector<std::string> row = {std::to_string(layer.layer)};
+    if (uneven) row.insert(row.end(), {std::to_string(layer.groups.size()), std::to_string(layer.key_width)});
+    row.insert(row.end(), {percent(layer.key_relative_loss()), percent(layer.value_relative_loss()), percent(keys),
+                           percent(values)});
+    if (held_out)
+      row.insert(row.end(),
+                 {fmt::format("{} ({} fitted)", percent(layer.key_held_out()), percent(layer.key_fitted())),
+                  fmt::format("{} ({} fitted)", percent(layer.value_held_out()), percent(layer.value_fitted()))});
+    table.add(row);
   }
-  const char* key_quantity = plan.options.key_metric == folding::Metric::act_query ? "squared error of scores"
-                             : plan.options.key_metric == folding::Metric::act     ? "squared error of keys"
-                                                                                   : "squared error of key weights";
-  const char* value_quantity =
-      plan.options.value_metric == folding::Metric::act ? "squared error of values" : "squared error of value weights";
   std::cout << fmt::format(
-      "\npredicted relative loss per layer (keys: {}; values: {})\nand share of singular-value energy in the strongest "
-      "1/{} of the channels\n{}\n",
-      key_quantity, value_quantity, size, table.text());
+      "\npredicted relative loss per layer (keys: {}; values: {}){}\nand share of singular-value energy in the kept "
+      "channels\n{}\n",
+      quantity_of(plan.options.key_metric, true), quantity_of(plan.options.value_metric, false),
+      held_out ? ",\nalso of bases fitted to one half of the calibration sequences on the other half," : "",
+      table.text());
+}
+
+/// Says what a person should know about the statistics: too few tokens, near-singular Grams.
+void warn_about(const folding::Plan& plan) {
+  // A gap below a tenth is what a different draw of the same text would give.
+  constexpr double kGap = 1.1;
+  std::string layers;
+  double worst = 1;
+  for (const folding::LayerPlan& layer : plan.layers)
+    for (const auto& [held_out, fitted] :
+         {std::pair(layer.key_held_out(), layer.key_fitted()), std::pair(layer.value_held_out(), layer.value_fitted())})
+      if (held_out > 1e-6 && held_out > kGap * fitted) {
+        const std::string name = std::to_string(layer.layer);
+        if (layers.empty() || !layers.ends_with(name)) layers += (layers.empty() ? "" : ", ") + name;
+        worst = std::max(worst, held_out / std::max(fitted, 1e-12));
+      }
+  if (!layers.empty())
+    spdlog::warn(
+        "more calibration tokens would matter: in layers {} the loss on held-out sequences is up to {:.2f} times that "
+        "on "
+        "the fitted ones",
+        layers, worst);
+  for (const folding::LayerPlan& layer : plan.layers) {
+    double condition = 0, dropped = 0;
+    const char* what = "keys";
+    for (const folding::GroupPlan& group : layer.groups) {
+      if (group.key_condition > condition) condition = group.key_condition, dropped = group.key_dropped, what = "keys";
+      if (group.value_condition > condition)
+        condition = group.value_condition, dropped = group.value_dropped, what = "values";
+    }
+    if (condition > 1e9 || dropped > 0)
+      spdlog::warn(
+          "layer {}: the Gram of the {} is near-singular (condition number {:.1e}, {:.2g} % of its directions "
+          "dropped): directions that the calibration text hardly uses are not preserved",
+          layer.layer, what, condition, 100 * dropped);
+  }
+}
+
+void print_refit(const folding::LayerRefit& layer) {
+  std::string text = fmt::format("refit layer {}:", layer.layer);
+  const auto add = [&](const folding::PartRefit& part) {
+    text += fmt::format(" {} held-out error {} -> {}{};", part.part, percent(part.held_out_before),
+                        percent(part.held_out_after), part.kept ? "" : " (not kept)");
+  };
+  add(layer);
+  for (const folding::PartRefit& part : layer.others) add(part);
+  text += fmt::format(" residual stream error {}", percent(layer.stream_error));
+  std::cout << text << std::endl;
+}
+
+std::string loads_in(const FoldOptions& options, const checkpoint::ModelConfig& config) {
+  if (options.allocation == folding::Allocation::greedy || options.allocation == folding::Allocation::dp)
+    return "headfold and engines that read DeciLM configs (KV heads differ by layer)";
+  return is_stock(options, config) ? "any Hugging Face LLaMA loader (stock grouped-query attention) and headfold"
+                                   : "headfold only";
 }
 
 void describe(const FoldOptions& options, const checkpoint::Reader& reader, const fs::path& out, std::uint64_t shard) {
   const checkpoint::ModelConfig& config = reader.config();
   const std::int64_t element = folding::bytes_per_element(config.dtype);
   const auto before = config.cache_bytes_per_token(element);
-  const auto after = before / config.kv_heads * options.kv_heads;
+  const auto after =
+      static_cast<double>(before) * static_cast<double>(options.kv_heads) / static_cast<double>(config.kv_heads);
+  std::string details;
+  if (options.slow_band != 0)
+    details += fmt::format("slow band      {} pairs\n",
+                           options.slow_band < 0 ? std::string("auto") : std::to_string(options.slow_band));
+  if (options.polish > 0) details += fmt::format("polish         {} sweeps\n", options.polish);
+  if (options.refit) details += "refit          projections, from two streams\n";
   std::cout << fmt::format(
       "model          {} ({}, {} layers, hidden {}, {} heads, {} KV heads of {}, {})\n"
       "keys           {} with metric {}\n"
       "values         {} with metric {}\n"
-      "KV heads       {} -> {} (groups of {})\n"
+      "{}"
+      "KV heads       {} -> {} (groups of {}; {}; budget {})\n"
       "KV cache       {} -> {} per token\n"
       "layout         {}; loads in {}\n"
       "shards of at most {}, free space {}\n"
       "output         {}\n",
       reader.folder().string(), checkpoint::name_of(config.family), config.layers, config.hidden, config.heads,
       config.kv_heads, config.head_dim, config.dtype, name_of(options.keys), name_of(options.key_metric),
-      name_of(options.values), name_of(options.value_metric), config.kv_heads, options.kv_heads,
-      config.kv_heads / options.kv_heads, human_bytes(static_cast<double>(before)),
-      human_bytes(static_cast<double>(after)), checkpoint::name_of(layout_of(options)),
-      is_stock(options, config) ? "any Hugging Face LLaMA loader (stock grouped-query attention) and headfold"
-                                : "headfold only",
-      human_bytes(static_cast<double>(shard)), human_bytes(static_cast<double>(free_bytes(out))), out.string());
+      name_of(options.values), name_of(options.value_metric), details, config.kv_heads, options.kv_heads,
+      config.kv_heads / options.kv_heads, name_of(options.grouping), name_of(options.allocation),
+      human_bytes(static_cast<double>(before)), human_bytes(after), checkpoint::name_of(layout_of(options)),
+      loads_in(options, config), human_bytes(static_cast<double>(shard)),
+      human_bytes(static_cast<double>(free_bytes(out))), out.string());
 }
 
 /// Memory of one rank while it folds a layer: weights of one layer's attention, its moments and their working copies,
@@ -193,7 +205,7 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   const Progress clock("convert", "", 1, false);
   const fs::path out = values["out"].as<std::string>();
   const bool speaks = world.root();
-  const std::uint64_t shard = parse_size(values["max-shard-size"].as<std::string>());
+  const std::uint64_t shard = parse_bytes("max-shard-size", values["max-shard-size"].as<std::string>());
   const checkpoint::Reader reader(values["model"].as<std::string>());
   const checkpoint::ModelConfig& config = reader.config();
   if (const auto problems = checkpoint::layout_problems(reader); !problems.empty())
@@ -207,8 +219,7 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   folding::Plan given;
   const bool from_plan = values.count("plan") > 0;
   if (from_plan) {
-    for (const char* name : {"keys", "key-metric", "values", "value-metric", "kv-heads", "ratio", "sink-weight",
-                             "weight-ridge", "plan-only"})
+    for (const char* name : plan_options())
       if (values.count(name) > 0)
         throw UsageError(fmt::format("--{} and --plan exclude each other: the plan decides", name),
                          "edit the plan, or leave --plan out");
@@ -221,7 +232,37 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
           "plan again with headfold convert --plan-only");
   }
   FoldOptions options = from_plan ? given.options : fold_options(values, config);
+  if (values.count("refit") > 0) options.refit = true;
   folding::check_options(options, config);
+  const std::vector<folding::LayerTarget> given_targets =
+      from_plan ? folding::targets_of(given) : std::vector<folding::LayerTarget>{};
+  const bool by_layer =
+      options.allocation == folding::Allocation::greedy || options.allocation == folding::Allocation::dp;
+  if (values.count("stock") > 0 && (!is_stock(options, config) || by_layer))
+    throw UsageError(
+        fmt::format("--stock: {} gives {}, which no stock Hugging Face loader reads",
+                    by_layer ? "--budget " + name_of(options.allocation) : "--keys " + name_of(options.keys),
+                    by_layer ? "layers with different numbers of KV heads (a DeciLM config)"
+                             : fmt::format("cache layout {}", checkpoint::name_of(layout_of(options)))),
+        "use --keys rope-commuting --budget uniform on a LLaMA model, or leave --stock out");
+  const TextOptions refit_source = refit_text(values), probe_source = held_out_text(values);
+  if (options.refit && refit_source.files.empty())
+    throw UsageError("--refit needs text to run both models on", "give --refit-data FILE (.txt or .jsonl)");
+  if (!options.refit && !refit_source.files.empty())
+    throw UsageError("--refit-data without --refit", "add --refit, or leave --refit-data out");
+  if (by_layer && !from_plan && probe_source.files.empty())
+    throw UsageError(
+        fmt::format("--budget {} measures what each layer matters on held-out text", name_of(options.allocation)),
+        "give --probe-data FILE (.txt or .jsonl)");
+  const std::string held_out = values["held-out"].as<std::string>();
+  if (held_out != "on" && held_out != "off") throw UsageError(fmt::format("--held-out {}: give on or off", held_out));
+  const folding::GroupingOptions grouping = grouping_options(values);
+  const folding::RefitOptions refit_settings = refit_options(values);
+  if (values.count("tensor-parallel") > 0) {
+    std::vector<std::int64_t> heads(static_cast<std::size_t>(config.layers), options.kv_heads);
+    for (std::size_t l = 0; l < given_targets.size(); ++l) heads[l] = std::ssize(given_targets[l].groups);
+    folding::check_tensor_parallel(heads, config.heads, values["tensor-parallel"].as<std::int64_t>());
+  }
   const bool has_statistics = values.count("calibration") > 0;
   if (!has_statistics && folding::needs_statistics(options))
     throw UsageError(fmt::format("--keys {} --key-metric {} --values {} --value-metric {} needs --calibration",
@@ -255,7 +296,18 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   request["statistics"] = statistics ? OrderedJson(statistics->content_hash()) : OrderedJson();
   request["fold"] = to_json(options);
   request["kv_heads"] = options.kv_heads;
-  request["groups"] = from_plan ? OrderedJson(folding::groups_of(given)) : OrderedJson("contiguous");
+  request["groups"] = OrderedJson::array();
+  for (const folding::LayerTarget& target : given_targets)
+    request["groups"].push_back({target.groups, target.key_width, target.value_width});
+  if (options.grouping == folding::Grouping::search) request["search"] = {grouping.seeds, grouping.seed};
+  const auto describe_text = [&](const TextOptions& text) {
+    OrderedJson json{{"samples", text.samples}, {"length", text.length}, {"seed", text.seed}, {"field", text.field}};
+    world.on_root([&] { json["data"] = calibration::data_hash(text.files, text.field); });
+    return json;
+  };
+  if (options.refit)
+    request["refit"] = OrderedJson{{"options", to_json(refit_settings)}, {"text", describe_text(refit_source)}};
+  if (by_layer && !from_plan) request["probe"] = describe_text(probe_source);
   request["max_shard_bytes"] = shard;
   const bool plan_only = values.count("plan-only") > 0;
   std::int64_t done = 0;
@@ -273,12 +325,26 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
                        "choose another --out, or replace it with --overwrite");
   });
 
+  if (from_plan && statistics && !given.statistics_hash.empty() &&
+      given.statistics_hash != statistics->content_hash() && speaks)
+    spdlog::warn("{}: planned from other statistics than {}; its groups are applied, its losses computed again",
+                 values["plan"].as<std::string>(), statistics->path().string());
   // A given plan brings decisions only: its losses may be those of groups that were edited since, so all are computed
   // again.
-  const folding::Plan plan = make_plan(world, reader, statistics.get(), options,
-                                       from_plan ? folding::groups_of(given) : std::vector<folding::Groups>{});
+  Decision decision{given_targets, from_plan ? given.decisions : OrderedJson()};
+  if (!from_plan) decision = decide_targets(world, reader, statistics.get(), options, grouping, probe_source);
+  folding::Plan plan = make_plan(world, reader, statistics.get(), options, decision.targets, held_out == "on");
+  plan.decisions = decision.report;
+  if (values.count("tensor-parallel") > 0) {
+    std::vector<std::int64_t> heads;
+    for (const folding::LayerTarget& target : decision.targets) heads.push_back(std::ssize(target.groups));
+    folding::check_tensor_parallel(heads, config.heads, values["tensor-parallel"].as<std::int64_t>());
+  }
   const double seconds_plan = clock.seconds();
-  if (speaks) print_plan(plan, config);
+  if (speaks) {
+    print_plan(plan, config);
+    warn_about(plan);
+  }
   if (plan_only) {
     const fs::path file = out / "plan.json";
     world.on_root([&] { write_json(file, to_json(plan)); });
@@ -296,7 +362,14 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
       fs::remove(out / stale, code);
     }
   });
-  folding::apply_plan(world, reader, statistics.get(), plan, out, shard);
+  folding::Refit refit{&refit_settings, {}, {}};
+  if (options.refit) {
+    TextOptions text = refit_source;
+    if (text.length == 0 && statistics) text.length = statistics->header().sequence_length;
+    refit.sequences = read_sequences(world, reader.folder(), config, text);
+    if (speaks) refit.report = print_refit;
+  }
+  folding::apply_plan(world, reader, statistics.get(), plan, out, shard, options.refit ? &refit : nullptr);
   const double seconds = clock.seconds();
   OrderedJson record = run_record(context, "convert", arguments, seconds);
   record["seconds_plan"] = seconds_plan;
@@ -305,14 +378,14 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   world.on_root([&] { write_json(out / "convert.json", record); });
   if (speaks) {
     const std::int64_t element = folding::bytes_per_element(config.dtype);
-    const auto before = config.cache_bytes_per_token(element);
+    const checkpoint::ModelConfig after = checkpoint::read_config(out);
     std::cout << fmt::format(
-        "KV cache {} -> {} per token; {}\nwrote {} in {}\nnext:\n  headfold verify --model {} --original {} --data "
+        "KV cache {} -> {} per token; loads in {}\nwrote {} in {}\nnext:\n  headfold verify --model {} --original {} "
+        "--data "
         "FILE\n"
         "  headfold evaluate --model {} --reference {} --data FILE\n",
-        human_bytes(static_cast<double>(before)),
-        human_bytes(static_cast<double>(before / config.kv_heads * options.kv_heads)),
-        is_stock(options, config) ? "a stock grouped-query checkpoint" : "loads in headfold only", out.string(),
+        human_bytes(static_cast<double>(config.cache_bytes_per_token(element))),
+        human_bytes(static_cast<double>(after.cache_bytes_per_token(element))), loads_in(options, config), out.string(),
         human_seconds(seconds), out.string(), reader.folder().string(), out.string(), reader.folder().string());
   }
 }

@@ -233,6 +233,7 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
   Progress progress("evaluate", "token", static_cast<double>(tokens), speaks);
   const auto scoring_start = elapsed();
   std::vector<evaluation::TaskResult> results;
+  results.reserve(tasks.size());
   for (const evaluation::Task& task : tasks)
     results.push_back(evaluation::make_result(
         task, scorer.score(task.windows, task.name, [&](double amount) { progress.advance(amount); }),

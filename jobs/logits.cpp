@@ -28,7 +28,7 @@ at::Tensor read_ids(const std::filesystem::path& path, const model::ModelConfig&
   if (info.dtype != "I64" || info.shape.size() != 2 || info.shape[0] < 1 || info.shape[1] < 1)
     throw InputError(fmt::format("{}: tensor input_ids is {} [{}], expected I64 [batch, length]", path.string(),
                                  info.dtype, fmt::join(info.shape, ", ")));
-  const at::Tensor ids = file.view("input_ids").clone();
+  at::Tensor ids = file.view("input_ids").clone();
   try {
     model::check_ids(ids, config);
   } catch (const InputError& error) {

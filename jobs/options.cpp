@@ -5,11 +5,14 @@
 #include <headfold/checkpoint/writer.h>
 #include <headfold/device/device.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <iostream>
+#include <locale>
 #include <set>
+#include <sstream>
 
 #include "job.h"
 
@@ -66,6 +69,28 @@ at::ScalarType parse_dtype(const std::string& text, const std::string& checkpoin
   if (text == "bfloat16") return at::kBFloat16;
   if (text == "auto") return checkpoint_dtype != "float32" && device::fast_bfloat16() ? at::kBFloat16 : at::kFloat;
   throw UsageError(fmt::format("--dtype {}: choose float32, bfloat16 or auto", text));
+}
+
+std::uint64_t parse_bytes(const std::string& option, const std::string& text) {
+  double number = 0;
+  std::string unit;
+  {
+    // from_chars and stod either lack floating point in some libraries or read the user's locale.
+    std::istringstream stream(text);
+    stream.imbue(std::locale::classic());
+    if (!(stream >> number)) number = 0;
+    stream.clear();
+    std::getline(stream, unit);
+  }
+  std::transform(unit.begin(), unit.end(), unit.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  constexpr std::pair<const char*, double> units[] = {
+      {"", 1}, {"b", 1}, {"kb", 1e3}, {"mb", 1e6}, {"gb", 1e9}, {"kib", 1024}, {"mib", 1048576}, {"gib", 1073741824}};
+  for (const auto& [name, factor] : units) {
+    const double bytes = std::floor(number * factor);
+    if (unit == name && bytes >= 1 && bytes < 1e18) return static_cast<std::uint64_t>(bytes);
+  }
+  throw UsageError(fmt::format("--{} {}: give bytes, or a number with KB, MB, GB, KiB, MiB or GiB", option, text));
 }
 
 std::string command_line(const std::string& job, const std::vector<std::string>& arguments) {

@@ -1,6 +1,8 @@
 #include <headfold/report/page.h>
 #include <headfold/report/run_data.h>
 
+#include <spdlog/spdlog.h>
+
 #include <iostream>
 
 #include "job.h"

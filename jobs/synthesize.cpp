@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cctype>
-#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <iostream>
@@ -19,22 +18,6 @@
 
 namespace headfold::jobs {
 namespace {
-
-/// "1500000", "500MB", "5GB", "5GiB": a positive number of bytes.
-std::uint64_t parse_bytes(const std::string& text) {
-  double number = 0;
-  const auto [rest, code] = std::from_chars(text.data(), text.data() + text.size(), number);
-  std::string unit(rest, text.data() + text.size());
-  std::transform(unit.begin(), unit.end(), unit.begin(),
-                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-  constexpr std::pair<const char*, double> units[] = {
-      {"", 1}, {"b", 1}, {"kb", 1e3}, {"mb", 1e6}, {"gb", 1e9}, {"kib", 1024}, {"mib", 1048576}, {"gib", 1073741824}};
-  for (const auto& [name, factor] : units) {
-    const double bytes = std::floor(number * factor);
-    if (code == std::errc() && unit == name && bytes >= 1 && bytes < 1e18) return static_cast<std::uint64_t>(bytes);
-  }
-  throw UsageError(fmt::format("--max-shard-size {}: give bytes, or a number with KB, MB, GB, KiB, MiB or GiB", text));
-}
 
 /// A name of shape_names(), or a config.json (or a folder that holds one).
 Json read_shape(const std::string& shape) {
@@ -73,7 +56,7 @@ void synthesize(const Context& context, const std::vector<std::string>& argument
   const auto shape = values["shape"].as<std::string>();
   const fs::path out = values["out"].as<std::string>();
   const auto seed = values["seed"].as<std::uint64_t>();
-  const std::uint64_t max_shard_bytes = parse_bytes(values["max-shard-size"].as<std::string>());
+  const std::uint64_t max_shard_bytes = parse_bytes("max-shard-size", values["max-shard-size"].as<std::string>());
   checkpoint::ShapeChange change;
   change.layers = count_option(values, "layers");
   change.kv_heads = count_option(values, "kv-heads");

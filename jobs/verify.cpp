@@ -40,7 +40,7 @@ po::options_description verify_options() {
 /// What headfold.json says about the fold.
 struct Fold {
   folding::FoldOptions options;
-  std::vector<Groups> groups;
+  std::vector<folding::LayerTarget> targets;
   std::vector<double> keys, values;  ///< predicted relative losses per layer
 };
 
@@ -61,23 +61,20 @@ Fold read_fold(const Reader& folded, const Reader& original) {
         "give the model it was made from as --original");
   Fold fold;
   const auto options = required<Json>(json, "fold", file);
-  fold.options.keys = folding::parse_key_fold(required<std::string>(options, "keys", file));
-  fold.options.key_metric = folding::parse_metric(required<std::string>(options, "key_metric", file));
-  fold.options.values = folding::parse_value_fold(required<std::string>(options, "values", file));
-  fold.options.value_metric = folding::parse_metric(required<std::string>(options, "value_metric", file));
+  fold.options = folding::options_from_json(options, file);
   fold.options.kv_heads = required<std::int64_t>(required<Json>(json, "kv_heads", file), "after", file);
   for (const Json& layer : required<Json>(json, "layers", file)) {
-    fold.groups.push_back(required<Groups>(layer, "groups", file));
+    folding::LayerTarget target;
+    target.groups = required<Groups>(layer, "groups", file);
+    target.key_width = optional<std::int64_t>(layer, "key_width", original.config().head_dim, file);
+    target.value_width = optional<std::int64_t>(layer, "value_width", original.config().head_dim, file);
+    fold.targets.push_back(std::move(target));
     fold.keys.push_back(required<double>(layer, "key_relative_loss", file));
     fold.values.push_back(required<double>(layer, "value_relative_loss", file));
   }
   const checkpoint::ModelConfig& config = original.config();
   folding::check_options(fold.options, config);
-  if (static_cast<std::int64_t>(fold.groups.size()) != config.layers)
-    throw InputError(fmt::format("{}: {} layers, the original has {}", file, fold.groups.size(), config.layers));
-  for (std::size_t l = 0; l < fold.groups.size(); ++l)
-    folding::check_groups(fold.groups[l], config.kv_heads, fold.options.kv_heads,
-                          config.family == checkpoint::Family::bloom, fmt::format("{}, layer {}", file, l));
+  folding::check_targets(fold.targets, fold.options, config, file);
   return fold;
 }
 
@@ -86,11 +83,12 @@ Fold read_fold(const Reader& folded, const Reader& original) {
 std::vector<std::string> exact_faults(const comm::Communicator& world, const Reader& folded, const Reader& original,
                                       const Fold& fold, std::size_t& compared) {
   std::string faults;
-  const Json expected = checkpoint::folded_config(original.config(), fold.options.kv_heads, layout_of(fold.options));
+  const Json expected =
+      folding::folded_model_config(original.config(), fold.targets, folding::layout_of(fold.options));
   if (world.root()) {
     if (folded.config().raw != expected) faults += "config.json is not the original's with its KV heads changed\n";
     for (const std::string& problem : checkpoint::layout_problems(folded)) faults += problem + "\n";
-    const auto tensors = folding::folded_tensors(original, fold.options, fold.groups);
+    const auto tensors = folding::folded_tensors(original, fold.options, fold.targets);
     for (const checkpoint::TensorSpec& spec : tensors) {
       if (!folded.has(spec.name))
         faults += fmt::format("tensor {} is missing\n", spec.name);
@@ -101,7 +99,7 @@ std::vector<std::string> exact_faults(const comm::Communicator& world, const Rea
     if (folded.names().size() != tensors.size())
       faults += fmt::format("{} tensors, expected {}\n", folded.names().size(), tensors.size());
   }
-  const std::vector<std::string> untouched = folding::untouched_tensors(original, fold.options, fold.groups);
+  const std::vector<std::string> untouched = folding::untouched_tensors(original, fold.options, fold.targets);
   compared = untouched.size();
   for (std::size_t i = static_cast<std::size_t>(world.rank()); i < untouched.size();
        i += static_cast<std::size_t>(world.size())) {
@@ -264,7 +262,7 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
         const at::Tensor mean = at::from_blob(means.data() + l * hidden, {config.hidden}, at::kDouble).clone();
         return std::make_unique<ComparisonObserver>(
             folding::LayerComparison(config, folding::load_layer_weights(original, layer), folded.config(),
-                                     folding::load_layer_weights(folded, layer), fold.groups[l], fold.options, mean));
+                                     folding::load_layer_weights(folded, layer), fold.targets[l].groups, fold.options, mean));
       },
       [&](std::int64_t layer, const model::LayerObserver& observer) {
         const ErrorSums& errors = dynamic_cast<const ComparisonObserver&>(observer).errors();

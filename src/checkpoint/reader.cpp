@@ -135,7 +135,7 @@ std::string Reader::resolve(const std::string& name) const {
     const std::string other = wanted.starts_with(prefix) ? wanted.substr(prefix.size()) : prefix + wanted;
     return tensors.contains(other) ? other : std::string();
   };
-  const std::string found = plain(name);
+  std::string found = plain(name);
   if (!found.empty() || !config_.tied_embeddings) return found;
   const std::string table = config_.family == Family::llama ? "embed_tokens.weight" : "word_embeddings.weight";
   if (name == "lm_head.weight") return plain(prefix + table);

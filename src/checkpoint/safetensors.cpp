@@ -110,6 +110,7 @@ TensorInfo read_entry(const std::string& file, const std::string& name, const Js
 /// The tensors must cover the data section without gap or overlap.
 void check_cover(const std::string& file, const std::map<std::string, TensorInfo>& tensors, std::uint64_t data_bytes) {
   std::vector<const std::pair<const std::string, TensorInfo>*> order;
+  order.reserve(tensors.size());
   for (const auto& entry : tensors) order.push_back(&entry);
   std::sort(order.begin(), order.end(), [](const auto* a, const auto* b) {
     return std::pair(a->second.begin, a->second.end) < std::pair(b->second.begin, b->second.end);

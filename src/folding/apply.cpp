@@ -4,6 +4,7 @@
 #include <headfold/base/version.h>
 #include <headfold/checkpoint/layout.h>
 #include <headfold/folding/apply.h>
+#include <headfold/folding/refit.h>
 
 #include <algorithm>
 #include <set>
@@ -29,6 +30,11 @@ bool moves_heads(const Groups& groups) {
   return !std::is_sorted(all.begin(), all.end());
 }
 
+/// Latent keys without rotation: the decoder goes into the query projection unless that would widen the heads.
+bool absorbs_keys(bool rotates, std::int64_t width, std::int64_t head_dim) {
+  return !rotates && width <= head_dim;
+}
+
 /// Names of one family's attention tensors.
 struct Names {
   const char *query, *key, *value, *output;
@@ -46,19 +52,41 @@ at::Tensor rows_of(const at::Tensor& tensor, const at::Tensor& rows) {
   return tensor.defined() ? tensor.index_select(0, rows) : tensor;
 }
 
+/// Means that the centred value folds leave to the output bias: of the attended values of every query head's group
+/// where the metric is attention-weighted, of the values themselves otherwise. [query heads, group size * head_dim].
+at::Tensor value_means(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads,
+                       const std::vector<std::int64_t>& query_heads, const FoldOptions& options,
+                       const at::Tensor& source, const at::Tensor& source_bias) {
+  const std::int64_t d = problem.weights.head_dim;
+  const auto count = static_cast<std::int64_t>(query_heads.size());
+  if (options.value_metric == Metric::attn_out && problem.has_moments && problem.moments.attended_mean.defined()) {
+    const std::int64_t block = problem.moments.attended_heads;
+    std::vector<std::int64_t> inside;
+    inside.reserve(kv_heads.size());
+    for (const std::int64_t head : kv_heads) inside.push_back(head % block);
+    return problem.moments.attended_mean.index_select(0, at::tensor(query_heads, at::kLong))
+        .index_select(1, block_index(inside, d));
+  }
+  at::Tensor mean = at::zeros({static_cast<std::int64_t>(kv_heads.size()) * d}, at::kDouble);
+  if (problem.has_moments) mean = at::matmul(source, problem.moments.mean.slice(0, 0, problem.weights.hidden));
+  if (source_bias.defined()) mean = mean + source_bias;
+  return mean.unsqueeze(0).expand({count, mean.size(0)});
+}
+
 at::Tensor joined(const std::vector<at::Tensor>& parts, std::int64_t dim) {
   return parts.empty() || !parts[0].defined() ? at::Tensor() : at::cat(parts, dim);
 }
 
 /// Which tensors (last part of the name) a fold makes in one layer, with their shapes.
 std::map<std::string, std::vector<std::int64_t>> made_tensors(const ModelConfig& config, const FoldOptions& options,
-                                                              const Groups& groups, Part part) {
+                                                              const LayerTarget& target, Part part) {
   const bool rotates = config.family == Family::llama;
   const Names names = names_of(rotates);
   const bool biased = !rotates || config.attention_bias;
-  const bool projected = layout_of(options) == KvLayout::projected;
-  const bool moved = moves_heads(groups);
-  const std::int64_t d = config.head_dim, query_rows = config.heads * d, kv_rows = options.kv_heads * d;
+  const KvLayout layout = layout_of(options);
+  const bool moved = moves_heads(target.groups);
+  const std::int64_t d = config.head_dim, query_rows = config.heads * d;
+  const auto count = static_cast<std::int64_t>(target.groups.size());
   std::map<std::string, std::vector<std::int64_t>> made;
   const auto add = [&](const char* name, std::int64_t rows, std::int64_t columns) {
     made[std::string(name) + ".weight"] = {rows, columns};
@@ -66,20 +94,33 @@ std::map<std::string, std::vector<std::int64_t>> made_tensors(const ModelConfig&
   };
   const bool fused = !rotates && !config.split_qkv;
   if (part != Part::values) {
-    if (projected) {
+    if (layout == KvLayout::projected) {
       if (moved) add(names.query, query_rows, config.hidden), add(names.key, config.kv_heads * d, config.hidden);
-      made["key_fold.weight"] = {options.kv_heads, d, config.kv_heads / options.kv_heads * d};
+      made["key_fold.weight"] = {count, d, config.kv_heads / count * d};
       made["query_fold.weight"] = {config.kv_heads, d, d};
+    } else if (layout == KvLayout::latent) {
+      const bool absorbed = absorbs_keys(rotates, target.key_width, d);
+      if (absorbed)
+        add(names.query, config.heads * target.key_width, config.hidden);
+      else
+        made["key_up.weight"] = {config.kv_heads, d, target.key_width};
+      if (!absorbed && (moved || fused)) add(names.query, query_rows, config.hidden);
+      add(names.key, count * target.key_width, config.hidden);
     } else {
       if (fused || moved || options.keys != KeyFold::meanpool) add(names.query, query_rows, config.hidden);
-      add(names.key, kv_rows, config.hidden);
+      add(names.key, count * d, config.hidden);
     }
   }
   if (part != Part::keys) {
-    add(names.value, kv_rows, config.hidden);
-    if (moved || options.values != ValueFold::meanpool) {
-      made[std::string(names.output) + ".weight"] = {config.hidden, query_rows};
-      if (!rotates) made[std::string(names.output) + ".bias"] = {config.hidden};  // takes the mean of what is left out
+    const bool absorbed = target.value_width <= d;
+    add(names.value, count * target.value_width, config.hidden);
+    if (!absorbed) made["value_up.weight"] = {config.kv_heads, d, target.value_width};
+    if (moved || options.refit || options.values != ValueFold::meanpool) {
+      if (absorbed)
+        made[std::string(names.output) + ".weight"] = {config.hidden, config.heads * target.value_width};
+      else if (moved || options.refit)
+        made[std::string(names.output) + ".weight"] = {config.hidden, query_rows};
+      if (biased) made[std::string(names.output) + ".bias"] = {config.hidden};  // takes the mean of what is left out
     }
   }
   return made;
@@ -99,10 +140,20 @@ std::string attention_prefix(const Reader& reader, std::int64_t layer) {
   return stored.substr(0, stored.size() - tail.size());
 }
 
+/// Tensors that no source model has: they replace none.
+bool adds_tensor(const std::string& tail) {
+  return tail == "key_fold.weight" || tail == "query_fold.weight" || tail == "key_up.weight" ||
+         tail == "value_up.weight";
+}
+
 /// Tensor that decides the dtype of a made one.
 std::string origin_of(const Reader& reader, const std::string& prefix, const std::string& tail) {
   if (reader.has(prefix + tail)) return prefix + tail;
-  if (tail == "key_fold.weight" || tail == "query_fold.weight") return prefix + "k_proj.weight";
+  if (adds_tensor(tail)) {
+    for (const char* key : {"k_proj.weight", "key.weight"})
+      if (reader.has(prefix + key)) return prefix + key;
+    return prefix + "query_key_value.weight";
+  }
   return prefix + (tail.ends_with(".bias") ? "query_key_value.bias" : "query_key_value.weight");
 }
 
@@ -120,18 +171,32 @@ struct Layout {
   std::vector<std::string> untouched;
 };
 
-Layout layout(const Reader& reader, const FoldOptions& options, const std::vector<Groups>& groups) {
+/// Name of a changed tensor from its last part: attention, or the MLP's down projection.
+std::string full_name(const std::string& attention, const std::string& tail) {
+  if (!tail.starts_with("down_proj.") && !tail.starts_with("dense_4h_to_h.")) return attention + tail;
+  const std::size_t layer = attention.rfind('.', attention.size() - 2);
+  return attention.substr(0, layer + 1) + "mlp." + tail;
+}
+
+Layout layout(const Reader& reader, const FoldOptions& options, const std::vector<LayerTarget>& targets,
+              const std::vector<std::string>& refitted) {
   const ModelConfig& config = reader.config();
   std::set<std::string> replaced;
   Layout result;
   for (std::int64_t l = 0; l < config.layers; ++l) {
     const std::string prefix = attention_prefix(reader, l);
     for (const auto& [tail, shape] :
-         made_tensors(config, options, groups.at(static_cast<std::size_t>(l)), Part::both)) {
+         made_tensors(config, options, targets.at(static_cast<std::size_t>(l)), Part::both)) {
       const std::string origin = origin_of(reader, prefix, tail);
       result.tensors.push_back({prefix + tail, reader.info(origin).dtype, shape});
       replaced.insert(prefix + tail);
-      if (!tail.starts_with("key_fold") && !tail.starts_with("query_fold")) replaced.insert(origin);
+      if (!adds_tensor(tail)) replaced.insert(origin);
+    }
+    for (const std::string& tail : refitted) {
+      const std::string name = full_name(prefix, tail);
+      if (replaced.contains(name)) continue;
+      result.tensors.push_back({name, reader.info(name).dtype, reader.info(name).shape});
+      replaced.insert(name);
     }
   }
   for (const std::string& name : reader.names()) {
@@ -146,17 +211,20 @@ Layout layout(const Reader& reader, const FoldOptions& options, const std::vecto
 
 }  // namespace
 
-NewTensors folded_keys(const LayerProblem& problem, const Groups& groups, const FoldOptions& options) {
+NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, const FoldOptions& options) {
   const LayerWeights& w = problem.weights;
-  const std::int64_t d = w.head_dim, repeat = w.key_repeat();
+  const Groups& groups = target.groups;
+  const std::int64_t d = w.head_dim, repeat = w.key_repeat(), r = target.key_width;
   const Names names = names_of(problem.rotates);
-  const bool projected = layout_of(options) == KvLayout::projected;
+  const KvLayout layout = layout_of(options);
+  const bool projected = layout == KvLayout::projected;
+  const bool rebuilt = layout == KvLayout::latent && !absorbs_keys(problem.rotates, r, d);
   const auto count = groups.size();
   std::vector<at::Tensor> key(count), key_bias(count), query(count), query_bias(count), key_fold(count),
-      query_fold(count);
+      query_fold(count), key_up(count);
   for_each_item(static_cast<std::int64_t>(count), [&](std::int64_t index) {
     const auto g = static_cast<std::size_t>(index);
-    const Basis basis = key_basis(problem, groups[g], options);
+    const Basis basis = key_basis(problem, groups[g], options, r);
     const auto size = static_cast<std::int64_t>(groups[g].size());
     const at::Tensor rows = block_index(groups[g], d);
     const at::Tensor query_rows = block_index(query_heads_of(groups[g], repeat), d);
@@ -164,7 +232,8 @@ NewTensors folded_keys(const LayerProblem& problem, const Groups& groups, const 
     key_bias[g] = rows_of(w.key_bias, rows);
     query[g] = rows_of(w.query, query_rows);
     query_bias[g] = rows_of(w.query_bias, query_rows);
-    const at::Tensor decoder_t = basis.decoder.view({size, d, d}).transpose(1, 2);  // B_k^T
+    const at::Tensor decoder = basis.decoder.view({size, d, r});
+    const at::Tensor decoder_t = decoder.transpose(1, 2);  // B_k^T
     if (projected) {
       key_fold[g] = basis.encoder;
       query_fold[g] = decoder_t.contiguous();
@@ -172,13 +241,17 @@ NewTensors folded_keys(const LayerProblem& problem, const Groups& groups, const 
     }
     key[g] = at::matmul(basis.encoder, key[g]);
     // Without rotation a key bias adds the same number to every score of a query: it drops out of the softmax
-    // (methods.md 2.1).
+    // (methods.md 2.1). Folds that keep it merge it like the weights.
+    const bool drops_bias = options.keys == KeyFold::norope || (options.keys == KeyFold::latent && !problem.rotates);
     if (key_bias[g].defined())
-      key_bias[g] =
-          options.keys == KeyFold::norope ? at::zeros({d}, at::kDouble) : at::matmul(basis.encoder, key_bias[g]);
+      key_bias[g] = drops_bias ? at::zeros({r}, at::kDouble) : at::matmul(basis.encoder, key_bias[g]);
+    if (rebuilt) {
+      key_up[g] = decoder.contiguous();
+      return;
+    }
     if (options.keys == KeyFold::meanpool) return;
     query[g] =
-        at::matmul(decoder_t.unsqueeze(1), query[g].view({size, repeat, d, -1})).reshape({size * repeat * d, -1});
+        at::matmul(decoder_t.unsqueeze(1), query[g].view({size, repeat, d, -1})).reshape({size * repeat * r, -1});
     if (query_bias[g].defined())
       query_bias[g] = at::matmul(decoder_t.unsqueeze(1), query_bias[g].view({size, repeat, d, 1})).reshape({-1});
   });
@@ -189,39 +262,54 @@ NewTensors folded_keys(const LayerProblem& problem, const Groups& groups, const 
     made["key_fold.weight"] = at::stack(key_fold);
     made["query_fold.weight"] = at::cat(query_fold, 0);
   }
+  if (rebuilt) made["key_up.weight"] = at::cat(key_up, 0);
   return made;
 }
 
-NewTensors folded_values(const LayerProblem& problem, const Groups& groups, const FoldOptions& options) {
+NewTensors folded_values(const LayerProblem& problem, const LayerTarget& target, const FoldOptions& options) {
   const LayerWeights& w = problem.weights;
-  const std::int64_t d = w.head_dim, repeat = w.value_repeat();
+  const Groups& groups = target.groups;
+  const std::int64_t d = w.head_dim, repeat = w.value_repeat(), r = target.value_width;
+  const bool absorbed = r <= d;
   const Names names = names_of(problem.rotates);
   const auto count = groups.size();
-  std::vector<at::Tensor> value(count), value_bias(count), output(count), correction(count);
+  std::vector<at::Tensor> value(count), value_bias(count), output(count), correction(count), value_up(count);
   for_each_item(static_cast<std::int64_t>(count), [&](std::int64_t index) {
     const auto g = static_cast<std::size_t>(index);
-    const Basis basis = value_basis(problem, groups[g], options);
+    const Basis basis = value_basis(problem, groups[g], options, r);
     const auto size = static_cast<std::int64_t>(groups[g].size());
     const at::Tensor rows = block_index(groups[g], d);
+    const std::vector<std::int64_t> query_heads = query_heads_of(groups[g], repeat);
     const at::Tensor source = rows_of(w.value, rows);
     const at::Tensor source_bias = rows_of(w.value_bias, rows);
-    output[g] = w.output.index_select(1, block_index(query_heads_of(groups[g], repeat), d));
+    output[g] = w.output.index_select(1, block_index(query_heads, d));
     value[g] = at::matmul(basis.encoder, source);
     if (source_bias.defined()) value_bias[g] = at::matmul(basis.encoder, source_bias);
     if (options.values == ValueFold::meanpool) return;
     const at::Tensor heads = output[g].view({w.hidden, size, repeat, d});
+    // B_h of every query head, [size, repeat, d, r]: its source head's decoder, or its own (methods.md 4.3, tier 2b).
+    const bool own = basis.head_decoders.defined() && absorbed;
+    const at::Tensor decoders = own ? basis.head_decoders.view({size, repeat, d, r})
+                                    : basis.decoder.view({size, 1, d, r}).expand({size, repeat, d, r});
     if (problem.centred_values) {
-      // (I - BA) v_mean is constant and attention rows sum to one: what is left out goes through W_O into the output
-      // bias (methods.md 4.5).
-      at::Tensor mean = at::zeros({size * d}, at::kDouble);
-      if (problem.has_moments) mean = at::matmul(source, problem.moments.mean.slice(0, 0, w.hidden));
-      if (source_bias.defined()) mean = mean + source_bias;
-      const at::Tensor missing = (mean - at::matmul(basis.decoder, at::matmul(basis.encoder, mean))).view({size, d});
-      correction[g] = (heads.sum(2) * missing).sum(2).sum(1);
+      // What attention leaves of (E_h - B_h A) v on average is constant, since attention rows sum to one: it goes
+      // through W_O into the output bias (methods.md 4.5).
+      const at::Tensor means = value_means(problem, groups[g], query_heads, options, source, source_bias);
+      const at::Tensor kept =
+          at::matmul(decoders.reshape({size * repeat, d, r}), at::matmul(means, basis.encoder.t()).unsqueeze(2));
+      at::Tensor wanted = at::empty({size * repeat, d}, at::kDouble);
+      for (std::int64_t k = 0; k < size; ++k)
+        for (std::int64_t i = 0; i < repeat; ++i)
+          wanted.select(0, k * repeat + i).copy_(means.select(0, k * repeat + i).slice(0, k * d, (k + 1) * d));
+      const at::Tensor missing = (wanted - kept.squeeze(2)).view({1, size * repeat * d});
+      correction[g] = (output[g] * missing).sum(1);
     }
-    output[g] = at::matmul(heads.permute({1, 2, 0, 3}), basis.decoder.view({size, 1, d, d}))
-                    .permute({2, 0, 1, 3})
-                    .reshape({w.hidden, size * repeat * d});
+    if (absorbed)
+      output[g] = at::matmul(heads.permute({1, 2, 0, 3}), decoders)
+                      .permute({2, 0, 1, 3})
+                      .reshape({w.hidden, size * repeat * r});
+    else
+      value_up[g] = basis.decoder.view({size, d, r});
   });
   NewTensors made;
   put(made, names.value, joined(value, 0), joined(value_bias, 0));
@@ -229,27 +317,38 @@ NewTensors folded_values(const LayerProblem& problem, const Groups& groups, cons
   if (problem.centred_values && options.values != ValueFold::meanpool)
     for (const at::Tensor& part : correction) bias = bias + part;
   put(made, names.output, joined(output, 1), bias);
+  if (!absorbed) made["value_up.weight"] = at::cat(value_up, 0);
   return made;
 }
 
 std::vector<TensorSpec> folded_tensors(const Reader& reader, const FoldOptions& options,
-                                       const std::vector<Groups>& groups) {
-  return layout(reader, options, groups).tensors;
+                                       const std::vector<LayerTarget>& targets,
+                                       const std::vector<std::string>& refitted) {
+  return layout(reader, options, targets, refitted).tensors;
 }
 
 std::vector<std::string> untouched_tensors(const Reader& reader, const FoldOptions& options,
-                                           const std::vector<Groups>& groups) {
-  return layout(reader, options, groups).untouched;
+                                           const std::vector<LayerTarget>& targets,
+                                           const std::vector<std::string>& refitted) {
+  return layout(reader, options, targets, refitted).untouched;
 }
 
 std::int64_t bytes_per_element(const std::string& dtype) {
   return dtype == "float32" ? 4 : 2;
 }
 
+Json folded_model_config(const ModelConfig& source, const std::vector<LayerTarget>& targets, KvLayout layout) {
+  const std::vector<checkpoint::LayerShape> shapes = shapes_of(targets);
+  const bool even = std::all_of(shapes.begin(), shapes.end(), [&](const auto& one) { return one == shapes.front(); });
+  if (even && layout != KvLayout::latent) return checkpoint::folded_config(source, shapes.front().kv_heads, layout);
+  return checkpoint::folded_config(source, shapes, layout);
+}
+
 OrderedJson headfold_record(const Reader& reader, const calibration::StatisticsFile* statistics, const Plan& plan) {
   const ModelConfig& before = reader.config();
-  const Json folded = checkpoint::folded_config(before, plan.options.kv_heads, layout_of(plan.options));
-  const ModelConfig after = checkpoint::parse_config(folded, "config.json of the folded model");
+  const std::vector<LayerTarget> targets = targets_of(plan);
+  const ModelConfig after = checkpoint::parse_config(folded_model_config(before, targets, layout_of(plan.options)),
+                                                     "config.json of the folded model");
   const std::int64_t element = bytes_per_element(before.dtype);
   OrderedJson json;
   json["format"] = "headfold-model";
@@ -264,8 +363,12 @@ OrderedJson headfold_record(const Reader& reader, const calibration::StatisticsF
                                                            {"content_hash", plan.statistics_hash}};
   json["fold"] = to_json(plan.options);
   json["layout"] = checkpoint::name_of(layout_of(plan.options));
-  json["stock"] = is_stock(plan.options, before);
+  json["stock"] = is_stock(plan.options, before) && !after.uneven();
   json["kv_heads"] = OrderedJson{{"before", before.kv_heads}, {"after", plan.options.kv_heads}};
+  if (after.uneven() || after.layout == KvLayout::latent) {
+    json["kv_heads"]["per_layer"] = OrderedJson::array();
+    for (const LayerTarget& target : targets) json["kv_heads"]["per_layer"].push_back(target.groups.size());
+  }
   json["heads"] = before.heads;
   json["layers_total"] = before.layers;
   json["cache_bytes_per_token"] =
@@ -276,6 +379,9 @@ OrderedJson headfold_record(const Reader& reader, const calibration::StatisticsF
   for (const LayerPlan& layer : plan.layers) {
     OrderedJson one;
     one["layer"] = layer.layer;
+    one["kv_heads"] = layer.groups.size();
+    one["key_width"] = layer.key_width;
+    one["value_width"] = layer.value_width;
     one["groups"] = OrderedJson::array();
     std::vector<double> key_energy(layer.groups.at(0).key_energy.size(), 0.0),
         value_energy(layer.groups.at(0).value_energy.size(), 0.0);
@@ -290,35 +396,113 @@ OrderedJson headfold_record(const Reader& reader, const calibration::StatisticsF
     one["value_relative_loss"] = layer.value_relative_loss();
     one["key_energy"] = key_energy;
     one["value_energy"] = value_energy;
+    if (layer.key_held_out() >= 0) {
+      one["key_fitted"] = layer.key_fitted();
+      one["key_held_out"] = layer.key_held_out();
+      one["value_fitted"] = layer.value_fitted();
+      one["value_held_out"] = layer.value_held_out();
+    }
+    for (const auto& [name, member] : {std::pair{"imaginary_share", &GroupPlan::imaginary_share},
+                                       std::pair{"leading_share", &GroupPlan::leading_share}}) {
+      std::vector<double> mean((layer.groups[0].*member).size(), 0.0);
+      for (const GroupPlan& group : layer.groups)
+        for (std::size_t i = 0; i < mean.size(); ++i)
+          mean[i] += (group.*member).at(i) / static_cast<double>(layer.groups.size());
+      if (!mean.empty()) one[name] = mean;
+    }
     json["layers"].push_back(std::move(one));
   }
   return json;
 }
 
-void apply_plan(const comm::Communicator& world, const Reader& reader, const calibration::StatisticsFile* statistics,
-                const Plan& plan, const std::filesystem::path& folder, std::uint64_t max_shard_bytes) {
+NewTensors folded_layer(const Reader& reader, const calibration::StatisticsFile* statistics, const LayerTarget& target,
+                        std::int64_t layer, const FoldOptions& options) {
+  LayerProblem problem;
+  for_each_item(1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, Part::both, options); });
+  NewTensors made = folded_keys(problem, target, options);
+  made.merge(folded_values(problem, target, options));
+  return made;
+}
+
+NewTensors expanded_part(const Reader& reader, const calibration::StatisticsFile* statistics, const LayerTarget& target,
+                         std::int64_t layer, Part part, const FoldOptions& options) {
   const ModelConfig& config = reader.config();
-  const std::vector<Groups> groups = groups_of(plan);
-  const Layout target = layout(reader, plan.options, groups);
-  const OrderedJson record = headfold_record(reader, statistics, plan);
+  if (part == Part::both || layout_of(options) != KvLayout::gqa || moves_heads(target.groups))
+    throw InternalError("only one side of a fold to contiguous groups of a gqa model can be expanded");
+  LayerProblem problem;
+  for_each_item(1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, part, options); });
+  NewTensors made =
+      part == Part::keys ? folded_keys(problem, target, options) : folded_values(problem, target, options);
+  const Names names = names_of(problem.rotates);
+  const auto count = static_cast<std::int64_t>(target.groups.size());
+  for (const char* suffix : {".weight", ".bias"}) {
+    const auto found = made.find((part == Part::keys ? names.key : names.value) + std::string(suffix));
+    if (found == made.end()) continue;
+    const at::Tensor heads = found->second.reshape({count, 1, config.head_dim, -1});
+    const at::Tensor repeated = heads.expand({count, config.kv_heads / count, config.head_dim, heads.size(3)});
+    found->second = repeated.reshape({config.kv_heads * config.head_dim, -1});
+    if (suffix == std::string(".bias")) found->second = found->second.view({-1});
+  }
+  return made;
+}
+
+void apply_plan(const comm::Communicator& world, const Reader& reader, const calibration::StatisticsFile* statistics,
+                const Plan& plan, const std::filesystem::path& folder, std::uint64_t max_shard_bytes,
+                const Refit* refit) {
+  const ModelConfig& config = reader.config();
+  if (plan.options.refit != (refit != nullptr))
+    throw InternalError("the plan and apply_plan's arguments disagree on the refit");
+  const std::vector<LayerTarget> targets = targets_of(plan);
+  const Json folded_json = folded_model_config(config, targets, layout_of(plan.options));
+  const ModelConfig folded = checkpoint::parse_config(folded_json, "config.json of the folded model");
+  const std::vector<std::string> refitted =
+      refit == nullptr ? std::vector<std::string>{} : refitted_tensors(folded, *refit->options);
+  const Layout target = layout(reader, plan.options, targets, refitted);
+  OrderedJson record = headfold_record(reader, statistics, plan);
   std::map<std::string, std::string> dtypes;
   for (const TensorSpec& spec : target.tensors) dtypes[spec.name] = spec.dtype;
 
   checkpoint::ParallelWriter writer(world, folder, target.tensors, max_shard_bytes);
-  const auto [begin, end] = share_of(2 * config.layers, world.rank(), world.size());
-  Progress progress("fold", "half layer", static_cast<double>(end - begin), world.root());
-  for (std::int64_t item = begin; item < end; ++item) {
-    const std::int64_t layer = item / 2;
-    const Part part = item % 2 == 0 ? Part::keys : Part::values;
-    const Groups& list = groups[static_cast<std::size_t>(layer)];
-    LayerProblem problem;
-    for_each_item(1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, part, plan.options); });
-    const NewTensors made =
-        part == Part::keys ? folded_keys(problem, list, plan.options) : folded_values(problem, list, plan.options);
-    const std::string prefix = attention_prefix(reader, layer);
-    for (const auto& [tail, shape] : made_tensors(config, plan.options, list, part))
-      writer.write(prefix + tail, rounded(made.at(tail), dtypes.at(prefix + tail), prefix + tail));
-    progress.advance(1);
+  const auto write = [&](const std::string& name, const at::Tensor& tensor) {
+    writer.write(name, rounded(tensor, dtypes.at(name), name));
+  };
+  if (refit != nullptr) {
+    record["refit"] = OrderedJson{{"options", to_json(*refit->options)},
+                                  {"sequences", refit->sequences.size(0)},
+                                  {"tokens", refit->sequences.size(1)},
+                                  {"layers", OrderedJson::array()}};
+    refit_layers(
+        world, reader, folded, refit->sequences, *refit->options,
+        [&](std::int64_t layer) {
+          return folded_layer(reader, statistics, targets[static_cast<std::size_t>(layer)], layer, plan.options);
+        },
+        [&](std::int64_t layer, const NewTensors& tensors, const LayerRefit& report) {
+          record["refit"]["layers"].push_back(to_json(report));
+          if (refit->report) refit->report(report);
+          if (layer % world.size() != world.rank()) return;
+          const std::string prefix = attention_prefix(reader, layer);
+          std::set<std::string> names(refitted.begin(), refitted.end());
+          for (const auto& [tail, shape] :
+               made_tensors(config, plan.options, targets[static_cast<std::size_t>(layer)], Part::both))
+            names.insert(tail);
+          for (const std::string& tail : names) write(full_name(prefix, tail), tensors.at(tail));
+        });
+  } else {
+    const auto [begin, end] = share_of(2 * config.layers, world.rank(), world.size());
+    Progress progress("fold", "half layer", static_cast<double>(end - begin), world.root());
+    for (std::int64_t item = begin; item < end; ++item) {
+      const std::int64_t layer = item / 2;
+      const Part part = item % 2 == 0 ? Part::keys : Part::values;
+      const LayerTarget& list = targets[static_cast<std::size_t>(layer)];
+      LayerProblem problem;
+      for_each_item(1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, part, plan.options); });
+      const NewTensors made =
+          part == Part::keys ? folded_keys(problem, list, plan.options) : folded_values(problem, list, plan.options);
+      const std::string prefix = attention_prefix(reader, layer);
+      for (const auto& [tail, shape] : made_tensors(config, plan.options, list, part))
+        write(prefix + tail, made.at(tail));
+      progress.advance(1);
+    }
   }
   // Untouched tensors: every rank copies an equal share of their bytes, whole tensors.
   std::uint64_t total = 0;
@@ -335,8 +519,7 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
     writer.write(name, reader.view(name));
     reader.done_with(name);
   }
-  writer.finish(checkpoint::folded_config(config, plan.options.kv_heads, layout_of(plan.options)), record,
-                checkpoint::companion_files(reader.folder()));
+  writer.finish(folded_json, record, checkpoint::companion_files(reader.folder()));
 }
 
 }  // namespace headfold::folding

@@ -55,6 +55,7 @@ struct FoldOptions {
   std::int64_t max_width = 0;      ///< lorc-progressive: widest latent in channels (0: the uniform width)
   Grouping grouping = Grouping::contiguous;
   Allocation allocation = Allocation::uniform;
+  bool refit = false;  ///< the output projection is fitted again to the folded model's own inputs (refit.h)
 };
 
 /// Predicted loss of one group of one layer.
@@ -81,6 +82,11 @@ struct LayerPlan {
   /// Sum of losses over sum of totals; 0 when the total is 0.
   double key_relative_loss() const;
   double value_relative_loss() const;
+  /// Means over groups weighted by totals; negative when unknown.
+  double key_held_out() const;
+  double key_fitted() const;
+  double value_held_out() const;
+  double value_fitted() const;
 };
 struct Plan {
   FoldOptions options;
@@ -116,19 +122,36 @@ checkpoint::KvLayout layout_of(const FoldOptions& options);
 /// Whether a stock Hugging Face loader reads the result.
 bool is_stock(const FoldOptions& options, const checkpoint::ModelConfig& config);
 
+/// Channels of one latent (or merged head) when all layers are alike: head_dim but for `latent` with latent_groups.
+std::int64_t latent_width(const FoldOptions& options, std::int64_t head_dim);
+/// Every layer alike: contiguous groups; head_dim channels, or `latent`'s width. Allocation::lorc_progressive,
+/// Grouping::search and budgets by layer are decided by their own functions (budget.h, grouping.h).
+std::vector<LayerTarget> uniform_targets(const FoldOptions& options, const checkpoint::ModelConfig& config);
+/// Throws UsageError or InputError naming `what` and the layer unless every layer's groups partition its source heads
+/// evenly and the widths suit the layout.
+void check_targets(const std::vector<LayerTarget>& targets, const FoldOptions& options,
+                   const checkpoint::ModelConfig& config, const std::string& what);
+
 /// Plans a fold: losses and energies of every group, work items (layer x group) spread over `world` in blocks.
-/// `statistics` may be null when needs_statistics() is false. `groups` holds one list per layer; empty means contiguous
-/// groups everywhere. Collective; every rank gets the same plan, bit by bit the same at any rank and thread count.
-/// Throws UsageError / InputError as check_options() and check_groups(); InputError when the statistics are those of
+/// `statistics` may be null when needs_statistics() is false. `targets` holds one entry per layer; empty means
+/// uniform_targets(). With `held_out`, and statistics that keep half samples, bases are also fitted to one half and
+/// priced on the other. Collective; every rank gets the same plan, bit by bit the same at any rank and thread count.
+/// Throws UsageError / InputError as check_options() and check_targets(); InputError when the statistics are those of
 /// another model.
 Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader,
                const calibration::StatisticsFile* statistics, FoldOptions options,
-               const std::vector<Groups>& groups = {});
-/// Groups of every layer of a plan.
-std::vector<Groups> groups_of(const Plan& plan);
+               const std::vector<LayerTarget>& targets = {}, bool held_out = false);
+/// What a plan folds every layer to.
+std::vector<LayerTarget> targets_of(const Plan& plan);
+/// What every layer of the result caches.
+std::vector<checkpoint::LayerShape> shapes_of(const std::vector<LayerTarget>& targets);
 
 /// "fold" object of headfold.json and plan.json.
 OrderedJson to_json(const FoldOptions& options);
+/// The inverse, without kv_heads, which stands beside it. InputError naming the file.
+FoldOptions options_from_json(const Json& fold, const std::string& file);
+OrderedJson to_json(const GroupPlan& group);
+GroupPlan group_from_json(const Json& item, const std::string& where);
 OrderedJson to_json(const Plan& plan);
 /// Throws InputError naming the file and what is wrong (unknown fold, group that is no partition, …).
 Plan plan_from_json(const Json& json, const std::string& file);

@@ -33,19 +33,48 @@ double clipped(double loss) {
   return std::max(0.0, loss);
 }
 
-GroupPlan plan_group(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads,
+GroupPlan plan_group(const LayerProblem& problem, const LayerTarget& target, std::size_t group,
                      const FoldOptions& options) {
   GroupPlan plan;
-  plan.kv_heads = kv_heads;
-  const Basis keys = key_basis(problem, kv_heads, options);
+  plan.kv_heads = target.groups[group];
+  const Basis keys = key_basis(problem, plan.kv_heads, options, target.key_width);
   plan.key_loss = clipped(keys.loss);
   plan.key_total = keys.total;
   plan.key_energy = cumulative_share(keys.energies);
-  const Basis values = value_basis(problem, kv_heads, options);
+  plan.imaginary_share = keys.imaginary_share;
+  plan.leading_share = keys.leading_share;
+  const Basis values = value_basis(problem, plan.kv_heads, options, target.value_width);
   plan.value_loss = clipped(values.loss);
   plan.value_total = values.total;
   plan.value_energy = cumulative_share(values.energies);
+  if (needs_statistics(options) && problem.has_moments) {
+    const linalg::Conditioning of_keys = key_conditioning(problem, plan.kv_heads, options);
+    plan.key_condition = of_keys.condition;
+    plan.key_dropped = of_keys.dropped;
+    const linalg::Conditioning of_values = value_conditioning(problem, plan.kv_heads, options);
+    plan.value_condition = of_values.condition;
+    plan.value_dropped = of_values.dropped;
+  }
   return plan;
+}
+
+double share(double part, double whole) {
+  return whole > 0 ? clipped(part) / whole : 0.0;
+}
+
+/// Fits the group's bases to one half of the calibration sequences and prices them on the other.
+void price_held_out(const LayerProblem& fitted, const LayerProblem& other, const LayerTarget& target,
+                    const FoldOptions& options, GroupPlan& plan) {
+  const Basis keys = key_basis(fitted, plan.kv_heads, options, target.key_width);
+  plan.key_fitted = share(keys.loss, keys.total);
+  plan.key_held_out = share(key_loss(other, plan.kv_heads, options, keys), key_total(other, plan.kv_heads, options));
+  // Half samples keep no attention statistics: attention-weighted values are priced by their unweighted form.
+  FoldOptions plain = options;
+  if (plain.value_metric == Metric::attn_out) plain.value_metric = Metric::act_out;
+  const Basis values = value_basis(fitted, plan.kv_heads, plain, target.value_width);
+  plan.value_fitted = share(values.loss, values.total);
+  plan.value_held_out =
+      share(value_loss(other, plan.kv_heads, plain, values), value_total(other, plan.kv_heads, plain));
 }
 
 void check_statistics(const calibration::StatisticsFile& statistics, const checkpoint::ModelConfig& config,
@@ -75,7 +104,8 @@ void check_statistics(const calibration::StatisticsFile& statistics, const check
 }  // namespace
 
 Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader,
-               const calibration::StatisticsFile* statistics, FoldOptions options, const std::vector<Groups>& groups) {
+               const calibration::StatisticsFile* statistics, FoldOptions options,
+               const std::vector<LayerTarget>& targets, bool held_out) {
   const checkpoint::ModelConfig& config = reader.config();
   check_options(options, config);
   if (needs_statistics(options) && statistics == nullptr)
@@ -96,40 +126,58 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
           "calibrate the model again");
     plan.statistics_hash = statistics->content_hash();
   }
-  const bool in_order = config.family == checkpoint::Family::bloom;
-  std::vector<Groups> lists = groups;
-  if (lists.empty())
-    lists.assign(static_cast<std::size_t>(config.layers), contiguous_groups(config.kv_heads, options.kv_heads));
-  if (static_cast<std::int64_t>(lists.size()) != config.layers)
-    throw InputError(fmt::format("the plan has {} layers, the model {}", lists.size(), config.layers));
-  for (std::size_t l = 0; l < lists.size(); ++l)
-    check_groups(lists[l], config.kv_heads, options.kv_heads, in_order, fmt::format("layer {}", l));
+  std::vector<LayerTarget> lists = targets;
+  if (lists.empty()) lists = uniform_targets(options, config);
+  const std::int64_t width = latent_width(options, config.head_dim);
+  for (LayerTarget& target : lists) {
+    if (target.key_width == 0) target.key_width = width;  // plans of older versions name no widths
+    if (target.value_width == 0) target.value_width = width;
+  }
+  check_targets(lists, options, config, "the plan");
+  const bool halves = held_out && statistics != nullptr && statistics->header().has_halves && needs_statistics(options);
 
-  const std::int64_t per_layer = options.kv_heads;
-  const auto [begin, end] = share_of(config.layers * per_layer, world.rank(), world.size());
+  std::vector<std::pair<std::size_t, std::size_t>> items;  // (layer, group)
+  for (std::size_t l = 0; l < lists.size(); ++l)
+    for (std::size_t g = 0; g < lists[l].groups.size(); ++g) items.emplace_back(l, g);
+  const auto [begin, end] = share_of(std::ssize(items), world.rank(), world.size());
   Progress progress("plan", "group", static_cast<double>(end - begin), world.root());
   Json mine = Json::array();
-  for (std::int64_t item = begin; item < end;) {
-    const std::int64_t layer = item / per_layer;
-    const std::int64_t first = item % per_layer;
-    const std::int64_t count = std::min(end, (layer + 1) * per_layer) - item;
-    std::vector<GroupPlan> results(static_cast<std::size_t>(count));
-    LayerProblem problem;
-    for_each_item(1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, Part::both, options); });
-    for_each_item(count, [&](std::int64_t i) {
+  for (auto item = static_cast<std::size_t>(begin); item < static_cast<std::size_t>(end);) {
+    const std::size_t layer = items[item].first;
+    std::size_t count = 0;
+    while (item + count < static_cast<std::size_t>(end) && items[item + count].first == layer) ++count;
+    const LayerTarget& target = lists[layer];
+    std::vector<GroupPlan> results(count);
+    const auto guarded = [&](const std::function<void()>& work) {
       try {
-        results[static_cast<std::size_t>(i)] =
-            plan_group(problem, lists[static_cast<std::size_t>(layer)][static_cast<std::size_t>(first + i)], options);
+        work();
       } catch (const NumericalError& error) {
         throw InputError(
             fmt::format("{}: layer {}: {}{}", reader.folder().string(), layer, error.what(),
                         statistics == nullptr ? "" : fmt::format(" (statistics: {})", statistics->path().string())),
             "the attention weights of that layer or its statistics are not finite or not what they claim to be");
       }
+    };
+    const auto load = [&](LayerProblem& problem, Half half) {
+      for_each_item(1, [&](std::int64_t) {
+        problem = load_problem(reader, statistics, static_cast<std::int64_t>(layer), Part::both, options, half);
+      });
+    };
+    LayerProblem problem;
+    load(problem, Half::all);
+    for_each_item(static_cast<std::int64_t>(count), [&](std::int64_t i) {
+      const auto at = static_cast<std::size_t>(i);
+      guarded([&] { results[at] = plan_group(problem, target, items[item + at].second, options); });
     });
-    for (const GroupPlan& group : results)
-      mine.push_back(
-          {group.key_loss, group.key_total, group.value_loss, group.value_total, group.key_energy, group.value_energy});
+    if (halves) {
+      LayerProblem other;
+      load(problem, Half::even);
+      load(other, Half::odd);
+      for_each_item(static_cast<std::int64_t>(count), [&](std::int64_t i) {
+        guarded([&] { price_held_out(problem, other, target, options, results[static_cast<std::size_t>(i)]); });
+      });
+    }
+    for (const GroupPlan& group : results) mine.push_back(Json::parse(to_json(group).dump()));
     item += count;
     progress.advance(static_cast<double>(count));
   }
@@ -137,21 +185,13 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
   std::vector<Json> all;
   for (const std::string& text : world.all_gather(mine.dump()))
     for (Json& one : Json::parse(text)) all.push_back(std::move(one));
-  for (std::int64_t l = 0; l < config.layers; ++l) {
+  for (std::size_t l = 0, next = 0; l < lists.size(); ++l) {
     LayerPlan layer;
-    layer.layer = l;
-    for (std::int64_t g = 0; g < per_layer; ++g) {
-      const Json& one = all.at(static_cast<std::size_t>(l * per_layer + g));
-      GroupPlan group;
-      group.kv_heads = lists[static_cast<std::size_t>(l)][static_cast<std::size_t>(g)];
-      group.key_loss = one[0];
-      group.key_total = one[1];
-      group.value_loss = one[2];
-      group.value_total = one[3];
-      group.key_energy = one[4].get<std::vector<double>>();
-      group.value_energy = one[5].get<std::vector<double>>();
-      layer.groups.push_back(std::move(group));
-    }
+    layer.layer = static_cast<std::int64_t>(l);
+    layer.key_width = lists[l].key_width;
+    layer.value_width = lists[l].value_width;
+    for (std::size_t g = 0; g < lists[l].groups.size(); ++g)
+      layer.groups.push_back(group_from_json(all.at(next++), "a plan of another rank"));
     plan.layers.push_back(std::move(layer));
   }
   return plan;

@@ -131,7 +131,10 @@ Plan fold(const fs::path& model, const fs::path& out, const FoldOptions& options
   calibrate(model, file);
   const checkpoint::Reader reader(model);
   const calibration::StatisticsFile statistics(file);
-  const Plan plan = make_plan(world(), reader, &statistics, options, groups);
+  std::vector<LayerTarget> targets;
+  targets.reserve(groups.size());
+  for (const Groups& one : groups) targets.push_back({one, kDim, kDim});
+  const Plan plan = make_plan(world(), reader, &statistics, options, targets);
   apply_plan(world(), reader, &statistics, plan, out);
   world().barrier("folded");
   return plan;
@@ -352,17 +355,17 @@ TEST(FoldedModelTest, bytes_and_plans_do_not_depend_on_ranks) {
     });
     // Every untouched tensor is the source's, byte for byte; every changed one is in the source's dtype.
     const checkpoint::Reader folded(out);
-    const auto groups = groups_of(together);
-    const auto untouched = untouched_tensors(reader, options, groups);
+    const auto targets = targets_of(together);
+    const auto untouched = untouched_tensors(reader, options, targets);
     EXPECT_GT(untouched.size(), 10U);
     for (const std::string& name : untouched) {
       EXPECT_EQ(folded.info(name).dtype, reader.info(name).dtype);
       EXPECT_TRUE(folded.view(name).equal(reader.view(name))) << name;
     }
-    for (const auto& spec : folded_tensors(reader, options, groups))
+    for (const auto& spec : folded_tensors(reader, options, targets))
       EXPECT_EQ(folded.info(spec.name).dtype, keys == KeyFold::norope ? "F32" : "BF16");
     EXPECT_TRUE(checkpoint::layout_problems(folded).empty());
-    EXPECT_EQ(folded.names().size(), folded_tensors(reader, options, groups).size());
+    EXPECT_EQ(folded.names().size(), folded_tensors(reader, options, targets).size());
     const Json record = read_json(out / "headfold.json");
     EXPECT_EQ(record.at("format"), "headfold-model");
     EXPECT_EQ(record.at("stock"), keys == KeyFold::rope_commuting);
@@ -414,7 +417,7 @@ ErrorSums measured_on_calibration(const fs::path& model, const fs::path& folded_
   layer->forward(model::Embedding(original, at::kFloat).forward(ids), nullptr, &recorder);
   const at::Tensor mean = recorder.inputs.to(at::kDouble).mean(at::IntArrayRef{0, 1});
   LayerComparison comparison(original.config(), load_layer_weights(original, 0), folded.config(),
-                             load_layer_weights(folded, 0), groups_of(plan)[0], plan.options, mean);
+                             load_layer_weights(folded, 0), targets_of(plan)[0].groups, plan.options, mean);
   for (std::int64_t s = 0; s < ids.size(0); ++s) comparison.add(recorder.inputs[s]);
   return comparison.errors();
 }

@@ -11,6 +11,11 @@
 namespace headfold::folding {
 namespace {
 
+LayerTarget target_of(Groups groups, const LayerProblem& problem) {
+  return {std::move(groups), problem.weights.head_dim, problem.weights.head_dim};
+}
+
+
 using namespace testing_support;
 
 constexpr std::int64_t kHeads = 4, kDim = 8, kHidden = 48;
@@ -43,7 +48,7 @@ TEST(MetricTest, act_with_white_inputs_equals_weights) {
       {fold_keys_norope(group, &white, Metric::act, 0), fold_keys_norope(group, nullptr, Metric::weights, 0)},
       {fold_keys_post_rotation(group, &white, gram, Metric::act, 0),
        fold_keys_post_rotation(group, nullptr, {}, Metric::weights, 0)},
-      {fold_values_svd(group, &white, Metric::act, false), fold_values_svd(group, nullptr, Metric::weights, false)},
+      {fold_values_svd(values_of(w, &white, Metric::act), kDim), fold_values_svd(values_of(w, nullptr, Metric::weights), kDim)},
       {fold_keys_meanpool(group, &white, Metric::act, true),
        fold_keys_meanpool(group, nullptr, Metric::weights, true)}};
   for (const auto& [act, weights] : pairs) {
@@ -57,7 +62,7 @@ TEST(MetricTest, weights_metric_is_the_truncated_svd_of_the_stacked_weights) {
   const LayerWeights w = random_layer(2, kHeads, kHeads, kDim, kHidden, false);
   const auto [u, s, v] = at::svd(w.value);
   const at::Tensor kept = u.slice(1, 0, kDim);
-  const Basis basis = fold_values_svd(whole_layer(w), nullptr, Metric::weights, false);
+  const Basis basis = fold_values_svd(values_of(w, nullptr, Metric::weights), kDim);
   EXPECT_LT(relative(product(basis), at::matmul(kept, kept.t())), 1e-9);
   EXPECT_LT(relative(basis.loss, s.slice(0, kDim).square().sum().item<double>()), 1e-10);
 }
@@ -136,7 +141,7 @@ TEST(GroupOfOneTest, is_reproduced) {
     EXPECT_LT(relative(product(fold_keys_norope(group, &moments, metric, 0)), one), 1e-9);
     EXPECT_LT(relative(product(fold_keys_rope_commuting(group, &moments, metric, 0)), one), 1e-9);
     if (metric == Metric::act_query) continue;
-    EXPECT_LT(relative(product(fold_values_svd(group, &moments, metric, true)), one), 1e-9);
+    EXPECT_LT(relative(product(fold_values_svd(values_of(w, &moments, metric, true), group.head_dim)), one), 1e-9);
   }
 }
 
@@ -344,8 +349,8 @@ TEST(ValuesTest, loss_equals_the_error_on_the_fitting_sample) {
     at::Tensor v = at::matmul(x, group.value.t());
     if (centred) v = v - v.mean(0);
     for (const bool mean : {false, true}) {
-      const Basis basis = mean ? fold_values_meanpool(group, &moments, Metric::act, centred)
-                               : fold_values_svd(group, &moments, Metric::act, centred);
+      const Basis basis = mean ? fold_values_meanpool(values_of(w, &moments, Metric::act, centred))
+                               : fold_values_svd(values_of(w, &moments, Metric::act, centred), kDim);
       const double measured = (v - at::matmul(v, product(basis).t())).square().sum(1).mean().item<double>();
       EXPECT_LT(relative(basis.loss, measured), 1e-9);
     }
@@ -369,7 +374,7 @@ TEST(ValuesTest, the_mean_value_passes_a_centred_fold_exactly) {
     FoldOptions options;
     options.keys = KeyFold::norope;
     options.kv_heads = 2;
-    const NewTensors made = folded_values(problem, {{0, 1}, {2, 3}}, options);
+    const NewTensors made = folded_values(problem, target_of({{0, 1}, {2, 3}}, problem), options);
     const LayerWeights& w = problem.weights;
     const at::Tensor mu = problem.moments.mean.slice(0, 0, kHidden);
     const at::Tensor before =
@@ -381,7 +386,7 @@ TEST(ValuesTest, the_mean_value_passes_a_centred_fold_exactly) {
     // Without statistics the bias is all that is known of the mean; it passes too.
     problem.has_moments = false;
     options.value_metric = Metric::weights;
-    const NewTensors plain = folded_values(problem, {{0, 1}, {2, 3}}, options);
+    const NewTensors plain = folded_values(problem, target_of({{0, 1}, {2, 3}}, problem), options);
     EXPECT_LT(relative(output_of_constant(plain.at("value.bias"), plain.at("dense.weight"), plain.at("dense.bias"),
                                           heads, kDim),
                        output_of_constant(w.value_bias, w.output, w.output_bias, heads, kDim)),
@@ -404,8 +409,8 @@ TEST(FoldedLayerTest, bases_are_the_same_bytes_at_any_thread_count) {
   const int before = at::get_num_threads();
   for (const int threads : {1, 2}) {
     at::set_num_threads(threads);
-    NewTensors all = folded_keys(problem, groups, options);
-    all.merge(folded_values(problem, groups, options));
+    NewTensors all = folded_keys(problem, target_of(groups, problem), options);
+    all.merge(folded_values(problem, target_of(groups, problem), options));
     results.push_back(all);
   }
   at::set_num_threads(before);
@@ -421,8 +426,8 @@ TEST(FoldedLayerTest, mean_pooling_leaves_queries_and_output_alone) {
   options.values = ValueFold::meanpool;
   options.key_metric = options.value_metric = Metric::weights;
   options.kv_heads = 2;
-  const NewTensors keys = folded_keys(problem, {{0, 1}, {2, 3}}, options),
-                   values = folded_values(problem, {{0, 1}, {2, 3}}, options);
+  const NewTensors keys = folded_keys(problem, target_of({{0, 1}, {2, 3}}, problem), options),
+                   values = folded_values(problem, target_of({{0, 1}, {2, 3}}, problem), options);
   const LayerWeights& w = problem.weights;
   EXPECT_TRUE(keys.at("query.weight").equal(w.query));
   EXPECT_TRUE(values.at("dense.weight").equal(w.output));
@@ -441,8 +446,8 @@ TEST(FoldedLayerTest, regrouping_moves_query_heads_and_output_columns_along) {
   options.values = ValueFold::meanpool;
   options.key_metric = options.value_metric = Metric::weights;
   options.kv_heads = 2;
-  const NewTensors keys = folded_keys(problem, {{0, 2}, {1, 3}}, options),
-                   values = folded_values(problem, {{0, 2}, {1, 3}}, options);
+  const NewTensors keys = folded_keys(problem, target_of({{0, 2}, {1, 3}}, problem), options),
+                   values = folded_values(problem, target_of({{0, 2}, {1, 3}}, problem), options);
   const LayerWeights& w = problem.weights;
   const std::vector<std::int64_t> order = {0, 1, 4, 5, 2, 3, 6, 7};
   EXPECT_TRUE(keys.at("q_proj.weight").equal(w.query.index_select(0, block_index(order, kDim))));

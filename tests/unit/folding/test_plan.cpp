@@ -133,7 +133,7 @@ TEST(PlanJsonTest, round_trip_keeps_every_bit) {
   const Plan back = plan_from_json(Json::parse(text), "plan.json");
   EXPECT_EQ(to_json(back).dump(2), text);
   EXPECT_EQ(back.layers[1].groups[0].key_loss, 1.0 / 3.0);
-  EXPECT_EQ(groups_of(back)[0], (Groups{{0, 2}, {3, 1}}));
+  EXPECT_EQ(targets_of(back)[0].groups, (Groups{{0, 2}, {3, 1}}));
   EXPECT_DOUBLE_EQ(plan.layers[0].key_relative_loss(), (1.0 / 3.0) / 3.0);
   EXPECT_DOUBLE_EQ(plan.layers[0].value_relative_loss(), 0.3);
 }

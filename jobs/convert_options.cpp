@@ -1,0 +1,226 @@
+#include "convert_options.h"
+
+#include <headfold/calibration/text.h>
+#include <headfold/tokenizer/tokenizer.h>
+#include <spdlog/spdlog.h>
+
+#include <cmath>
+
+namespace headfold::jobs {
+
+using folding::FoldOptions;
+
+namespace {
+
+std::int64_t at_least(const po::variables_map& values, const char* name, std::int64_t least) {
+  const auto value = values[name].as<std::int64_t>();
+  if (value < least) throw UsageError(fmt::format("--{} {}: must be {} or more", name, value, least));
+  return value;
+}
+
+/// "auto", "off" or a number of pairs.
+std::int64_t parse_slow_band(const std::string& text) {
+  if (text == "auto") return folding::kSlowBandAuto;
+  if (text == "off") return 0;
+  std::size_t used = 0;
+  std::int64_t pairs = -1;
+  try {
+    pairs = std::stoll(text, &used);
+  } catch (const std::exception&) {
+    used = 0;
+  }
+  if (used != text.size() || pairs < 0)
+    throw UsageError(fmt::format("--slow-band {}: give auto, off or a number of RoPE pairs", text));
+  return pairs;
+}
+
+std::vector<std::filesystem::path> paths(const po::variables_map& values, const char* name) {
+  std::vector<std::filesystem::path> files;
+  if (values.count(name) > 0)
+    for (const std::string& file : values[name].as<std::vector<std::string>>()) files.emplace_back(file);
+  return files;
+}
+
+}  // namespace
+
+po::options_description convert_options() {
+  po::options_description fold("fold");
+  fold.add_options()("model", po::value<std::string>()->required(), "folder of the model to fold")(
+      "calibration", po::value<std::string>(),
+      "statistics file of headfold calibrate; not needed for metric weights and for meanpool")(
+      "kv-heads", po::value<std::int64_t>(), "KV heads of the result")(
+      "ratio", po::value<double>(), "the same as a share of the model's KV heads, for example 0.5")(
+      "keys", po::value<std::string>(),
+      "meanpool, procrustes, latent; LLaMA: rope-commuting (default), post-rotation; BLOOM: norope (default)")(
+      "key-metric", po::value<std::string>(), "weights, act, act+query (default), act+query+dist")(
+      "values", po::value<std::string>(), "meanpool, procrustes, svd (default)")(
+      "value-metric", po::value<std::string>(), "weights, act (default), act+out, attn+out")(
+      "slow-band", po::value<std::string>(),
+      "slowest RoPE pairs that rope-commuting folds as if they did not rotate: a number, auto (those that turn by less "
+      "than half a radian over the context) or off (default)")(
+      "polish", po::value<std::int64_t>(),
+      "sweeps of alternating least squares after the closed form (rope-commuting keys, attn+out values; default 0)")(
+      "context", po::value<std::int64_t>(),
+      "tokens for which slow band and distance weights are meant (default: the calibration sequences' length)")(
+      "sink-weight", po::value<double>(),
+      "weight of the first token of every sequence in the statistics, 0 to 1 (default 1)")(
+      "mean-weight", po::value<double>(),
+      "weight of the mean direction in keys under RoPE and in values without output bias, 0 to 1 (default 1)")(
+      "weight-ridge", po::value<double>(), "added to the query weights, as a share of their mean (default 0)")(
+      "latent-groups", po::value<std::int64_t>(),
+      "--keys latent: latents per layer, together as wide as --kv-heads heads (default: one per KV head)")(
+      "min-width", po::value<std::int64_t>(), "--budget lorc-progressive: narrowest latent in channels")(
+      "max-width", po::value<std::int64_t>(), "--budget lorc-progressive: widest latent in channels");
+
+  po::options_description choice("groups and budget");
+  choice.add_options()("grouping", po::value<std::string>(),
+                       "contiguous (default), or search: the groups with the least predicted loss")(
+      "grouping-seeds", po::value<std::int64_t>()->default_value(16), "independent searches per layer")(
+      "grouping-seed", po::value<std::int64_t>()->default_value(0), "seed of the searches")(
+      "budget", po::value<std::string>(),
+      "uniform (default); greedy or dp: KV heads per layer by predicted loss and measured KL, --kv-heads on average; "
+      "lorc-progressive: widths of latents per layer")(
+      "probe-data", po::value<std::vector<std::string>>()->composing(),
+      "text for KL probes (--budget greedy, dp) and --compare; may be repeated")(
+      "probe-windows", po::value<std::int64_t>()->default_value(8), "windows of that text")(
+      "tensor-parallel", po::value<std::int64_t>(),
+      "ranks of the runtime that will load the result: refuse KV heads that they cannot share evenly")(
+      "stock", "refuse what a stock Hugging Face loader cannot read");
+
+  po::options_description refit("refit");
+  refit.add_options()("refit",
+                      "fit projections again to the folded model's own inputs (two streams, closed form; needs "
+                      "--refit-data)")("refit-data", po::value<std::vector<std::string>>()->composing(),
+                                       ".txt or .jsonl text for the refit; may be repeated")(
+      "refit-samples", po::value<std::int64_t>()->default_value(128), "sequences of the refit")(
+      "refit-ridge", po::value<double>(),
+      "pull towards the folded weights, as a share of the mean input energy (default: the best of several, by "
+      "held-out error)")("field", po::value<std::string>()->default_value("text"), "field of .jsonl lines")(
+      "data-seed", po::value<std::int64_t>()->default_value(0), "seed that draws sequences and windows")(
+      "seq-len", po::value<std::int64_t>()->default_value(0),
+      "tokens of a sequence (default 0: as in calibration, at most 2048)");
+
+  po::options_description run("run");
+  run.add_options()("plan-only", "write OUT/plan.json and stop")(
+      "plan", po::value<std::string>(), "apply this plan (its groups may have been edited) instead of planning")(
+      "held-out", po::value<std::string>()->default_value("on"),
+      "on or off: price bases fitted to one half of the calibration sequences on the other half")(
+      "max-shard-size", po::value<std::string>()->default_value("5GB"),
+      "largest shard of the result, for example 500MB or 5GB")("dry-run", "say what would be done and stop")(
+      "overwrite", "replace another conversion that stands in --out")("out", po::value<std::string>()->required(),
+                                                                      "folder of the result");
+  po::options_description options("convert options");
+  options.add(fold).add(choice).add(refit).add(run);
+  return options;
+}
+
+const std::vector<const char*>& plan_options() {
+  static const std::vector<const char*> names = {
+      "keys",          "key-metric",   "values",      "value-metric", "kv-heads", "ratio",
+      "sink-weight",   "weight-ridge", "mean-weight", "slow-band",    "polish",   "context",
+      "latent-groups", "min-width",    "max-width",   "grouping",     "budget",   "plan-only"};
+  return names;
+}
+
+std::int64_t target_heads(const po::variables_map& values, const checkpoint::ModelConfig& config) {
+  const bool heads = values.count("kv-heads") > 0, ratio = values.count("ratio") > 0;
+  const std::string legal = fmt::format("{}", fmt::join(folding::legal_kv_heads(config), ", "));
+  if (heads == ratio)
+    throw UsageError(
+        heads ? "--kv-heads and --ratio say the same thing; give one of them" : "give --kv-heads or --ratio",
+        fmt::format("this model has {} KV heads; legal numbers are {}", config.kv_heads, legal));
+  if (heads) return values["kv-heads"].as<std::int64_t>();
+  const double share = values["ratio"].as<double>();
+  const double exact = share * static_cast<double>(config.kv_heads);
+  const double whole = std::round(exact);
+  if (!(share > 0 && share <= 1) || std::abs(exact - whole) > 1e-6 * static_cast<double>(config.kv_heads) ||
+      whole < 1 || config.kv_heads % static_cast<std::int64_t>(whole) != 0) {
+    std::string ratios;
+    for (const std::int64_t n : folding::legal_kv_heads(config))
+      ratios += fmt::format("{}{:.4g}", ratios.empty() ? "" : ", ",
+                            static_cast<double>(n) / static_cast<double>(config.kv_heads));
+    throw UsageError(fmt::format("--ratio {} of {} KV heads gives no equal groups; legal ratios are {} (KV heads {})",
+                                 share, config.kv_heads, ratios, legal));
+  }
+  return static_cast<std::int64_t>(whole);
+}
+
+FoldOptions fold_options(const po::variables_map& values, const checkpoint::ModelConfig& config) {
+  FoldOptions options;
+  const auto text = [&](const char* name, const std::string& fallback) {
+    return values.count(name) > 0 ? values[name].as<std::string>() : fallback;
+  };
+  const auto number = [&](const char* name, auto& value) {
+    if (values.count(name) > 0) value = values[name].as<std::decay_t<decltype(value)>>();
+  };
+  const bool rotates = config.family == checkpoint::Family::llama;
+  options.keys = folding::parse_key_fold(text("keys", rotates ? "rope-commuting" : "norope"));
+  options.key_metric = folding::parse_metric(text("key-metric", "act+query"));
+  options.values = folding::parse_value_fold(text("values", "svd"));
+  options.value_metric = folding::parse_metric(text("value-metric", "act"));
+  options.grouping = folding::parse_grouping(text("grouping", "contiguous"));
+  options.allocation = folding::parse_allocation(text("budget", "uniform"));
+  options.slow_band = parse_slow_band(text("slow-band", "off"));
+  options.refit = values.count("refit") > 0;
+  number("sink-weight", options.sink_weight);
+  number("mean-weight", options.mean_weight);
+  number("weight-ridge", options.weight_ridge);
+  number("polish", options.polish);
+  number("context", options.context);
+  number("latent-groups", options.latent_groups);
+  number("min-width", options.min_width);
+  number("max-width", options.max_width);
+  options.kv_heads = target_heads(values, config);
+  return options;
+}
+
+folding::GroupingOptions grouping_options(const po::variables_map& values) {
+  folding::GroupingOptions options;
+  options.seeds = at_least(values, "grouping-seeds", 1);
+  options.seed = static_cast<std::uint64_t>(at_least(values, "grouping-seed", 0));
+  return options;
+}
+
+folding::RefitOptions refit_options(const po::variables_map& values) {
+  folding::RefitOptions options;
+  if (values.count("refit-ridge") > 0) {
+    const double ridge = values["refit-ridge"].as<double>();
+    if (!(ridge >= 0 && std::isfinite(ridge)))
+      throw UsageError(fmt::format("--refit-ridge {}: must be 0 or more", ridge));
+    options.ridges = {ridge};
+  }
+  return options;
+}
+
+TextOptions refit_text(const po::variables_map& values) {
+  return {paths(values, "refit-data"), values["field"].as<std::string>(), at_least(values, "refit-samples", 2),
+          at_least(values, "seq-len", 0), at_least(values, "data-seed", 0)};
+}
+
+TextOptions held_out_text(const po::variables_map& values) {
+  return {paths(values, "probe-data"), values["field"].as<std::string>(), at_least(values, "probe-windows", 1),
+          at_least(values, "seq-len", 0), at_least(values, "data-seed", 0)};
+}
+
+at::Tensor read_sequences(const comm::Communicator& world, const std::filesystem::path& model_folder,
+                          const checkpoint::ModelConfig& config, const TextOptions& text) {
+  const std::int64_t length = std::min(text.length > 0 ? text.length : std::int64_t{2048}, config.max_positions);
+  at::Tensor sequences;
+  world.on_root([&] {
+    const auto tokenizer = tokenizer::load_tokenizer(model_folder);
+    const std::vector<std::int64_t> stream =
+        calibration::token_stream(*tokenizer, calibration::read_documents(text.files, text.field));
+    sequences = calibration::draw_sequences(stream, text.samples, length, static_cast<std::uint64_t>(text.seed));
+    const auto largest = sequences.max().item<std::int64_t>();
+    if (largest >= config.vocab)
+      throw InputError(fmt::format("{}: the tokenizer gives id {}, but the model's vocabulary has {} entries",
+                                   model_folder.string(), largest, config.vocab),
+                       "do tokenizer and weights belong together?");
+  });
+  if (!sequences.defined()) sequences = at::empty({text.samples, length}, at::kLong);
+  world.broadcast(std::as_writable_bytes(
+      std::span(sequences.data_ptr<std::int64_t>(), static_cast<std::size_t>(sequences.numel()))));
+  return sequences;
+}
+
+}  // namespace headfold::jobs
