@@ -186,4 +186,28 @@ PsdRoot psd_root(const at::Tensor& matrix, double tau, double floor) {
   return result;
 }
 
+Conditioning conditioning(const at::Tensor& psd, double tau) {
+  if (psd.dim() != 2 || psd.size(0) != psd.size(1))
+    throw InternalError(fmt::format("conditioning wants a square matrix, got {}", fmt::join(psd.sizes(), " x ")));
+  const double scale = psd.numel() == 0 ? 0 : psd.abs().max().item<double>();
+  if (!std::isfinite(scale))
+    throw NumericalError(
+        fmt::format("a {} x {} matrix to be factorised contains NaN or Inf", psd.size(0), psd.size(0)));
+  if (scale == 0) return {1.0, 1.0};
+  const at::Tensor scaled = psd / scale;
+  at::Tensor ascending;
+  try {
+    ascending = at::linalg_eigvalsh(((scaled + scaled.transpose(0, 1).conj()) * 0.5).contiguous(), "L").contiguous();
+  } catch (const c10::Error& error) {
+    throw NumericalError(fmt::format("the eigenvalues of a {} x {} matrix were not found: {}", psd.size(0), psd.size(0),
+                                     error.what_without_backtrace()));
+  }
+  const double* values = ascending.data_ptr<double>();
+  const std::int64_t n = ascending.numel();
+  const double largest = values[n - 1];
+  std::int64_t first = 0;
+  while (first < n - 1 && !(values[first] > tau * largest)) ++first;
+  return {largest / values[first], static_cast<double>(first) / static_cast<double>(n)};
+}
+
 }  // namespace headfold::linalg

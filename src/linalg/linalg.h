@@ -42,6 +42,14 @@ struct PsdRoot {
 /// Eigenvalues <= `floor` (absolute) are dropped too. Errors as eigh().
 PsdRoot psd_root(const at::Tensor& matrix, double tau = 1e-10, double floor = 0.0);
 
+/// How far a PSD matrix is from singular.
+struct Conditioning {
+  double condition = 1;  ///< largest over smallest eigenvalue that is kept
+  double dropped = 0;    ///< share of its directions whose eigenvalue is <= tau * max, in [0, 1]; a zero matrix: 1
+};
+/// Eigenvalues alone: a third of eigh()'s work. Errors as eigh().
+Conditioning conditioning(const at::Tensor& psd, double tau = 1e-10);
+
 /// Result of weighted_low_rank. p = rows of the stacked map, r = width.
 struct LowRank {
   at::Tensor encoder;   ///< A [r, p]
@@ -55,10 +63,14 @@ struct LowRank {
 /// methods.md section 3: minimise E || Lw (T x - B A T x) ||^2 over A [r, p], B [p, r], given Sigma = T M T^H [p, p]
 /// and the diagonal blocks of Lambda = Lw^H Lw (square, sizes summing to p; an empty list means the identity; real
 /// blocks may weigh a complex Sigma). Real or complex. A zero Sigma gives zero loss and the first r unit vectors.
-/// `weight_ridge` adds weight_ridge * tr(Lambda)/p to the diagonal of Lambda. Directions whose weight is below tau of
-/// their block's largest, or below tau^2 of the largest of all, count as weight zero: they are not reproduced (a dead
-/// head must not divide rounding errors by its tiny weight). NaN or Inf: NumericalError; shapes that disagree:
-/// InternalError.
+/// `weight_ridge` adds weight_ridge * tr(Lambda)/p to the diagonal of Lambda.
+/// Every block of Lambda is brought to a unit diagonal before its root is taken, so that a channel far louder than the
+/// others does not drown them: Lw = root(D^-1 Lambda D^-1) D, D^2 its diagonal. Directions of the equilibrated block
+/// below tau of its largest, channels below 1e-14 of their block's largest weight and blocks below tau^2 of the largest
+/// of all count as weight zero: they are not reproduced (a dead head must not divide rounding errors by its tiny
+/// weight), and what they cost is part of loss and total when it is more than rounding. The loss of the encoder and
+/// decoder handed back is measured against Sigma and Lambda: NumericalError when it differs from the predicted one by
+/// more than 1e-8 of the total. NaN or Inf: NumericalError; shapes that disagree: InternalError.
 LowRank weighted_low_rank(const at::Tensor& sigma, const std::vector<at::Tensor>& lambda_blocks, std::int64_t width,
                           double weight_ridge = 0.0, double tau = 1e-10);
 

@@ -224,6 +224,90 @@ TEST_P(LowRankTest, singular_and_nearly_singular_covariances) {
   EXPECT_LT(largest((weighted_low_rank(outlier, {}, 3).energies - s * s) / (s[0] * s[0])), 1e-12);
 }
 
+/// W X of the weighted problem with Lambda_k = P_k^H P_k: its singular values squared are the energies, without
+/// squaring the condition number.
+at::Tensor energies_by_svd(const std::vector<at::Tensor>& outputs, const at::Tensor& map) {
+  std::vector<at::Tensor> rows;
+  std::int64_t row = 0;
+  for (const at::Tensor& p : outputs) {
+    rows.push_back(at::matmul(p, map.narrow(0, row, p.size(1))));
+    row += p.size(1);
+  }
+  const at::Tensor s = std::get<1>(at::linalg_svd(at::cat(rows, 0), false));
+  return s * s;
+}
+
+TEST_P(LowRankTest, hard_covariances_and_weights_agree_with_the_svd) {
+  const std::int64_t p = 24, d = 40;
+  for (int which = 0; which < 7; ++which) {
+    at::Tensor map = random_matrix(p, which == 2 ? 7 : d, GetParam(), 110 + which);  // 2: fewer tokens than channels
+    std::vector<at::Tensor> outputs;
+    for (int k = 0; k < 3; ++k) outputs.push_back(random_matrix(12, 8, GetParam(), 120 + 10 * which + k));
+    const auto channel = [&](std::int64_t row, double factor) { map.select(0, row).mul_(factor); };
+    const auto column = [&](int k, std::int64_t c, double factor) {
+      outputs[static_cast<std::size_t>(k)].select(1, c).mul_(factor);
+    };
+    if (which == 0) channel(3, 0), channel(20, 0);        // dead directions
+    if (which == 1) channel(7, 1e4);                      // one outlier channel
+    if (which == 3) column(0, 2, 1e4);                    // one outlier weight
+    if (which == 4) channel(7, 1e6), column(0, 7, 1e-6);  // loud channel that the output all but ignores
+    if (which == 5) map = at::logspace(0, -9, p, 10.0, at::kDouble).unsqueeze(1) * map;  // nine decades of amplitude
+    if (which == 6) {
+      column(1, 3, 0);
+      outputs[2].select(1, 1).copy_(outputs[2].select(1, 0));  // dependent columns
+      column(0, 5, 1e4);
+    }
+    const at::Tensor sigma = at::matmul(map, hermitian(map));
+    std::vector<at::Tensor> blocks;
+    for (const at::Tensor& o : outputs) blocks.push_back(at::matmul(hermitian(o), o));
+    const at::Tensor energies = energies_by_svd(outputs, map);
+    const double total = energies.sum().item<double>();
+    const std::vector<std::int64_t> widths = {1, 4, 8, 20};
+    for (const std::int64_t width : widths) {
+      const LowRank found = weighted_low_rank(sigma, blocks, width);
+      const double best =
+          width >= energies.numel() ? 0 : energies.narrow(0, width, energies.numel() - width).sum().item<double>();
+      EXPECT_LT(std::abs(found.loss - best), 1e-12 * total) << which;
+      EXPECT_NEAR(found.total / total, 1, 1e-12) << which;
+      // The loss of what is handed back, from the factors: no covariance, no squares.
+      const at::Tensor error = map - at::matmul(found.decoder, at::matmul(found.encoder, map));
+      const double measured = energies_by_svd(outputs, error).sum().item<double>();
+      EXPECT_LT(std::abs(measured - best), 1e-11 * total) << which;
+      EXPECT_TRUE(at::isfinite(at::abs(found.decoder)).all().item<bool>());
+    }
+  }
+}
+
+TEST_P(LowRankTest, what_truncated_weights_hide_counts_as_lost) {
+  // Two channels that the weight sees as one, up to 1e-6: the difference is truncated, but it is loud.
+  const auto options = at::TensorOptions().dtype(GetParam());
+  at::Tensor lambda = at::ones({2, 2}, options);
+  lambda.diagonal().add_(1e-12);
+  at::Tensor sigma = at::ones({2, 2}, options) * 1e10;
+  sigma[0][1].fill_(-1e10);
+  sigma[1][0].fill_(-1e10);
+  sigma.diagonal().add_(1.0);
+  const LowRank found = weighted_low_rank(sigma, {lambda}, 1);
+  // tr(Lambda Sigma) = 2e10 * 1e-12 + 2 = 2.02; the sum of the channels, 2, is kept, their difference is not.
+  EXPECT_NEAR(found.total, 2.02, 1e-3);
+  EXPECT_NEAR(found.loss, 0.02, 1e-3);
+}
+
+TEST_P(LowRankTest, conditioning_of_known_spectra) {
+  const at::Tensor v = eigh(random_psd(10, 20, GetParam(), 130)).vectors;
+  const at::Tensor spectrum = at::tensor({8.0, 4.0, 2.0, 1.0, 0.5, 1e-3, 1e-6, 1e-12, 1e-14, 0.0}, at::kDouble);
+  const auto found = conditioning(at::matmul(v * spectrum, hermitian(v)));
+  EXPECT_NEAR(found.condition / 8e6, 1, 1e-6);
+  EXPECT_DOUBLE_EQ(found.dropped, 0.3);
+  EXPECT_DOUBLE_EQ(conditioning(at::matmul(v * spectrum, hermitian(v)), 1e-2).dropped, 0.5);
+  const auto zero = conditioning(at::zeros({4, 4}, v.options()));
+  EXPECT_EQ(zero.condition, 1);
+  EXPECT_EQ(zero.dropped, 1);
+  EXPECT_EQ(conditioning(at::eye(4, v.options())).dropped, 0);
+  EXPECT_THROW(conditioning(at::full({2, 2}, std::numeric_limits<double>::quiet_NaN(), v.options())), NumericalError);
+  EXPECT_THROW(conditioning(at::zeros({2, 3}, v.options())), InternalError);
+}
+
 TEST_P(LowRankTest, zero_covariance_gives_unit_vectors) {
   const auto options = at::TensorOptions().dtype(GetParam());
   const LowRank found = weighted_low_rank(at::zeros({6, 6}, options), {at::eye(6, options) * 3}, 2);
