@@ -1,0 +1,769 @@
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+#include <headfold/base/error.h>
+#include <headfold/base/log.h>
+#include <headfold/base/progress.h>
+#include <headfold/checkpoint/safetensors.h>
+#include <headfold/folding/refit.h>
+#include <headfold/linalg/linalg.h>
+#include <headfold/model/model.h>
+
+#include "refit_sums.h"
+
+namespace headfold::folding {
+namespace {
+
+using checkpoint::Family;
+using checkpoint::ModelConfig;
+using checkpoint::Reader;
+
+/// Below this share of the target's energy an error is rounding noise of float32 activations: nothing to repair.
+constexpr double kExact = 1e-10;
+constexpr double kExactDivergence = 1e-9;  // nats per attention row
+/// Eigenvalues below this share of the largest are no direction the data knows.
+constexpr double kTruncation = 1e-10;
+/// Above this width the normal equations are factorised instead of diagonalised: the ridge bounds their condition, and
+/// an eigen-decomposition would cost minutes.
+constexpr std::int64_t kWidestEigen = 4096;
+/// Query rows per sequence that the Gauss-Newton preconditioner looks at.
+constexpr std::int64_t kSampledRows = 16;
+
+/// What one forward pass shows, one sequence.
+class Capture final : public model::LayerObserver {
+ public:
+  Capture(bool attention, bool attended, bool activated)
+      : wants_attention_(attention), wants_attended_(attended), wants_activated_(activated) {}
+  void attention_input(const at::Tensor& x) override { input = x.select(0, 0); }
+  void rotated_keys(const at::Tensor&) override {}
+  bool wants_rotated_keys() const override { return false; }
+  void attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&) override {
+    queries = q.select(0, 0);
+    keys = k.select(0, 0);
+  }
+  bool wants_attention() const override { return wants_attention_; }
+  void attended(const at::Tensor& y) override { heads = y.select(0, 0); }
+  bool wants_attended() const override { return wants_attended_; }
+  void activated(const at::Tensor& a) override { inner = a.select(0, 0); }
+  bool wants_activated() const override { return wants_activated_; }
+
+  at::Tensor input;          // [tokens, hidden]
+  at::Tensor queries, keys;  // [tokens, heads, head_dim], [tokens, KV heads, head_dim]
+  at::Tensor heads;          // [tokens, heads * head_dim]
+  at::Tensor inner;          // [tokens, ffn]
+
+ private:
+  bool wants_attention_, wants_attended_, wants_activated_;
+};
+
+/// A linear map y -> W y + b; `bias` is undefined where there is none.
+struct Linear {
+  at::Tensor weight, bias;
+  /// Rows x [tokens, in], float32.
+  at::Tensor apply(const at::Tensor& x) const {
+    const at::Tensor w = weight.to(at::kFloat).t();
+    return bias.defined() ? at::addmm(bias.to(at::kFloat), x, w) : at::mm(x, w);
+  }
+};
+
+/// Moments of inputs y and residuals r = target - (W y + b).
+enum : std::size_t { m_gram, m_cross, m_input_sum, m_residual_sum, m_scalars, m_count };
+enum : std::int64_t { s_tokens, s_residual, s_target, s_scalars };
+
+Sums empty_moments(std::int64_t inputs, std::int64_t outputs) {
+  return {at::zeros({inputs, inputs}, at::kDouble), at::zeros({outputs, inputs}, at::kDouble),
+          at::zeros({inputs}, at::kDouble), at::zeros({outputs}, at::kDouble), at::zeros({s_scalars}, at::kDouble)};
+}
+
+double square_sum(const at::Tensor& x) {
+  return x.to(at::kDouble).square().sum().item<double>();
+}
+
+void add_moments(Sums& sums, const at::Tensor& y, const at::Tensor& residual, const at::Tensor& target) {
+  sums[m_gram].add_(at::mm(y.t(), y));
+  sums[m_cross].add_(at::mm(residual.t(), y));
+  sums[m_input_sum].add_(y.sum(0, false, at::kDouble));
+  sums[m_residual_sum].add_(residual.sum(0, false, at::kDouble));
+  auto* scalars = sums[m_scalars].data_ptr<double>();
+  scalars[s_tokens] += static_cast<double>(y.size(0));
+  scalars[s_residual] += square_sum(residual);
+  scalars[s_target] += square_sum(target);
+}
+
+double scalar(const Sums& sums, std::int64_t index) {
+  return sums[m_scalars].data_ptr<double>()[index];
+}
+
+Sums joined(const Sums& a, const Sums& b) {
+  Sums sum;
+  for (std::size_t i = 0; i < a.size(); ++i) sum.push_back(a[i] + b[i]);
+  return sum;
+}
+
+/// Share of the target's energy that is missing after the map changes by `change`.
+double error_of(const Sums& sums, const Linear& change) {
+  double error = scalar(sums, s_residual);
+  if (change.weight.defined()) {
+    const at::Tensor& d = change.weight;
+    error += (d * (at::mm(d, sums[m_gram]) - 2 * sums[m_cross])).sum().item<double>();
+    if (change.bias.defined()) {
+      const at::Tensor shift = at::mv(d, sums[m_input_sum]) - sums[m_residual_sum];
+      error += (change.bias * (2 * shift + scalar(sums, s_tokens) * change.bias)).sum().item<double>();
+    }
+  }
+  const double total = scalar(sums, s_target);
+  return total > 0 ? std::max(0.0, error) / total : 0;
+}
+
+/// Normal equations (G + eps I) solved for several eps. An intercept is not penalised: it goes through centred moments.
+class NormalEquations {
+ public:
+  NormalEquations(const Sums& sums, bool intercept) : sums_(sums), intercept_(intercept) {
+    gram_ = sums[m_gram];
+    cross_ = sums[m_cross];
+    if (intercept) {
+      const double tokens = scalar(sums, s_tokens);
+      gram_ = gram_ - at::outer(sums[m_input_sum], sums[m_input_sum]) / tokens;
+      cross_ = cross_ - at::outer(sums[m_residual_sum], sums[m_input_sum]) / tokens;
+    }
+    mean_ = gram_.diagonal().mean().item<double>();
+    if (gram_.size(0) > kWidestEigen) return;
+    eigen_ = linalg::eigh(gram_);
+    largest_ = std::max(0.0, eigen_.values[0].item<double>());
+    kept_ = (eigen_.values > kTruncation * largest_).sum().item<std::int64_t>();
+    turned_ = at::mm(cross_, eigen_.vectors.slice(1, 0, kept_));
+  }
+
+  /// Change of the map that minimises |r - dW y - db|^2 + eps |dW|^2.
+  Linear solve(double ridge) const {
+    Linear change;
+    const double eps = ridge * mean_;
+    if (eigen_.values.defined()) {
+      change.weight = at::mm(turned_ / (eigen_.values.slice(0, 0, kept_) + eps), eigen_.vectors.slice(1, 0, kept_).t());
+    } else {
+      at::Tensor ridged = gram_.clone();
+      ridged.diagonal().add_(eps);
+      try {
+        change.weight = at::cholesky_solve(cross_.t(), at::linalg_cholesky(ridged)).t().contiguous();
+      } catch (const c10::Error&) {
+        throw NumericalError(
+            fmt::format("normal equations of width {} are not positive definite with ridge {:g}", gram_.size(0), ridge),
+            "use more tokens");
+      }
+    }
+    if (intercept_)
+      change.bias = (sums_[m_residual_sum] - at::mv(change.weight, sums_[m_input_sum])) / scalar(sums_, s_tokens);
+    return change;
+  }
+  /// Spectral condition of G + eps I on the directions in use; without an eigen-decomposition its bound n / ridge.
+  double condition(double ridge) const {
+    const double eps = ridge * mean_;
+    if (!eigen_.values.defined()) return static_cast<double>(gram_.size(0)) / ridge;
+    if (kept_ == 0) return 1;
+    return (largest_ + eps) / (eigen_.values[kept_ - 1].item<double>() + eps);
+  }
+  bool degenerate() const { return !(mean_ > 0); }
+
+ private:
+  Sums sums_;
+  bool intercept_;
+  at::Tensor gram_, cross_, turned_;
+  linalg::Eigen eigen_;
+  double mean_ = 0, largest_ = 0;
+  std::int64_t kept_ = 0;
+};
+
+at::Tensor rounded(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.defined() ? tensor.to(dtype).to(at::kDouble) : tensor;
+}
+
+/// Ridge regression with the choice of eps and the decision on held-out moments. `map` (values of the stored dtype)
+/// becomes the refitted one when that is kept.
+PartRefit regress(const Sums& fit, const Sums& held, Linear& map, const RefitOptions& options, at::ScalarType dtype) {
+  PartRefit report;
+  const Sums all = joined(fit, held);
+  report.error_before = report.error_after = error_of(all, {});
+  report.held_out_before = report.held_out_after = error_of(held, {});
+  if (report.held_out_before <= kExact) return report;
+  const bool intercept = map.bias.defined();
+  const auto change_to = [&](const Linear& step, Linear& moved) {
+    moved.weight = rounded(map.weight + step.weight, dtype);
+    moved.bias = intercept ? rounded(map.bias + step.bias, dtype) : at::Tensor();
+    return Linear{moved.weight - map.weight, intercept ? moved.bias - map.bias : at::Tensor()};
+  };
+  Linear moved;
+  for_each_item(1, [&](std::int64_t) {
+    const NormalEquations equations(fit, intercept);
+    if (equations.degenerate()) return;
+    double best = report.held_out_before;
+    for (const double ridge : options.ridges) {
+      const double error = error_of(held, change_to(equations.solve(ridge), moved));
+      if (error < best) best = error, report.ridge = ridge;
+    }
+    report.kept = report.ridge > 0;
+    if (!report.kept) return;
+    report.held_out_after = best;
+    const NormalEquations final_equations(all, intercept);
+    report.condition = final_equations.condition(report.ridge);
+    report.error_after = error_of(all, change_to(final_equations.solve(report.ridge), moved));
+  });
+  if (!report.kept) return report;
+  if (!at::isfinite(moved.weight).all().item<bool>() || (intercept && !at::isfinite(moved.bias).all().item<bool>()))
+    throw NumericalError("the refit gives values that the checkpoint's dtype cannot hold",
+                         "refit with larger ridges, or convert from a float32 or bfloat16 checkpoint");
+  map = moved;
+  return report;
+}
+
+/// "o_proj.weight" of "model.layers.3.self_attn.o_proj.weight".
+std::string tail_of(const std::string& name) {
+  const std::size_t last = name.rfind('.');
+  const std::size_t before = last == std::string::npos ? last : name.rfind('.', last - 1);
+  return before == std::string::npos ? name : name.substr(before + 1);
+}
+
+/// Names of the matrices that a refit may change, without ".weight", in layer `layer`.
+struct Names {
+  std::string query, output, down;
+  bool attention_bias = false, down_bias = false;
+};
+Names names_of(const ModelConfig& config, std::int64_t layer) {
+  const bool llama = config.family == Family::llama;
+  const std::string prefix = llama ? fmt::format("model.layers.{}.", layer) : fmt::format("transformer.h.{}.", layer);
+  return {prefix + (llama ? "self_attn.q_proj" : "self_attention.query"),
+          prefix + (llama ? "self_attn.o_proj" : "self_attention.dense"),
+          prefix + (llama ? "mlp.down_proj" : "mlp.dense_4h_to_h"), !llama || config.attention_bias,
+          !llama || config.mlp_bias};
+}
+
+class Refitter {
+ public:
+  Refitter(const comm::Communicator& world, const Reader& reader, const ModelConfig& folded,
+           const at::Tensor& sequences, const RefitOptions& options)
+      : world_(world),
+        reader_(reader),
+        config_(reader.config()),
+        folded_(folded),
+        options_(options),
+        samples_(sequences.size(0)),
+        held_count_(std::clamp<std::int64_t>(std::llround(options.held_out_share * static_cast<double>(samples_)), 1,
+                                             samples_ - 1)),
+        fit_(world, 0, samples_ - held_count_, options.chunks),
+        held_(world, samples_ - held_count_, held_count_, options.chunks),
+        progress_("refit", "layer", static_cast<double>(config_.layers), world.root()) {
+    own_ = fit_.own();
+    own_.insert(own_.end(), held_.own().begin(), held_.own().end());
+    const auto n = static_cast<std::size_t>(samples_);
+    for (auto* list : {&original_, &compressed_, &aim_, &input_, &keys_, &original_queries_, &original_keys_})
+      list->resize(n);
+    const model::Embedding embedding(reader, at::kFloat);
+    for (const std::int64_t s : own_) {
+      original_[index(s)] = embedding.forward(sequences.slice(0, s, s + 1));
+      compressed_[index(s)] = original_[index(s)];
+    }
+    tokens_ = static_cast<double>(samples_ * sequences.size(1));
+    mask_ =
+        at::full({sequences.size(1), sequences.size(1)}, -std::numeric_limits<float>::infinity(), at::kFloat).triu(1);
+    const bool rotates = config_.family == Family::llama;
+    if (rotates) {
+      frequencies_ = model::rope_inverse_frequencies(config_);
+    } else {
+      slopes_ = model::alibi_slopes(config_.heads);
+    }
+  }
+
+  LayerRefit run(std::int64_t layer, LayerTensors& tensors) {
+    layer_ = layer;
+    tensors_ = &tensors;
+    names_ = names_of(config_, layer);
+    // What will be stored is what must be run.
+    for (auto& [tail, tensor] : tensors) tensor = rounded(tensor, stored_dtype());
+    LayerRefit report;
+    report.layer = layer;
+    {
+      const auto original = model::load_layer(reader_, layer, at::kFloat);
+      const auto folded = load_folded();
+      const Linear output = original_output();
+      for_each_item(static_cast<std::int64_t>(own_.size()),
+                    [&](std::int64_t i) { open_layer(own_[index(i)], *original, *folded, output); });
+    }
+    if (options_.query_steps > 0) report.others.push_back(refit_queries());
+    if (options_.output) {
+      static_cast<PartRefit&>(report) = refit_output();
+    }
+    if (options_.down) report.others.push_back(refit_down());
+    report.stream_error = close_layer();
+    progress_.advance(1);
+    return report;
+  }
+
+ private:
+  static std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
+  at::ScalarType stored_dtype() const { return checkpoint::scalar_type(reader_.info(names_.output + ".weight").dtype); }
+
+  /// Current matrix of the folded layer, float64.
+  Linear folded_map(const std::string& name, std::int64_t out, std::int64_t in, bool biased) const {
+    const auto get = [&](const std::string& tensor, const std::vector<std::int64_t>& shape) {
+      const auto found = tensors_->find(tail_of(tensor));
+      return found != tensors_->end() ? found->second : reader_.load(tensor, shape, at::kDouble);
+    };
+    return {get(name + ".weight", {out, in}), biased ? get(name + ".bias", {out}) : at::Tensor()};
+  }
+  void put(const std::string& name, const Linear& map) const {
+    (*tensors_)[tail_of(name + ".weight")] = map.weight;
+    if (map.bias.defined()) (*tensors_)[tail_of(name + ".bias")] = map.bias;
+  }
+  Linear original_output() const {
+    const std::int64_t width = config_.heads * config_.head_dim;
+    return {reader_.load(names_.output + ".weight", {config_.hidden, width}, at::kFloat),
+            names_.attention_bias ? reader_.load(names_.output + ".bias", {config_.hidden}, at::kFloat) : at::Tensor()};
+  }
+  std::unique_ptr<model::Layer> load_folded() const {
+    return model::load_layer(folded_, layer_, at::kFloat,
+                             [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+                               const auto found = tensors_->find(tail_of(name));
+                               return found != tensors_->end() ? found->second : reader_.load(name, shape, at::kFloat);
+                             });
+  }
+  /// The residual stream that attention adds to.
+  at::Tensor base(const at::Tensor& hidden, const Capture& seen) const {
+    return config_.post_layernorm_residual ? seen.input : hidden.select(0, 0);
+  }
+
+  /// Original stream through the layer; what the folded attention block should add up to; what the refit of queries
+  /// needs.
+  void open_layer(std::int64_t s, const model::Layer& original, const model::Layer& folded, const Linear& output) {
+    const bool queries = options_.query_steps > 0;
+    Capture seen(queries, true, false);
+    const at::Tensor before = original_[index(s)];
+    original_[index(s)] = original.forward(before, nullptr, &seen);
+    at::Tensor start = base(before, seen);
+    if (queries || options_.target == RefitTarget::attention) {
+      Capture own(queries, false, false);
+      folded.forward(compressed_[index(s)], nullptr, &own);
+      if (options_.target == RefitTarget::attention) start = base(compressed_[index(s)], own);
+      if (queries) {
+        input_[index(s)] = names_.attention_bias ? at::cat({own.input, at::ones({own.input.size(0), 1}, at::kFloat)}, 1)
+                                                 : own.input.contiguous();
+        keys_[index(s)] = own.keys.transpose(0, 1).contiguous();
+        original_queries_[index(s)] = seen.queries.transpose(0, 1).contiguous();
+        original_keys_[index(s)] = seen.keys.transpose(0, 1).contiguous();
+      }
+    }
+    aim_[index(s)] = start + output.apply(seen.heads);
+  }
+
+  /// Sums of the fitted part and of the held-out part.
+  std::pair<Sums, Sums> sums(const std::function<Sums()>& empty,
+                             const std::function<void(std::int64_t, Sums&)>& add) const {
+    return {fit_.sum(empty, add), held_.sum(empty, add)};
+  }
+  void check(const Sums& moments, const std::string& part) const {
+    for (std::size_t i = 0; i < m_count; ++i)
+      if (!std::isfinite(moments[i].sum().item<double>()))
+        throw InputError(fmt::format("the activations at layer {} ({}) contain NaN or Inf", layer_, part),
+                         "the fold or the checkpoint itself is broken: try the fold without --refit");
+  }
+  void warn_of_few_tokens(std::int64_t width, const std::string& part) {
+    const double fitted = tokens_ * static_cast<double>(fit_.count()) / static_cast<double>(samples_);
+    if (layer_ > 0 || fitted >= 4.0 * static_cast<double>(width) || !world_.root()) return;
+    spdlog::warn("refit of {}: {:.0f} tokens for {} unknowns per row; at least {} are advisable (more --refit-samples)",
+                 part, fitted, width, 4 * width);
+  }
+
+  PartRefit refit_output() {
+    const std::string name = names_.output;
+    const std::int64_t width = config_.heads * config_.head_dim;
+    Linear map = folded_map(name, config_.hidden, width, names_.attention_bias);
+    warn_of_few_tokens(width, tail_of(name));
+    const Linear single{map.weight.to(at::kFloat), map.bias.defined() ? map.bias.to(at::kFloat) : map.bias};
+    const auto folded = load_folded();
+    const auto [fit, held] = sums([&] { return empty_moments(width, config_.hidden); },
+                                  [&](std::int64_t s, Sums& moments) {
+                                    Capture seen(false, true, false);
+                                    folded->forward(compressed_[index(s)], nullptr, &seen);
+                                    const at::Tensor target = aim_[index(s)] - base(compressed_[index(s)], seen);
+                                    add_moments(moments, seen.heads, target - single.apply(seen.heads), target);
+                                  });
+    check(fit, tail_of(name)), check(held, tail_of(name));
+    PartRefit report = regress(fit, held, map, options_, stored_dtype());
+    report.part = tail_of(name);
+    put(name, map);
+    return report;
+  }
+
+  PartRefit refit_down() {
+    const std::string name = names_.down;
+    const bool biased = names_.down_bias;
+    Linear map = folded_map(name, config_.hidden, config_.ffn, biased);
+    warn_of_few_tokens(config_.ffn, tail_of(name));
+    const Linear single{map.weight.to(at::kFloat), map.bias.defined() ? map.bias.to(at::kFloat) : map.bias};
+    const auto folded = load_folded();
+    const auto [fit, held] = sums([&] { return empty_moments(config_.ffn, config_.hidden); },
+                                  [&](std::int64_t s, Sums& moments) {
+                                    Capture seen(false, false, true);
+                                    const at::Tensor after = folded->forward(compressed_[index(s)], nullptr, &seen);
+                                    const at::Tensor missing = (original_[index(s)] - after).select(0, 0);
+                                    add_moments(moments, seen.inner, missing, missing + single.apply(seen.inner));
+                                  });
+    check(fit, tail_of(name)), check(held, tail_of(name));
+    PartRefit report = regress(fit, held, map, options_, stored_dtype());
+    report.part = tail_of(name);
+    put(name, map);
+    return report;
+  }
+
+  /// Folded stream through the refitted layer; energy of its difference from the original's.
+  double close_layer() {
+    const auto folded = load_folded();
+    const auto [fit, held] = sums([] { return Sums{at::zeros({2}, at::kDouble)}; },
+                                  [&](std::int64_t s, Sums& energy) {
+                                    compressed_[index(s)] = folded->forward(compressed_[index(s)]);
+                                    auto* values = energy[0].data_ptr<double>();
+                                    values[0] += square_sum(compressed_[index(s)] - original_[index(s)]);
+                                    values[1] += square_sum(original_[index(s)]);
+                                  });
+    const at::Tensor energy = fit[0] + held[0];
+    const double total = energy[1].item<double>(), error = energy[0].item<double>();
+    if (!std::isfinite(total) || !std::isfinite(error))
+      throw InputError(fmt::format("the {} model's activations after layer {} contain NaN or Inf",
+                                   std::isfinite(total) ? "folded" : "original", layer_));
+    return total > 0 ? error / total : 0;
+  }
+
+  // --------------------------------------------------------------------------------------------------- queries
+  // KL(p || p') of attention rows, p original, p' folded, over W_Q: with scores s = (R_t W_Q x_t) . k_s / sqrt d the
+  // gradient in s is p' - p and the Gauss-Newton matrix diag p' - p' p'^T. Query heads do not see each other, so every
+  // head has its own conjugate gradient iteration.
+
+  /// Keys of folded query head h as W_Q x sees them, [tokens, head_dim].
+  at::Tensor keys_of(std::int64_t s, std::int64_t h) const {
+    const at::Tensor& keys = keys_[index(s)];
+    const at::Tensor own = keys.select(0, h / (config_.heads / keys.size(0)));
+    if (!query_fold_.defined()) return own;
+    return at::mm(own, query_fold_.select(0, h / (config_.heads / query_fold_.size(0))));
+  }
+  at::Tensor rotated(const at::Tensor& x, bool back) const {  // [heads, tokens, head_dim]
+    if (!frequencies_.defined()) return x;
+    return model::apply_rope(x.transpose(0, 1).unsqueeze(0), back ? -frequencies_ : frequencies_, 0)
+        .select(0, 0)
+        .transpose(0, 1);
+  }
+  /// W x of all heads, rotated and scaled: [heads, tokens, head_dim].
+  at::Tensor queries_of(std::int64_t s, const at::Tensor& weight) const {
+    const std::int64_t tokens = input_[index(s)].size(0);
+    const at::Tensor q = at::mm(input_[index(s)], weight.reshape({-1, weight.size(-1)}).t())
+                             .view({tokens, config_.heads, config_.head_dim})
+                             .transpose(0, 1);
+    return rotated(q, false) * (1.0 / std::sqrt(static_cast<double>(config_.head_dim)));
+  }
+  at::Tensor masked(const at::Tensor& scores, std::int64_t h) const {
+    if (!slopes_.defined()) return scores + mask_;
+    return scores + mask_ + slopes_[h] * at::arange(scores.size(1), at::kFloat);
+  }
+  at::Tensor original_log_rows(std::int64_t s, std::int64_t h) const {
+    const std::int64_t source = order_.empty() ? h : order_[index(h)];
+    const at::Tensor& keys = original_keys_[index(s)];
+    const at::Tensor k = keys.select(0, source / (config_.heads / keys.size(0)));
+    const at::Tensor scores = at::mm(original_queries_[index(s)].select(0, source), k.t()) *
+                              (1.0 / std::sqrt(static_cast<double>(config_.head_dim)));
+    return at::log_softmax(masked(scores, source), 1);
+  }
+  /// Sum over heads' rows of g_t x_t^T for g [heads, tokens, head_dim], rotated back: [heads, head_dim, inputs].
+  void add_outer(std::int64_t s, const at::Tensor& g, const at::Tensor& sum) const {
+    const at::Tensor flat = rotated(g, true).transpose(0, 1).reshape({g.size(1), -1});
+    sum.add_(at::mm(flat.t(), input_[index(s)]).view_as(sum));
+  }
+
+  PartRefit refit_queries() {
+    PartRefit report;
+    report.part = tail_of(names_.query);
+    report.divergence = true;
+    const std::int64_t heads = config_.heads, d = config_.head_dim;
+    const bool biased = names_.attention_bias;
+    Linear map = folded_map(names_.query, heads * d, config_.hidden, biased);
+    at::Tensor weight = (biased ? at::cat({map.weight, map.bias.unsqueeze(1)}, 1) : map.weight).view({heads, d, -1});
+    const at::Tensor before = weight;
+    const auto fold = tensors_->find("query_fold.weight");
+    query_fold_ = fold == tensors_->end() ? at::Tensor() : fold->second.to(at::kFloat);
+    order_ = options_.query_heads.empty() ? std::vector<std::int64_t>() : options_.query_heads.at(index(layer_));
+    report.held_out_before = divergence(held_, before);
+    report.error_before = report.error_after = (report.held_out_before * static_cast<double>(held_.count()) +
+                                                divergence(fit_, before) * static_cast<double>(fit_.count())) /
+                                               static_cast<double>(samples_);
+    report.held_out_after = report.held_out_before;
+    if (!std::isfinite(report.error_before))
+      throw InputError(fmt::format("the activations at layer {} contain NaN or Inf", layer_));
+    for (std::int64_t step = 0; step < options_.query_steps && report.held_out_after > kExactDivergence; ++step) {
+      const at::Tensor change = gauss_newton_step(weight);
+      if (!change.defined()) break;
+      // Every head takes the length that serves the held-out sequences best; none is an answer, too.
+      const std::vector<double> lengths = {0, 0.25, 0.5, 1};
+      std::vector<at::Tensor> candidates;
+      for (const double length : lengths) candidates.push_back(stored(weight + length * change));
+      const at::Tensor best = head_divergences(held_, candidates).argmin(0);
+      at::Tensor moved = weight.clone();
+      for (std::int64_t h = 0; h < heads; ++h) moved[h].copy_(candidates[index(best[h].item<std::int64_t>())][h]);
+      if (at::equal(moved, weight)) break;
+      weight = moved;
+      report.held_out_after = divergence(held_, weight);
+      report.kept = true;
+    }
+    report.ridge = options_.query_damping;
+    if (report.kept) {
+      report.error_after = (report.held_out_after * static_cast<double>(held_.count()) +
+                            divergence(fit_, weight) * static_cast<double>(fit_.count())) /
+                           static_cast<double>(samples_);
+      const at::Tensor rows = weight.reshape({heads * d, -1});
+      if (!at::isfinite(rows).all().item<bool>())
+        throw NumericalError(
+            fmt::format("the refit of the queries of layer {} gives values that the checkpoint's "
+                        "dtype cannot hold",
+                        layer_));
+      map.weight = rows.slice(1, 0, config_.hidden).contiguous();
+      if (biased) map.bias = rows.select(1, config_.hidden).contiguous();
+    }
+    put(names_.query, map);
+    for (auto* list : {&input_, &keys_, &original_queries_, &original_keys_})
+      std::fill(list->begin(), list->end(), at::Tensor());
+    return report;
+  }
+
+  at::Tensor stored(const at::Tensor& weight) const { return rounded(weight, stored_dtype()); }
+
+  /// KL per row, mean over tokens, of every head under every candidate: [candidates, heads] float64.
+  at::Tensor head_divergences(const DealtSequences& part, const std::vector<at::Tensor>& weights) const {
+    const auto count = static_cast<std::int64_t>(weights.size());
+    std::vector<at::Tensor> single;
+    for (const at::Tensor& weight : weights) single.push_back(weight.to(at::kFloat));
+    const Sums sums = part.sum(
+        [&] {
+          return Sums{at::zeros({count, config_.heads}, at::kDouble)};
+        },
+        [&](std::int64_t s, Sums& sum) {
+          std::vector<at::Tensor> queries;
+          for (const at::Tensor& weight : single) queries.push_back(queries_of(s, weight));
+          for (std::int64_t h = 0; h < config_.heads; ++h) {
+            const at::Tensor wanted = original_log_rows(s, h), p = wanted.exp();
+            const at::Tensor keys = keys_of(s, h).t();
+            for (std::int64_t i = 0; i < count; ++i) {
+              const at::Tensor rows = at::log_softmax(masked(at::mm(queries[index(i)].select(0, h), keys), h), 1);
+              sum[0][i][h] += (p * at::tril(wanted - rows)).sum(at::kDouble);
+            }
+          }
+        });
+    return sums[0] / (static_cast<double>(part.count()) * tokens_ / static_cast<double>(samples_));
+  }
+  double divergence(const DealtSequences& part, const at::Tensor& weight) const {
+    return head_divergences(part, {weight}).mean().item<double>();
+  }
+
+  /// Change of W_Q [heads, head_dim, inputs] after a few iterations; undefined when there is nothing to gain.
+  at::Tensor gauss_newton_step(const at::Tensor& weight) const {
+    const std::int64_t heads = config_.heads, d = config_.head_dim, inputs = weight.size(2);
+    const at::Tensor single = weight.to(at::kFloat);
+    const double scale = 1.0 / std::sqrt(static_cast<double>(d));
+    // Gradient, E[x x^T], and E[R_t^T Cov_p'(k) R_t] from a few rows of every sequence.
+    const Sums start = fit_.sum(
+        [&] {
+          return Sums{at::zeros({heads, d, inputs}, at::kDouble), at::zeros({inputs, inputs}, at::kDouble),
+                      at::zeros({heads, d, d}, at::kDouble)};
+        },
+        [&](std::int64_t s, Sums& sum) {
+          const at::Tensor queries = queries_of(s, single);
+          const std::int64_t tokens = queries.size(1);
+          const at::Tensor back = at::empty({heads, tokens, d}, at::kFloat);
+          const std::int64_t sampled = std::min(kSampledRows, tokens);
+          const at::Tensor picked = at::arange(1, sampled + 1, at::kLong).mul(tokens).div(sampled, "floor").sub(1);
+          const at::Tensor turns = rotations(tokens).index_select(0, picked);
+          for (std::int64_t h = 0; h < heads; ++h) {
+            const at::Tensor keys = keys_of(s, h);
+            const at::Tensor p = at::softmax(masked(at::mm(queries.select(0, h), keys.t()), h), 1);
+            back.select(0, h).copy_(at::mm(original_log_rows(s, h).exp() - p, keys) * scale);
+            const at::Tensor rows = p.index_select(0, picked);
+            const at::Tensor mean = at::mm(rows, keys);
+            const at::Tensor covariance =
+                at::matmul((rows.unsqueeze(2) * keys).transpose(1, 2), keys) - mean.unsqueeze(2) * mean.unsqueeze(1);
+            sum[2][h].add_(at::matmul(at::matmul(turns, covariance), turns.transpose(1, 2)).sum(0) *
+                           (scale * scale * static_cast<double>(tokens) / static_cast<double>(sampled)));
+          }
+          add_outer(s, back, sum[0]);
+          sum[1].add_(at::mm(input_[index(s)].t(), input_[index(s)]));
+        });
+    const double count = tokens_ * static_cast<double>(fit_.count()) / static_cast<double>(samples_);
+    at::Tensor residual = start[0] / count, right = start[1] / count, left = start[2] / count;
+    const at::Tensor strength = left.diagonal(0, 1, 2).mean(1);
+    const double strongest = strength.max().item<double>();
+    if (!(strongest > 0) || !(right.diagonal().mean().item<double>() > 0)) return {};
+    at::Tensor left_inverse, right_inverse;
+    left = left + at::eye(d, at::kDouble) * (1e-2 * strength + 1e-6 * strongest).view({heads, 1, 1});
+    right = right + at::eye(inputs, at::kDouble) * (0.1 * options_.query_damping * right.diagonal().mean());
+    for_each_item(1, [&](std::int64_t) {
+      left_inverse = at::linalg_inv(left);
+      right_inverse = at::cholesky_inverse(at::linalg_cholesky(right));
+    });
+    const auto per_head = [](const at::Tensor& a, const at::Tensor& b) { return (a * b).sum({1, 2}, true); };
+    const auto ratio = [](const at::Tensor& a, const at::Tensor& b) {
+      return at::where(b > 0, a / at::where(b > 0, b, at::ones_like(b)), at::zeros_like(b));
+    };
+    at::Tensor change = at::zeros_like(residual), direction, shaped;
+    for_each_item(1, [&](std::int64_t) {
+      shaped = at::matmul(at::matmul(left_inverse, residual), right_inverse);
+      direction = shaped;
+    });
+    at::Tensor energy = per_head(residual, shaped);
+    for (std::int64_t iteration = 0; iteration < options_.query_iterations; ++iteration) {
+      at::Tensor curved = curvature(single, direction) / count;
+      for_each_item(1, [&](std::int64_t) {
+        curved = curved + options_.query_damping * at::matmul(at::matmul(left, direction), right);
+        const at::Tensor length = ratio(energy, per_head(direction, curved));
+        change = change + length * direction;
+        residual = residual - length * curved;
+        shaped = at::matmul(at::matmul(left_inverse, residual), right_inverse);
+        const at::Tensor next = per_head(residual, shaped);
+        direction = shaped + ratio(next, energy) * direction;
+        energy = next;
+      });
+    }
+    return at::isfinite(change).all().item<bool>() ? change : at::Tensor();
+  }
+
+  /// Gauss-Newton matrix times `direction`, sum over the fitted sequences.
+  at::Tensor curvature(const at::Tensor& weight, const at::Tensor& direction) const {
+    const at::Tensor step = direction.to(at::kFloat);
+    const double scale = 1.0 / std::sqrt(static_cast<double>(config_.head_dim));
+    return fit_.sum([&] { return Sums{at::zeros_like(direction)}; },
+                    [&](std::int64_t s, Sums& sum) {
+                      const at::Tensor queries = queries_of(s, weight), steps = queries_of(s, step);
+                      const at::Tensor back = at::empty_like(queries, at::MemoryFormat::Contiguous);
+                      for (std::int64_t h = 0; h < config_.heads; ++h) {
+                        const at::Tensor keys = keys_of(s, h);
+                        const at::Tensor p = at::softmax(masked(at::mm(queries.select(0, h), keys.t()), h), 1);
+                        at::Tensor change = at::mm(steps.select(0, h), keys.t()).mul_(p);
+                        change.sub_(p * change.sum(1, true));
+                        back.select(0, h).copy_(at::mm(change, keys) * scale);
+                      }
+                      add_outer(s, back, sum[0]);
+                    })[0];
+  }
+
+  /// R_t^T of every position, [tokens, head_dim, head_dim]; identity without rotation.
+  at::Tensor rotations(std::int64_t tokens) const {
+    const std::int64_t d = config_.head_dim;
+    const at::Tensor units = at::eye(d, at::kFloat).unsqueeze(0).expand({tokens, d, d});
+    return frequencies_.defined() ? model::apply_rope(units.unsqueeze(0), frequencies_, 0).select(0, 0) : units;
+  }
+
+  const comm::Communicator& world_;
+  const Reader& reader_;
+  const ModelConfig& config_;
+  const ModelConfig& folded_;
+  const RefitOptions& options_;
+  std::int64_t samples_, held_count_;
+  DealtSequences fit_, held_;
+  std::vector<std::int64_t> own_;
+  // By number of sequence; undefined for those of other ranks. Both streams [1, tokens, hidden]; aim: what the folded
+  // attention block should add up to [tokens, hidden]; the rest for the refit of queries, [heads, tokens, head_dim].
+  std::vector<at::Tensor> original_, compressed_, aim_, input_, keys_, original_queries_, original_keys_;
+  double tokens_ = 0;
+  at::Tensor mask_, frequencies_, slopes_, query_fold_;
+  std::vector<std::int64_t> order_;
+  Progress progress_;
+  // The layer at hand.
+  std::int64_t layer_ = 0;
+  LayerTensors* tensors_ = nullptr;
+  Names names_;
+};
+
+void check(const RefitOptions& options, const ModelConfig& config, const ModelConfig& folded,
+           const at::Tensor& sequences) {
+  if (options.ridges.empty()) throw UsageError("the refit needs at least one ridge");
+  for (const double ridge : options.ridges)
+    if (!(ridge > 0) || !std::isfinite(ridge)) throw UsageError(fmt::format("refit ridge {}: not above 0", ridge));
+  if (!(options.held_out_share > 0 && options.held_out_share < 1))
+    throw UsageError(fmt::format("share of held-out sequences {}: not between 0 and 1", options.held_out_share));
+  if (options.chunks < 1) throw UsageError(fmt::format("refit in {} chunks: at least 1 is needed", options.chunks));
+  if (options.query_steps < 0 || options.query_iterations < 1 || !(options.query_damping > 0))
+    throw UsageError("the refit of queries needs steps of at least 0, iterations of at least 1 and positive damping");
+  if (!options.query_heads.empty() && static_cast<std::int64_t>(options.query_heads.size()) != config.layers)
+    throw InternalError("query heads are given for another number of layers");
+  if (folded.layers != config.layers || folded.hidden != config.hidden || folded.heads != config.heads ||
+      folded.head_dim != config.head_dim || folded.family != config.family)
+    throw InternalError(fmt::format("{} is no fold of {}", folded.file, config.file));
+  if (!sequences.defined() || sequences.dim() != 2 || sequences.scalar_type() != at::kLong)
+    throw InternalError("the refit wants int64 sequences [samples, tokens]");
+  if (sequences.size(0) < 2 || sequences.size(1) < 2)
+    throw InputError(
+        fmt::format("the refit was given {} sequence(s) of {} token(s)", sequences.size(0), sequences.size(1)),
+        "it fits on some sequences and checks itself on others: give at least 2, better 64 or more");
+  if (sequences.size(1) > config.max_positions)
+    spdlog::warn("refit sequences of {} tokens, the model knows {} positions", sequences.size(1), config.max_positions);
+  model::check_ids(sequences, config);
+}
+
+}  // namespace
+
+std::vector<std::string> refitted_tensors(const ModelConfig& folded_config, const RefitOptions& options) {
+  const Names names = names_of(folded_config, 0);
+  std::vector<std::string> tails;
+  const auto add = [&](const std::string& name, bool biased) {
+    tails.push_back(tail_of(name + ".weight"));
+    if (biased) tails.push_back(tail_of(name + ".bias"));
+  };
+  if (options.query_steps > 0) add(names.query, names.attention_bias);
+  if (options.output) add(names.output, names.attention_bias);
+  if (options.down) add(names.down, names.down_bias);
+  return tails;
+}
+
+OrderedJson to_json(const RefitOptions& options) {
+  OrderedJson json;
+  json["target"] = options.target == RefitTarget::stream ? "stream" : "attention";
+  json["output"] = options.output;
+  json["down"] = options.down;
+  json["query_steps"] = options.query_steps;
+  json["query_iterations"] = options.query_iterations;
+  json["query_damping"] = options.query_damping;
+  json["ridges"] = options.ridges;
+  json["held_out_share"] = options.held_out_share;
+  return json;
+}
+
+OrderedJson to_json(const LayerRefit& report) {
+  const auto part = [](const PartRefit& one) {
+    return OrderedJson{{"part", one.part},
+                       {"quantity", one.divergence ? "divergence" : "relative squared error"},
+                       {"error_before", one.error_before},
+                       {"error_after", one.error_after},
+                       {"held_out_before", one.held_out_before},
+                       {"held_out_after", one.held_out_after},
+                       {"kept", one.kept},
+                       {"ridge", one.ridge},
+                       {"condition", one.condition}};
+  };
+  OrderedJson json;
+  json["layer"] = report.layer;
+  json["stream_error"] = report.stream_error;
+  json["parts"] = OrderedJson::array();
+  for (const PartRefit& one : report.others)
+    if (one.divergence) json["parts"].push_back(part(one));
+  if (!report.part.empty()) json["parts"].push_back(part(report));
+  for (const PartRefit& one : report.others)
+    if (!one.divergence) json["parts"].push_back(part(one));
+  return json;
+}
+
+void refit_layers(const comm::Communicator& world, const Reader& reader, const ModelConfig& folded_config,
+                  const at::Tensor& sequences, const RefitOptions& options,
+                  const std::function<LayerTensors(std::int64_t layer)>& folded,
+                  const std::function<void(std::int64_t layer, const LayerTensors&, const LayerRefit&)>& done) {
+  const at::NoGradGuard no_grad;
+  check(options, reader.config(), folded_config, sequences);
+  Refitter refitter(world, reader, folded_config, sequences, options);
+  for (std::int64_t layer = 0; layer < reader.config().layers; ++layer) {
+    LayerTensors tensors = folded(layer);
+    const LayerRefit report = refitter.run(layer, tensors);
+    done(layer, tensors, report);
+  }
+}
+
+}  // namespace headfold::folding
