@@ -1,6 +1,7 @@
 // headfold calibrate: sequences of calibration text through the model, sufficient statistics of every layer into one
 // HDF5 file.
 
+#include <ATen/Parallel.h>
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
 #include <headfold/base/progress.h>
@@ -28,7 +29,11 @@ struct Settings {
   std::string bos_name;
   int stages = 0;  // 0: chosen by memory
   at::ScalarType dtype = at::kFloat;
-  bool streamed = false, dry_run = false, rotated_keys = true, overwrite = false;
+  bool streamed = false, dry_run = false, overwrite = false;
+  // What is collected.
+  bool rotated_keys = true, half_samples = true;
+  std::string attention_statistics;  // auto, on, off
+  std::int64_t attended_heads = 0;   // 0: chosen by size
   fs::path out;
 };
 
@@ -52,6 +57,14 @@ po::options_description options() {
       "streamed", po::bool_switch(), "keep one layer in memory at a time (models larger than memory)")(
       "rotated-keys", po::value<std::string>()->default_value("yes"),
       "collect the Gram of rotated keys, which post-rotation folds need: yes, no")(
+      "half-samples", po::value<std::string>()->default_value("on"),
+      "keep the sums of the even sequences apart, so that convert can tell how well a fold carries over to the odd "
+      "ones; twice the memory and file: on, off")(
+      "attention-statistics", po::value<std::string>()->default_value("auto"),
+      "collect rotated queries, attention by distance and attended values: on, off; auto = on where it adds no more "
+      "arithmetic than the forward pass and little memory")(
+      "attended-heads", po::value<std::int64_t>()->default_value(0),
+      "KV heads per block of attended values; 0 = all where they take 64 MiB per layer at most, else up to 4")(
       "dry-run", po::bool_switch(), "print the plan and stop")("overwrite", po::bool_switch(),
                                                                "replace an existing output made otherwise")(
       "out", po::value<std::string>()->required(), "statistics file to write (.h5)");
@@ -62,6 +75,12 @@ std::int64_t at_least(const po::variables_map& values, const char* name, std::in
   const auto value = values[name].as<std::int64_t>();
   if (value < least) throw UsageError(fmt::format("--{} {}: at least {} is needed", name, value, least));
   return value;
+}
+
+bool is_on(const po::variables_map& values, const char* name) {
+  const auto value = values[name].as<std::string>();
+  if (value != "on" && value != "off") throw UsageError(fmt::format("--{} {}: choose on or off", name, value));
+  return value == "on";
 }
 
 Settings read_settings(const po::variables_map& values, const checkpoint::ModelConfig& config) {
@@ -86,6 +105,10 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   const auto keys = values["rotated-keys"].as<std::string>();
   if (keys != "yes" && keys != "no") throw UsageError(fmt::format("--rotated-keys {}: choose yes or no", keys));
   settings.rotated_keys = calibration::collects_rotated_keys(config, keys == "yes");
+  settings.half_samples = is_on(values, "half-samples");
+  settings.attention_statistics = values["attention-statistics"].as<std::string>();
+  if (settings.attention_statistics != "auto") is_on(values, "attention-statistics");
+  settings.attended_heads = at_least(values, "attended-heads", 0);
   settings.out = values["out"].as<std::string>();
   if (settings.out.filename().empty()) throw UsageError(fmt::format("--out {}: names no file", settings.out.string()));
   if (fs::is_directory(settings.out))
@@ -94,19 +117,38 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   return settings;
 }
 
+/// The longest that `auto` lets attention statistics take: this share of a layer's forward arithmetic, and this memory
+/// per layer unless the other sums take more.
+constexpr double kMostShare = 1.0;
+constexpr std::uint64_t kMostBytes = std::uint64_t{64} << 20;
+
+/// What is collected. UsageError or InputError when the model does not allow what was asked for.
+calibration::CollectOptions collect_options(const Settings& settings, const checkpoint::ModelConfig& config) {
+  calibration::CollectOptions options;
+  options.dtype = settings.dtype;
+  options.residency = settings.streamed ? model::Residency::streamed : model::Residency::resident;
+  options.micro_batch = settings.micro_batch;
+  options.rotated_keys = settings.rotated_keys;
+  options.half_samples = settings.half_samples;
+  options.attended_heads = settings.attended_heads;
+  options.attention_statistics = settings.attention_statistics == "on";
+  if (settings.attention_statistics == "auto" && config.layout == checkpoint::KvLayout::gqa) {
+    const std::uint64_t without =
+        calibration::layer_statistics_bytes(calibration::collected_shape(config, options, settings.length));
+    options.attention_statistics = true;
+    const calibration::StatisticsShape shape = calibration::collected_shape(config, options, settings.length);
+    const double share = calibration::attention_statistics_share(config, settings.length, shape.attended_heads);
+    options.attention_statistics =
+        share <= kMostShare && calibration::layer_statistics_bytes(shape) - without <= std::max(without, kMostBytes);
+  }
+  return options;
+}
+
 calibration::StatisticsHeader make_header(const Settings& settings, const checkpoint::ModelConfig& config) {
-  calibration::StatisticsHeader header;
+  const calibration::CollectOptions collected = collect_options(settings, config);
+  calibration::StatisticsHeader header = calibration::header_of(config, collected, settings.samples, settings.length);
   header.headfold_version = version();
-  header.family = checkpoint::name_of(config.family);
-  header.layers = config.layers;
-  header.hidden = config.hidden;
-  header.kv_heads = config.source_kv_heads;
-  header.head_dim = config.head_dim;
-  header.samples = settings.samples;
-  header.sequence_length = settings.length;
   header.seed = settings.seed;
-  header.dtype = settings.dtype == at::kFloat ? "float32" : "bfloat16";
-  header.has_rotated_keys = settings.rotated_keys;
   // Only what changes the statistics: neither the grid nor the micro-batch does, beyond rounding.
   OrderedJson json;
   json["field"] = settings.field;
@@ -115,7 +157,10 @@ calibration::StatisticsHeader make_header(const Settings& settings, const checkp
   json["seed"] = settings.seed;
   json["bos"] = settings.bos_name;
   json["dtype"] = header.dtype;
-  json["rotated_keys"] = settings.rotated_keys;
+  json["rotated_keys"] = header.has_rotated_keys;
+  json["half_samples"] = header.has_halves;
+  json["attention_statistics"] = header.has_attention;
+  json["attended_heads"] = header.attended_heads;
   header.options = json.dump();
   return header;
 }
@@ -151,11 +196,12 @@ Memory stage_memory(const Settings& settings, const checkpoint::ModelConfig& con
   }
   if (first_stage) memory.weights += static_cast<double>(config.vocab) * hidden * element;
   const std::int64_t key_width = config.source_kv_heads * config.head_dim;
-  // Per layer the packed sums and the buffer of position-0 rows; once, the float32 blocks of a Gram.
+  const calibration::StatisticsShape shape =
+      calibration::collected_shape(config, collect_options(settings, config), settings.length);
+  // Per layer the packed sums and the buffers of position-0 rows; once, the float32 blocks of a Gram.
   memory.statistics =
       static_cast<double>(range.size()) *
-          (static_cast<double>(calibration::layer_statistics_bytes(config.hidden, key_width, settings.rotated_keys)) +
-           64 * 8 * hidden) +
+          (static_cast<double>(calibration::layer_statistics_bytes(shape)) + (shape.halves ? 2 : 1) * 64 * 8 * hidden) +
       1024 * 4 * static_cast<double>(std::max(config.hidden, key_width));
   const double tokens = static_cast<double>(settings.micro_batch * settings.length);
   // Hidden states in, out, normalised, residual and two in flight; queries, keys, values and their attention; three MLP
@@ -166,6 +212,14 @@ Memory stage_memory(const Settings& settings, const checkpoint::ModelConfig& con
   const double scores = 4 * tokens * static_cast<double>(settings.length) * static_cast<double>(config.heads);
   memory.activations =
       tokens * widths * element + std::min(scores, static_cast<double>(model::attention_block_bytes()));
+  if (shape.attention) {
+    // Queries, keys and values as the heads see them, and once more for one sequence; attended values of every thread.
+    const auto length = static_cast<double>(settings.length);
+    memory.activations +=
+        (tokens + length) * static_cast<double>((config.heads + 2 * shape.kv_heads) * config.head_dim) * element +
+        at::get_num_threads() * length * static_cast<double>(shape.block()) * 4 +
+        std::min(scores, static_cast<double>(model::attention_block_bytes()));
+  }
   if (settings.streamed) {
     const double batches = std::ceil(static_cast<double>(settings.samples) / static_cast<double>(settings.micro_batch));
     memory.activations += std::ceil(batches / static_cast<double>(replicas)) * tokens * hidden * element;
@@ -235,11 +289,32 @@ std::string plan_text(const Settings& settings, const checkpoint::ModelConfig& c
                                  header.kv_heads, config.head_dim, header.dtype);
   text += fmt::format("sequences   {} x {} tokens = {} tokens, seed {}, micro-batches of {}\n", settings.samples,
                       settings.length, settings.samples * settings.length, settings.seed, settings.micro_batch);
+  const calibration::StatisticsShape shape = header.shape();
   text += fmt::format("statistics  input moments [{0}, {0}]{1}, float64, position 0 apart\n", config.hidden,
                       header.has_rotated_keys ? fmt::format(", rotated keys [{0}, {0}]", header.key_width())
                       : config.family == checkpoint::Family::bloom
                           ? "; no rotated keys: this model does not rotate"
                           : "; no rotated keys: post-rotation folds will not be possible");
+  calibration::StatisticsShape whole = shape;
+  whole.halves = false;
+  const auto bytes = static_cast<double>(calibration::layer_statistics_bytes(shape));
+  const double halves = bytes - static_cast<double>(calibration::layer_statistics_bytes(whole));
+  whole.attention = false;
+  const auto base = static_cast<double>(calibration::layer_statistics_bytes(whole));
+  text += fmt::format(
+      "halves      {}\n",
+      shape.halves ? fmt::format("even sequences' sums as well: {} per layer, which doubles the {} of the sums above",
+                                 human_bytes(halves), human_bytes(base))
+                   : "no half-sample sums: convert cannot report held-out losses");
+  text += fmt::format(
+      "attention   {}\n",
+      shape.attention
+          ? fmt::format("rotated queries, mass by distance, attended values of {} KV heads in blocks of {}: {} per "
+                        "layer; {:.0f} "
+                        "% of the forward pass's arithmetic",
+                        shape.kv_heads, shape.attended_heads, human_bytes(bytes - halves - base),
+                        100 * calibration::attention_statistics_share(config, settings.length, shape.attended_heads))
+          : "no attention statistics: metrics that need them will not be possible");
   text += fmt::format(
       "grid        {} rank(s) = {} pipeline rank(s) x {} replica(s); {} micro-batches per replica, {:.1f} % of rank "
       "time lost filling and draining{}\n",
@@ -365,16 +440,10 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
       calibration::micro_batches_of(sequences, settings.micro_batch, grid.replica, grid.replicas).size();
   const double tokens_all = static_cast<double>(settings.samples * settings.length);
   Progress progress("calibrate", "tokens", tokens_all, world.root());
-  calibration::CollectOptions collect_options;
-  collect_options.dtype = settings.dtype;
-  collect_options.residency = settings.streamed ? model::Residency::streamed : model::Residency::resident;
-  collect_options.micro_batch = settings.micro_batch;
-  collect_options.rotated_keys = settings.rotated_keys;
+  calibration::CollectOptions collected = collect_options(settings, config);
   // Rank 0's share stands for all: the replicas have equal work.
-  collect_options.progress = [&](double done) {
-    progress.advance(tokens_all * done / static_cast<double>(own_batches));
-  };
-  const auto layers = calibration::collect(reader, grid, sequences, collect_options);
+  collected.progress = [&](double done) { progress.advance(tokens_all * done / static_cast<double>(own_batches)); };
+  const auto layers = calibration::collect(reader, grid, sequences, collected);
   world.barrier("end of calibration");
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const std::int64_t first = model::stage_layers(config, stages)[static_cast<std::size_t>(grid.stage)].begin;

@@ -83,6 +83,12 @@ std::string provenance_text(const Json& made) {
   const std::string format = any_text(made, "format");
   if (format == "headfold-synthetic")
     return fmt::format("\nrandom weights: shape {}, seed {}\n", any_text(made, "shape"), any_text(made, "seed"));
+  if (format == "headfold-expanded")
+    return fmt::format(
+        "\ndense equivalent of {} (fingerprint {}), for scoring in stock runtimes\n"
+        "cache bytes   {} per token there, {} here: the cache is not smaller\n",
+        any_text(member(made, "source"), "folder"), short_hash(any_text(member(made, "source"), "fingerprint")),
+        any_text(member(made, "source"), "cache_bytes_per_token"), any_text(made, "cache_bytes_per_token"));
   if (format != "headfold-model") return fmt::format("\nheadfold.json of unknown format {}\n", format);
   const Json& statistics = member(made, "statistics");
   std::string text = fmt::format("\nfolded from   {} (fingerprint {})\n", any_text(member(made, "source"), "folder"),
@@ -97,6 +103,20 @@ std::string provenance_text(const Json& made) {
                       any_text(member(made, "cache_bytes_per_token"), "after"));
   text += fmt::format("stock loader  {}\n", any_text(made, "stock") == "true" ? "yes" : "no: needs headfold");
   return text + losses_text(member(made, "layers"));
+}
+
+/// Table of what every layer caches, when layers differ or cache latents.
+std::string cached_text(const checkpoint::ModelConfig& config) {
+  if (config.layer_shapes.empty()) return {};
+  const bool latent = config.layout == checkpoint::KvLayout::latent;
+  Table table({"layer", latent ? "latents" : "KV heads", "key channels", "value channels", "cached per token"});
+  for (std::size_t i = 0; i < config.layer_shapes.size(); ++i) {
+    const checkpoint::LayerShape& shape = config.layer_shapes[i];
+    table.add({std::to_string(i), std::to_string(shape.kv_heads), std::to_string(shape.key_width),
+               std::to_string(shape.value_width),
+               fmt::format("{} numbers", shape.kv_heads * (shape.key_width + shape.value_width))});
+  }
+  return "\n" + table.text();
 }
 
 Finding inspect_model(const fs::path& folder) {
@@ -121,6 +141,12 @@ Finding inspect_model(const fs::path& folder) {
   facts["heads"] = config.heads;
   facts["kv_heads"] = config.kv_heads;
   facts["source_kv_heads"] = config.source_kv_heads;
+  if (!config.layer_shapes.empty()) {
+    facts["cached_per_layer"] = OrderedJson::array();
+    for (const checkpoint::LayerShape& shape : config.layer_shapes)
+      facts["cached_per_layer"].push_back(
+          {{"kv_heads", shape.kv_heads}, {"key_width", shape.key_width}, {"value_width", shape.value_width}});
+  }
   facts["head_dim"] = config.head_dim;
   facts["ffn"] = config.ffn;
   facts["vocab"] = config.vocab;
@@ -158,8 +184,10 @@ Finding inspect_model(const fs::path& folder) {
   std::string stored;
   for (const auto& [dtype, count] : dtypes)
     stored += fmt::format("{}{} x {}", stored.empty() ? "" : ", ", count, dtype);
-  std::string kv = std::to_string(config.kv_heads);
+  std::string kv = config.kv_heads_text();
   if (config.layout == checkpoint::KvLayout::projected) kv += fmt::format(" projected from {}", config.source_kv_heads);
+  if (config.layout == checkpoint::KvLayout::latent)
+    kv = fmt::format("{} (rebuilt from latents)", config.source_kv_heads);
   std::string& text = finding.text;
   text += fmt::format("model         {}\n", folder.string());
   text += fmt::format("family        {}, layout {}, {}\n", checkpoint::name_of(config.family),
@@ -174,7 +202,7 @@ Finding inspect_model(const fs::path& folder) {
                       bytes_text(static_cast<std::uint64_t>(config.cache_bytes_per_token(element))), config.dtype);
   text += fmt::format("tokenizer     {}\n", companions.empty() ? "none" : companions);
   text += fmt::format("fingerprint   {}\n", facts["fingerprint"].get<std::string>());
-  text += "\n" + files.text() + provenance;
+  text += "\n" + files.text() + cached_text(config) + provenance;
   return finding;
 }
 
@@ -246,11 +274,15 @@ Finding inspect_statistics(const fs::path& path) {
   facts["seed"] = header.seed;
   facts["dtype"] = header.dtype;
   facts["has_rotated_keys"] = header.has_rotated_keys;
+  facts["has_halves"] = header.has_halves;
+  facts["has_attention"] = header.has_attention;
+  facts["heads"] = header.heads;
+  facts["attended_heads"] = header.attended_heads;
   facts["options"] = header.options;
   facts["content_hash"] = file.content_hash();
   facts["layers"] = OrderedJson::array();
   Table table({"layer", "tokens", "position 0", "trace / token", "top eigenvalue", "sink trace / token",
-               "rotated keys / token"});
+               "rotated keys / token", "even tokens", "halves differ", "mean distance", "attended / token"});
   for (std::int64_t i = 0; i < header.layers; ++i) {
     const calibration::LayerStatistics layer = file.layer(i);
     const auto per_token = [](const at::Tensor& gram, double count) {
@@ -270,9 +302,33 @@ Finding inspect_statistics(const fs::path& path) {
       one["rotated_keys_trace_per_token"] = per_token(layer.rotated_keys, layer.count);
       keys = fmt::format("{:.5g}", per_token(layer.rotated_keys, layer.count));
     }
+    std::string even = "-", differ = "-", distance = "-", attended = "-";
+    if (layer.has_halves()) {
+      const auto half = [&](int which) { return layer.half(which).second_moment(0); };
+      one["tokens_even"] = layer.count_even;
+      even = fmt::format("{:.0f}", layer.count_even);
+      if (layer.count_even > 0 && layer.count > layer.count_even) {
+        // Frobenius distance of the halves' second moments: how much more tokens could still change.
+        const double gap = ((half(0) - half(1)).norm() / layer.second_moment(0).norm()).item<double>();
+        one["halves_differ"] = gap;
+        differ = fmt::format("{:.2g} %", 100 * gap);
+      }
+    }
+    if (layer.has_attention()) {
+      const at::Tensor mass = layer.distance_mass.sum(0);
+      const double mean = (at::dot(mass, at::arange(mass.numel(), at::kDouble)) / mass.sum()).item<double>();
+      const double energy_per_query = layer.attended.diagonal(0, 1, 2).sum().item<double>() / layer.attention_count /
+                                      static_cast<double>(header.heads);
+      one["queries"] = layer.attention_count;
+      one["mean_attention_distance"] = mean;
+      one["attended_trace_per_query"] = energy_per_query;
+      distance = fmt::format("{:.4g}", mean);
+      attended = fmt::format("{:.5g}", energy_per_query);
+    }
     facts["layers"].push_back(one);
     table.add({std::to_string(i), fmt::format("{:.0f}", layer.count), fmt::format("{:.0f}", layer.count_0),
-               fmt::format("{:.5g}", energy), fmt::format("{:.1f} %", share * 100), fmt::format("{:.5g}", sink), keys});
+               fmt::format("{:.5g}", energy), fmt::format("{:.1f} %", share * 100), fmt::format("{:.5g}", sink), keys,
+               even, differ, distance, attended});
   }
   std::string& text = finding.text;
   text += fmt::format("statistics    {} ({})\n", path.string(), human_bytes(static_cast<double>(fs::file_size(path))));
@@ -281,6 +337,12 @@ Finding inspect_statistics(const fs::path& path) {
   text += fmt::format("data          {} sequences of {} tokens, seed {} ({})\n", header.samples, header.sequence_length,
                       header.seed, short_hash(header.data_hash));
   text += fmt::format("computed in   {} by headfold {}\n", header.dtype, header.headfold_version);
+  text += fmt::format("holds         input moments{}{}{} (format version {})\n",
+                      header.has_rotated_keys ? ", rotated keys" : "", header.has_halves ? ", half-sample sums" : "",
+                      header.has_attention ? fmt::format(", attention of {} heads (values in blocks of {} KV heads)",
+                                                         header.heads, header.attended_heads)
+                                           : "",
+                      header.format_version);
   text += fmt::format("content       {}\n\n", facts["content_hash"].get<std::string>());
   text += table.text();
   return finding;
@@ -359,7 +421,7 @@ Finding inspect_json(const fs::path& path) {
   } else if (format == "headfold-verification") {
     kind = "verification";
     text = verification_text(json);
-  } else if (format == "headfold-model" || format == "headfold-synthetic") {
+  } else if (format == "headfold-model" || format == "headfold-synthetic" || format == "headfold-expanded") {
     kind = "provenance";
     text = provenance_text(json);
   } else if (format == "headfold-calibration") {

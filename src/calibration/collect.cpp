@@ -47,70 +47,137 @@ void add_column_sums(at::Tensor& sum, const at::Tensor& rows) {
 
 }  // namespace
 
+LayerAccumulator::Sums::Sums(const StatisticsShape& shape)
+    : moment(shape.hidden),
+      moment_0(shape.hidden),
+      keys(shape.key_width > 0 ? std::make_unique<linalg::GramAccumulator>(shape.key_width) : nullptr),
+      sum(at::zeros({shape.hidden}, at::kDouble)),
+      sum_0(at::zeros({shape.hidden}, at::kDouble)) {}
+
+void LayerAccumulator::Sums::flush() {
+  if (first_count == 0) return;
+  const at::Tensor rows = first_rows.narrow(0, 0, first_count);
+  sum_0.add_(rows.sum(0));
+  moment_0.add(rows);
+  first_count = 0;
+}
+
 LayerAccumulator::LayerAccumulator(std::int64_t hidden, std::int64_t key_width)
-    : moment_(hidden),
-      moment_0_(hidden),
-      keys_(key_width > 0 ? std::make_unique<linalg::GramAccumulator>(key_width) : nullptr) {
-  statistics_.sum = at::zeros({hidden}, at::kDouble);
-  statistics_.sum_0 = at::zeros({hidden}, at::kDouble);
+    : LayerAccumulator([&] {
+        StatisticsShape shape;
+        shape.hidden = hidden;
+        shape.key_width = key_width;
+        return shape;
+      }()) {}
+
+LayerAccumulator::LayerAccumulator(const StatisticsShape& shape, const at::Tensor& slopes) {
+  for (int part = 0; part < (shape.halves ? 2 : 1); ++part) parts_.emplace_back(shape);
+  if (shape.attention) attention_ = std::make_unique<AttentionAccumulator>(shape, slopes);
 }
 
 void LayerAccumulator::attention_input(const at::Tensor& x) {
+  const std::int64_t hidden = parts_[0].moment.size();
   if (finished_) throw InternalError("statistics were finished before the last forward");
-  if (x.dim() != 3 || x.size(2) != moment_.size() || x.size(1) < 1)
-    throw InternalError(fmt::format("attention input of shape {}, expected [batch, tokens, {}]",
-                                    fmt::join(x.sizes(), " x "), moment_.size()));
-  if (!first_rows_.defined()) first_rows_ = at::empty({kFirstRows, moment_.size()}, at::kDouble);
+  if (x.dim() != 3 || x.size(2) != hidden || x.size(1) < 1)
+    throw InternalError(
+        fmt::format("attention input of shape {}, expected [batch, tokens, {}]", fmt::join(x.sizes(), " x "), hidden));
+  first_ = next_;
+  next_ += x.size(0);
   for (std::int64_t b = 0; b < x.size(0); ++b) {
+    Sums& sums = sums_of(first_ + b);
     const at::Tensor sequence = x.select(0, b);
-    first_rows_.select(0, first_count_++).copy_(sequence.select(0, 0));
-    if (first_count_ == kFirstRows) flush();
+    if (!sums.first_rows.defined()) sums.first_rows = at::empty({kFirstRows, hidden}, at::kDouble);
+    sums.first_rows.select(0, sums.first_count++).copy_(sequence.select(0, 0));
+    if (sums.first_count == kFirstRows) sums.flush();
     const at::Tensor rest = sequence.narrow(0, 1, x.size(1) - 1);
-    add_column_sums(statistics_.sum, rest);
-    moment_.add(sequence, 1);
+    add_column_sums(sums.sum, rest);
+    sums.moment.add(sequence, 1);
+    sums.count_0 += 1;
+    sums.count += static_cast<double>(x.size(1) - 1);
   }
-  statistics_.count_0 += static_cast<double>(x.size(0));
-  statistics_.count += static_cast<double>(x.size(0) * (x.size(1) - 1));
 }
 
 void LayerAccumulator::rotated_keys(const at::Tensor& keys) {
-  if (keys_ == nullptr) return;
-  if (keys.dim() != 4 || keys.size(2) * keys.size(3) != keys_->size())
+  if (parts_[0].keys == nullptr) return;
+  const std::int64_t width = parts_[0].keys->size();
+  if (keys.dim() != 4 || keys.size(2) * keys.size(3) != width)
     throw InternalError(
         fmt::format("rotated keys of shape {}, expected [batch, tokens, heads, head_dim] with {} channels",
-                    fmt::join(keys.sizes(), " x "), keys_->size()));
+                    fmt::join(keys.sizes(), " x "), width));
   for (std::int64_t b = 0; b < keys.size(0); ++b)
-    keys_->add(keys.select(0, b).reshape({keys.size(1), keys_->size()}), 1);
+    sums_of(first_ + b).keys->add(keys.select(0, b).reshape({keys.size(1), width}), 1);
 }
 
-void LayerAccumulator::flush() {
-  if (first_count_ == 0) return;
-  const at::Tensor rows = first_rows_.narrow(0, 0, first_count_);
-  statistics_.sum_0.add_(rows.sum(0));
-  moment_0_.add(rows);
-  first_count_ = 0;
+void LayerAccumulator::attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values) {
+  if (attention_ == nullptr) return;
+  if (queries.dim() != 4 || keys.dim() != 4 || values.dim() != 4 || keys.size(0) != queries.size(0) ||
+      values.size(0) != queries.size(0))
+    throw InternalError(fmt::format("attention of queries {}, keys {} and values {}", fmt::join(queries.sizes(), " x "),
+                                    fmt::join(keys.sizes(), " x "), fmt::join(values.sizes(), " x ")));
+  for (std::int64_t b = 0; b < queries.size(0); ++b)
+    attention_->add(queries.select(0, b), keys.select(0, b), values.select(0, b));
 }
 
 void LayerAccumulator::finish(const comm::Communicator& peers, std::int64_t layer) {
   if (finished_) throw InternalError("statistics are finished twice");
-  flush();
-  first_rows_ = at::Tensor();
   finished_ = true;
-  std::array<double, 2> counts{statistics_.count, statistics_.count_0};
-  peers.all_reduce(counts);
-  statistics_.count = counts[0];
-  statistics_.count_0 = counts[1];
-  statistics_.moment = moment_.packed();
-  statistics_.moment_0 = moment_0_.packed();
-  if (keys_ != nullptr) statistics_.rotated_keys = keys_->packed();
-  for (at::Tensor* part :
-       {&statistics_.sum, &statistics_.sum_0, &statistics_.moment, &statistics_.moment_0, &statistics_.rotated_keys}) {
-    if (!part->defined()) continue;
-    peers.all_reduce(span_of(*part));
-    if (!std::isfinite(part->sum().item<double>()))
+  const auto sum_up = [&](at::Tensor& part) {
+    if (!part.defined()) return;
+    peers.all_reduce(span_of(part));
+    if (!std::isfinite(part.sum().item<double>()))
       throw InputError(fmt::format("the activations of layer {} contain NaN or Inf", layer),
                        "calibrate with --dtype float32; if it persists, the checkpoint itself is broken");
+  };
+  std::vector<PackedStatistics> found;
+  for (Sums& sums : parts_) {
+    sums.flush();
+    PackedStatistics& part = found.emplace_back();
+    std::array<double, 2> counts{sums.count, sums.count_0};
+    peers.all_reduce(counts);
+    part.count = counts[0];
+    part.count_0 = counts[1];
+    part.sum = sums.sum;
+    part.sum_0 = sums.sum_0;
+    part.moment = sums.moment.packed();
+    part.moment_0 = sums.moment_0.packed();
+    if (sums.keys != nullptr) part.rotated_keys = sums.keys->packed();
+    for (at::Tensor* tensor : {&part.sum, &part.sum_0, &part.moment, &part.moment_0, &part.rotated_keys})
+      sum_up(*tensor);
   }
+  if (found.size() == 1) {
+    statistics_ = found[0];
+  } else {
+    // The odd half's memory becomes the total's.
+    const PackedStatistics& even = found[0];
+    PackedStatistics& all = found[1];
+    all.count += even.count;
+    all.count_0 += even.count_0;
+    all.sum.add_(even.sum);
+    all.sum_0.add_(even.sum_0);
+    all.moment.add_(even.moment);
+    all.moment_0.add_(even.moment_0);
+    if (all.rotated_keys.defined()) all.rotated_keys.add_(even.rotated_keys);
+    statistics_ = all;
+    statistics_.count_even = even.count;
+    statistics_.count_0_even = even.count_0;
+    statistics_.sum_even = even.sum;
+    statistics_.sum_0_even = even.sum_0;
+    statistics_.moment_even = even.moment;
+    statistics_.moment_0_even = even.moment_0;
+    statistics_.rotated_keys_even = even.rotated_keys;
+  }
+  // The buffers of position-0 rows and of the attention are no longer needed; statistics_ holds the sums.
+  parts_.erase(parts_.begin() + 1, parts_.end());
+  parts_[0].first_rows = at::Tensor();
+  if (attention_ == nullptr) return;
+  attention_->take(statistics_);
+  attention_.reset();
+  std::array<double, 1> queries{statistics_.attention_count};
+  peers.all_reduce(queries);
+  statistics_.attention_count = queries[0];
+  for (at::Tensor* tensor :
+       {&statistics_.rotated_queries, &statistics_.distance_mass, &statistics_.attended, &statistics_.attended_sum})
+    sum_up(*tensor);
 }
 
 const PackedStatistics& LayerAccumulator::statistics() const {
@@ -119,7 +186,60 @@ const PackedStatistics& LayerAccumulator::statistics() const {
 }
 
 bool collects_rotated_keys(const checkpoint::ModelConfig& config, bool wanted) {
-  return wanted && config.family == checkpoint::Family::llama;
+  return wanted && config.family == checkpoint::Family::llama && config.layout != checkpoint::KvLayout::latent;
+}
+
+StatisticsShape collected_shape(const checkpoint::ModelConfig& config, const CollectOptions& options,
+                                std::int64_t tokens) {
+  for (std::int64_t layer = 1; layer < config.layers; ++layer)
+    if (config.shape_of(layer) != config.shape_of(0))
+      throw InputError(
+          fmt::format("{}: layers 0 and {} cache different numbers of KV heads; statistics describe models "
+                      "whose layers are alike",
+                      config.file, layer),
+          "calibrate the model that it was folded from");
+  StatisticsShape shape;
+  shape.hidden = config.hidden;
+  shape.kv_heads = config.source_kv_heads;
+  shape.head_dim = config.head_dim;
+  shape.key_width = collects_rotated_keys(config, options.rotated_keys) ? shape.kv_heads * shape.head_dim : 0;
+  shape.halves = options.half_samples;
+  shape.sequence_length = tokens;
+  if (!options.attention_statistics) return shape;
+  if (config.layout != checkpoint::KvLayout::gqa)
+    throw InputError(fmt::format("{}: attention statistics need keys and values as the heads have them, but layout {} "
+                                 "caches something else",
+                                 config.file, checkpoint::name_of(config.layout)),
+                     "calibrate the model that it was folded from, or with --attention-statistics off");
+  shape.attention = true;
+  shape.heads = config.heads;
+  shape.attended_heads = options.attended_heads > 0 ? options.attended_heads : default_attended_heads(config);
+  if (shape.kv_heads % shape.attended_heads != 0)
+    throw UsageError(fmt::format("--attended-heads {}: the model's {} KV heads do not fall into such blocks",
+                                 shape.attended_heads, shape.kv_heads),
+                     "choose a divisor of the KV heads");
+  return shape;
+}
+
+StatisticsHeader header_of(const checkpoint::ModelConfig& config, const CollectOptions& options, std::int64_t samples,
+                           std::int64_t tokens) {
+  const StatisticsShape shape = collected_shape(config, options, tokens);
+  StatisticsHeader header;
+  header.family = checkpoint::name_of(config.family);
+  header.layers = config.layers;
+  header.hidden = config.hidden;
+  header.kv_heads = shape.kv_heads;
+  header.head_dim = shape.head_dim;
+  header.samples = samples;
+  header.sequence_length = tokens;
+  header.dtype = options.dtype == at::kFloat ? "float32" : "bfloat16";
+  header.options = "{}";
+  header.has_rotated_keys = shape.key_width > 0;
+  header.has_halves = shape.halves;
+  header.has_attention = shape.attention;
+  header.heads = shape.heads;
+  header.attended_heads = shape.attended_heads;
+  return header;
 }
 
 std::vector<at::Tensor> micro_batches_of(const at::Tensor& sequences, std::int64_t micro_batch, int replica,
@@ -149,17 +269,24 @@ std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader&
   // and must really go.
   if (options.residency == model::Residency::streamed) ::mallopt(M_MMAP_THRESHOLD, 1 << 20);
 #endif
+  collected_shape(reader.config(), options, sequences.size(1));  // refuses before anything is loaded
   const model::Pipeline pipeline(reader, grid, pipeline_options);
   const checkpoint::ModelConfig& config = pipeline.config();
-  const std::int64_t key_width =
-      collects_rotated_keys(config, options.rotated_keys) ? config.source_kv_heads * config.head_dim : 0;
+  const StatisticsShape shape = collected_shape(config, options, sequences.size(1));
+  const at::Tensor slopes =
+      shape.attention && config.family == checkpoint::Family::bloom ? model::alibi_slopes(config.heads) : at::Tensor();
   std::vector<std::unique_ptr<LayerAccumulator>> layers;
   for (std::int64_t layer = pipeline.layers().begin; layer < pipeline.layers().end; ++layer)
-    layers.push_back(std::make_unique<LayerAccumulator>(config.hidden, key_width));
+    layers.push_back(std::make_unique<LayerAccumulator>(shape, slopes));
 
+  const auto of_layer = [&](std::int64_t layer) -> LayerAccumulator& {
+    return *layers.at(static_cast<std::size_t>(layer - pipeline.layers().begin));
+  };
   model::PipelineHooks hooks;
-  hooks.observer = [&](std::int64_t layer) -> model::LayerObserver* {
-    return layers.at(static_cast<std::size_t>(layer - pipeline.layers().begin)).get();
+  hooks.observer = [&](std::int64_t layer) -> model::LayerObserver* { return &of_layer(layer); };
+  // Halves go by a sequence's place in the whole list, whoever runs it and together with which others.
+  hooks.before_layer = [&](std::int64_t layer, std::int64_t index) {
+    of_layer(layer).expect((index * grid.replicas + grid.replica) * options.micro_batch);
   };
   hooks.progress = options.progress;
   pipeline.run(micro_batches_of(sequences, options.micro_batch, grid.replica, grid.replicas), hooks);

@@ -1,6 +1,7 @@
 #pragma once
 // Collecting sufficient statistics while calibration sequences run through a model.
 
+#include <headfold/calibration/attention.h>
 #include <headfold/calibration/statistics.h>
 #include <headfold/comm/grid.h>
 #include <headfold/linalg/linalg.h>
@@ -15,13 +16,22 @@ namespace headfold::calibration {
 /// Statistics of one layer, fed by the running model. Grams are taken sequence by sequence, in order: neither the
 /// summation order nor the length of a float32 accumulation depends on the micro-batch size. Position-0 rows are
 /// buffered and their products formed in float64, since how many share one product depends on the number of replicas.
+/// With half-sample sums, even and odd sequences go to Grams of their own and meet in finish(): the same arithmetic,
+/// twice the memory.
 class LayerAccumulator : public model::LayerObserver {
  public:
-  /// `key_width` = kv_heads * head_dim of the rotated keys, 0 to leave them out.
+  /// `key_width` = kv_heads * head_dim of the rotated keys, 0 to leave them out. Neither halves nor attention.
   LayerAccumulator(std::int64_t hidden, std::int64_t key_width);
+  /// `slopes` [heads] float32: ALiBi, for attention statistics.
+  explicit LayerAccumulator(const StatisticsShape& shape, const at::Tensor& slopes = {});
+  /// The next batch begins with sequence `index` of the drawn list. Without this call, batches follow one another from
+  /// 0 on.
+  void expect(std::int64_t index) { next_ = index; }
   void attention_input(const at::Tensor& x) override;
   void rotated_keys(const at::Tensor& keys) override;
-  bool wants_rotated_keys() const override { return keys_ != nullptr; }
+  bool wants_rotated_keys() const override { return parts_[0].keys != nullptr; }
+  void attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values) override;
+  bool wants_attention() const override { return attention_ != nullptr; }
   /// Adds what is still buffered, sums over `peers` (collective, in float64, in place) and checks that everything is
   /// finite. InputError naming `layer` otherwise. Once, after the last forward.
   void finish(const comm::Communicator& peers, std::int64_t layer);
@@ -29,12 +39,24 @@ class LayerAccumulator : public model::LayerObserver {
   const PackedStatistics& statistics() const;
 
  private:
-  void flush();
-  linalg::GramAccumulator moment_, moment_0_;
-  std::unique_ptr<linalg::GramAccumulator> keys_;
+  /// Sums over all sequences, or over those of one half.
+  struct Sums {
+    explicit Sums(const StatisticsShape& shape);
+    void flush();
+    linalg::GramAccumulator moment, moment_0;
+    std::unique_ptr<linalg::GramAccumulator> keys;
+    at::Tensor sum, sum_0;
+    double count = 0, count_0 = 0;
+    at::Tensor first_rows;         // [64, hidden] float64, position-0 rows not yet in moment_0
+    std::int64_t first_count = 0;  // how many of them are filled
+  };
+  Sums& sums_of(std::int64_t sequence) { return parts_[static_cast<std::size_t>(sequence) % parts_.size()]; }
+
+  std::vector<Sums> parts_;  // one, or even and odd
+  std::unique_ptr<AttentionAccumulator> attention_;
   PackedStatistics statistics_;
-  at::Tensor first_rows_;         // [64, hidden] float64, position-0 rows not yet in moment_0_
-  std::int64_t first_count_ = 0;  // how many of them are filled
+  std::int64_t next_ = 0;   // sequence that the next batch begins with
+  std::int64_t first_ = 0;  // sequence that the current batch began with
   bool finished_ = false;
 };
 
@@ -43,12 +65,23 @@ struct CollectOptions {
   model::Residency residency = model::Residency::resident;
   std::int64_t micro_batch = 1;  ///< sequences per micro-batch
   bool rotated_keys = true;      ///< ignored for models without RoPE
+  bool half_samples = false;     ///< keep the even sequences' share of every sum
+  bool attention_statistics = false;
+  std::int64_t attended_heads = 0;  ///< KV heads per block of attended values; 0 = default_attended_heads()
   /// Work done since the last call, in micro-batches of this replica (model::PipelineHooks::progress).
   std::function<void(double done)> progress;
 };
 
 /// Whether statistics of this model hold a rotated-key Gram.
 bool collects_rotated_keys(const checkpoint::ModelConfig& config, bool wanted);
+
+/// What collect() gathers of every layer of this model, for sequences of `tokens`. UsageError when attended_heads does
+/// not divide the KV heads; InputError for models whose layers or layouts the statistics cannot describe.
+StatisticsShape collected_shape(const checkpoint::ModelConfig& config, const CollectOptions& options,
+                                std::int64_t tokens);
+/// The header's fields that follow from the model's shape and what is collected; the caller fills in the rest.
+StatisticsHeader header_of(const checkpoint::ModelConfig& config, const CollectOptions& options, std::int64_t samples,
+                           std::int64_t tokens);
 
 /// Micro-batch m (of ceil(samples / micro_batch)) is run by replica m % replicas. The list of one replica, ids [batch,
 /// tokens] each.

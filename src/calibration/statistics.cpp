@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -17,9 +18,9 @@ namespace headfold::calibration {
 namespace {
 
 constexpr const char* kFormat = "headfold-statistics";
-constexpr std::int64_t kVersion = 1;
-constexpr hsize_t kPiece = hsize_t{1} << 27;     // doubles per transfer: 1 GiB, below the 2^31 bytes of MPI-IO counts
-constexpr std::size_t kLongestText = 60 * 1024;  // an attribute must fit an object header
+constexpr std::int64_t kVersion = 2;          // 1: neither halves nor attention statistics; still read
+constexpr hsize_t kPiece = hsize_t{1} << 27;  // doubles per transfer: 1 GiB, below the 2^31 bytes of MPI-IO counts
+constexpr std::size_t kLongestText = std::size_t{60} * 1024;  // an attribute must fit an object header
 constexpr std::int64_t kMostLayers = 100000;
 constexpr std::int64_t kWidest = 1 << 20;  // so that no product of two sizes overflows
 
@@ -66,25 +67,78 @@ std::string group_name(std::int64_t layer) {
   return fmt::format("/layer_{:04}", layer);
 }
 
-/// Datasets of a layer: name and number of float64 values.
+/// Part of a layer's statistics that a reader may leave out.
+enum class Part { base, halves, attention };
+
+/// Datasets of a layer: name and number of float64 values. Where the values are kept in memory: a tensor, or one of the
+/// small datasets that hold numbers.
 struct Dataset {
   std::string name;
-  std::int64_t size;
+  std::int64_t size = 0;
+  Part part = Part::base;
+  at::Tensor PackedStatistics::*tensor = nullptr;
+  std::int64_t matrix = 0;  ///< width of the packed matrices in it; 1: plain sums of one sign; 0: no trace is recorded
+  int trace = -1;           ///< place of its trace in `traces`
 };
-std::vector<Dataset> datasets(const StatisticsHeader& header) {
-  const std::int64_t packed = linalg::packed_size(header.hidden);
-  std::vector<Dataset> all{{"count", 2},       {"traces", 3},       {"sum", header.hidden}, {"sum_0", header.hidden},
-                           {"moment", packed}, {"moment_0", packed}};
-  if (header.has_rotated_keys) all.push_back({"rotated_keys", linalg::packed_size(header.key_width())});
+
+constexpr std::int64_t kTraces1 = 3;  // of format version 1
+constexpr std::int64_t kTraces = 9;
+
+std::vector<Dataset> datasets(const StatisticsShape& shape, std::int64_t version = kVersion) {
+  using Packed = PackedStatistics;
+  const std::int64_t hidden = shape.hidden;
+  const std::int64_t packed = linalg::packed_size(hidden);
+  const std::int64_t keys = linalg::packed_size(shape.key_width);
+  std::vector<Dataset> all{{"count", 2},
+                           {"traces", version == 1 ? kTraces1 : kTraces},
+                           {"sum", hidden, Part::base, &Packed::sum},
+                           {"sum_0", hidden, Part::base, &Packed::sum_0},
+                           {"moment", packed, Part::base, &Packed::moment, hidden, 0},
+                           {"moment_0", packed, Part::base, &Packed::moment_0, hidden, 1}};
+  if (shape.key_width > 0) all.push_back({"rotated_keys", keys, Part::base, &Packed::rotated_keys, shape.key_width, 2});
+  if (shape.halves) {
+    all.push_back({"count_even", 2, Part::halves});
+    all.push_back({"sum_even", hidden, Part::halves, &Packed::sum_even});
+    all.push_back({"sum_0_even", hidden, Part::halves, &Packed::sum_0_even});
+    all.push_back({"moment_even", packed, Part::halves, &Packed::moment_even, hidden, 3});
+    all.push_back({"moment_0_even", packed, Part::halves, &Packed::moment_0_even, hidden, 4});
+    if (shape.key_width > 0)
+      all.push_back({"rotated_keys_even", keys, Part::halves, &Packed::rotated_keys_even, shape.key_width, 5});
+  }
+  if (shape.attention) {
+    const std::int64_t d = shape.head_dim;
+    const std::int64_t block = shape.block();
+    all.push_back({"attention_count", 1, Part::attention});
+    all.push_back(
+        {"rotated_queries", shape.heads * linalg::packed_size(d), Part::attention, &Packed::rotated_queries, d, 6});
+    all.push_back(
+        {"distance_mass", shape.heads * shape.sequence_length, Part::attention, &Packed::distance_mass, 1, 7});
+    all.push_back({"attended", shape.heads * linalg::packed_size(block), Part::attention, &Packed::attended, block, 8});
+    all.push_back({"attended_sum", shape.heads * block, Part::attention, &Packed::attended_sum});
+  }
   return all;
 }
 
-/// Sum of the diagonal of a packed lower triangle; 0 when undefined.
+/// Sum of the diagonals of packed lower triangles [n, n], one after the other; 0 when undefined.
 double trace(const at::Tensor& packed, std::int64_t n) {
   if (!packed.defined()) return 0;
+  const std::int64_t size = linalg::packed_size(n);
   double sum = 0;
-  for (std::int64_t i = 0; i < n; ++i) sum += packed.data_ptr<double>()[i * (i + 1) / 2 + i];
+  for (std::int64_t first = 0; first < packed.numel(); first += size)
+    for (std::int64_t i = 0; i < n; ++i) sum += packed.data_ptr<double>()[first + i * (i + 1) / 2 + i];
   return sum;
+}
+
+/// The values of the small datasets that hold numbers.
+std::vector<double> numbers(const PackedStatistics& part, const StatisticsShape& shape, const std::string& name) {
+  if (name == "count") return {part.count, part.count_0};
+  if (name == "count_even") return {part.count_even, part.count_0_even};
+  if (name == "attention_count") return {part.attention_count};
+  std::vector<double> traces(kTraces, 0.0);
+  for (const Dataset& dataset : datasets(shape))
+    if (dataset.trace >= 0)
+      traces[static_cast<std::size_t>(dataset.trace)] = trace(part.*dataset.tensor, dataset.matrix);
+  return traces;
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -119,7 +173,7 @@ class Writer {
     for (std::int64_t layer = 0; layer < header.layers; ++layer) {
       const Handle group(H5Gcreate2(file_, group_name(layer).c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT), H5Gclose);
       if (!group.valid()) fail("a group cannot be created");
-      for (const Dataset& dataset : datasets(header)) {
+      for (const Dataset& dataset : datasets(header.shape())) {
         const auto size = static_cast<hsize_t>(dataset.size);
         const Handle space(H5Screate_simple(1, &size, nullptr), H5Sclose);
         Handle made(
@@ -216,8 +270,8 @@ class Input {
   /// Opens a dataset after checking that it is float64 [size], stored in this file.
   Handle dataset(std::int64_t layer, const Dataset& wanted) const {
     const std::string where = group_name(layer) + "/" + wanted.name;
-    if (H5Lexists(file_, group_name(layer).c_str(), H5P_DEFAULT) <= 0) corrupt(group_name(layer), "is missing");
-    if (H5Lexists(file_, where.c_str(), H5P_DEFAULT) <= 0) corrupt(where, "is missing");
+    check_link(group_name(layer));
+    check_link(where);
     Handle set(H5Dopen2(file_, where.c_str(), H5P_DEFAULT), H5Dclose);
     if (!set.valid()) corrupt(where, "cannot be opened: " + reason());
     const Handle type(H5Dget_type(set), H5Tclose);
@@ -231,10 +285,11 @@ class Input {
     if (size != static_cast<hsize_t>(wanted.size))
       corrupt(where, fmt::format("has {} values, expected {}", size, wanted.size));
     const Handle properties(H5Dget_create_plist(set), H5Pclose);
-    // No external files, and no space that is merely promised.
-    if (!properties.valid() || H5Pget_external_count(properties) != 0 ||
-        H5Dget_storage_size(set) < size * sizeof(double))
-      corrupt(where, "is not stored in the file");
+    // Plain values that are there: no other files, nothing to unpack, no space that is merely promised.
+    const hsize_t stored = H5Dget_storage_size(set);
+    if (!properties.valid() || H5Pget_layout(properties) != H5D_CONTIGUOUS || H5Pget_external_count(properties) != 0 ||
+        stored < size * sizeof(double) || stored > size_)
+      corrupt(where, "is not stored in the file as a plain array");
     return set;
   }
 
@@ -263,7 +318,14 @@ class Input {
   }
 
  private:
-  hid_t open(const fs::path& path) const {
+  /// Hard links only: another kind may lead to another file.
+  void check_link(const std::string& where) const {
+    H5L_info_t info{};
+    if (H5Lexists(file_, where.c_str(), H5P_DEFAULT) <= 0) corrupt(where, "is missing");
+    if (H5Lget_info(file_, where.c_str(), &info, H5P_DEFAULT) < 0 || info.type != H5L_TYPE_HARD)
+      corrupt(where, "is a link to another place");
+  }
+  hid_t open(const fs::path& path) {
     silence();
     std::error_code code;
     if (!fs::exists(path, code)) throw IoError(name_, "there is no such file", "headfold calibrate makes one");
@@ -272,6 +334,7 @@ class Input {
       if (::access(path.c_str(), R_OK) != 0) throw IoError(name_, "cannot be read");
       throw CorruptFile(name_, "is not an HDF5 file", "give the .h5 file that headfold calibrate wrote");
     }
+    size_ = fs::file_size(path, code);
     const Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
     return H5Fopen(path.c_str(), H5F_ACC_RDONLY, access);
   }
@@ -285,6 +348,7 @@ class Input {
   }
 
   std::string name_;
+  std::uintmax_t size_ = 0;
   Handle file_;
 };
 
@@ -304,6 +368,11 @@ OrderedJson header_json(const StatisticsHeader& header) {
   json["dtype"] = header.dtype;
   json["options"] = header.options;
   json["has_rotated_keys"] = header.has_rotated_keys;
+  if (header.format_version == 1) return json;
+  json["has_halves"] = header.has_halves;
+  json["has_attention"] = header.has_attention;
+  json["heads"] = header.heads;
+  json["attended_heads"] = header.attended_heads;
   return json;
 }
 
@@ -322,8 +391,41 @@ at::Tensor LayerStatistics::mean(double sink_weight) const {
   return (sum + sum_0 * sink_weight) / tokens;
 }
 
+LayerStatistics LayerStatistics::half(int which) const {
+  if (!has_halves()) throw InternalError("a half of statistics that keep no halves");
+  if (which != 0 && which != 1) throw InternalError(fmt::format("half {} of two", which));
+  LayerStatistics half;
+  const auto part = [&](const at::Tensor& all, const at::Tensor& even) {
+    return which == 0 || !all.defined() ? even : all - even;
+  };
+  half.count = which == 0 ? count_even : count - count_even;
+  half.count_0 = which == 0 ? count_0_even : count_0 - count_0_even;
+  half.sum = part(sum, sum_even);
+  half.sum_0 = part(sum_0, sum_0_even);
+  half.moment = part(moment, moment_even);
+  half.moment_0 = part(moment_0, moment_0_even);
+  half.rotated_keys = part(rotated_keys, rotated_keys_even);
+  return half;
+}
+
 LayerStatistics PackedStatistics::full() const {
   const std::int64_t hidden = sum.numel();
+  // Width of each of the packed matrices that follow one another.
+  const auto width = [](const at::Tensor& packed, std::int64_t matrices) {
+    const auto size = static_cast<double>(packed.numel() / matrices);
+    return static_cast<std::int64_t>(std::lround((std::sqrt(8 * size + 1) - 1) / 2));
+  };
+  const auto unpack = [&](const at::Tensor& packed) {
+    return packed.defined() ? linalg::unpack_lower(packed, width(packed, 1)) : at::Tensor();
+  };
+  const auto unpack_heads = [&](const at::Tensor& packed) {
+    const std::int64_t n = width(packed, heads);
+    at::Tensor all = at::empty({heads, n, n}, at::kDouble);
+    for (std::int64_t head = 0; head < heads; ++head)
+      all.select(0, head).copy_(
+          linalg::unpack_lower(packed.narrow(0, head * linalg::packed_size(n), linalg::packed_size(n)), n));
+    return all;
+  };
   LayerStatistics all;
   all.count = count;
   all.count_0 = count_0;
@@ -331,12 +433,37 @@ LayerStatistics PackedStatistics::full() const {
   all.sum_0 = sum_0;
   all.moment = linalg::unpack_lower(moment, hidden);
   all.moment_0 = linalg::unpack_lower(moment_0, hidden);
-  if (rotated_keys.defined()) {
-    auto width =
-        static_cast<std::int64_t>((std::sqrt(8.0 * static_cast<double>(rotated_keys.numel()) + 1) - 1) / 2 + 0.5);
-    all.rotated_keys = linalg::unpack_lower(rotated_keys, width);
+  all.rotated_keys = unpack(rotated_keys);
+  all.count_even = count_even;
+  all.count_0_even = count_0_even;
+  all.sum_even = sum_even;
+  all.sum_0_even = sum_0_even;
+  all.moment_even = unpack(moment_even);
+  all.moment_0_even = unpack(moment_0_even);
+  all.rotated_keys_even = unpack(rotated_keys_even);
+  if (rotated_queries.defined()) {
+    all.attention_count = attention_count;
+    all.rotated_queries = unpack_heads(rotated_queries);
+    all.distance_mass = distance_mass.view({heads, -1});
+    all.attended = unpack_heads(attended);
+    all.attended_sum = attended_sum.view({heads, -1});
+    all.attended_heads = attended_heads;
   }
   return all;
+}
+
+StatisticsShape StatisticsHeader::shape() const {
+  StatisticsShape shape;
+  shape.hidden = hidden;
+  shape.key_width = has_rotated_keys ? key_width() : 0;
+  shape.halves = has_halves;
+  shape.attention = has_attention;
+  shape.heads = heads;
+  shape.kv_heads = kv_heads;
+  shape.head_dim = head_dim;
+  shape.attended_heads = attended_heads;
+  shape.sequence_length = sequence_length;
+  return shape;
 }
 
 StatisticsFile::StatisticsFile(const fs::path& path) : path_(path) {
@@ -346,10 +473,10 @@ StatisticsFile::StatisticsFile(const fs::path& path) : path_(path) {
                       "give the file that headfold calibrate wrote");
   constexpr std::int64_t any = std::numeric_limits<std::int64_t>::max();
   header_.format_version = input.integer("format_version", 1, any);
-  if (header_.format_version != kVersion)
+  if (header_.format_version > kVersion)
     throw CorruptFile(
         path.string(),
-        fmt::format("has format version {}, this build reads version {}", header_.format_version, kVersion),
+        fmt::format("has format version {}, this build reads versions 1 to {}", header_.format_version, kVersion),
         "use the headfold that wrote it, or calibrate again");
   header_.headfold_version = input.text("headfold_version");
   header_.model_hash = input.text("model_hash");
@@ -365,44 +492,84 @@ StatisticsFile::StatisticsFile(const fs::path& path) : path_(path) {
   header_.dtype = input.text("dtype");
   header_.options = input.text("options");
   header_.has_rotated_keys = input.integer("has_rotated_keys", 0, 1) == 1;
+  if (header_.format_version > 1) {
+    header_.has_halves = input.integer("has_halves", 0, 1) == 1;
+    header_.has_attention = input.integer("has_attention", 0, 1) == 1;
+    if (header_.has_attention) {
+      // The largest products below stay far from overflow, and read() allocates only what the file really holds.
+      input.integer("sequence_length", 2, kWidest);
+      header_.heads = input.integer("heads", 1, kWidest / header_.head_dim);
+      header_.attended_heads = input.integer("attended_heads", 1, header_.kv_heads);
+      if (header_.kv_heads % header_.attended_heads != 0)
+        input.wrong("attended_heads",
+                    fmt::format("is {}, which does not divide {} KV heads", header_.attended_heads, header_.kv_heads));
+      if (header_.heads % header_.kv_heads != 0)
+        input.wrong("heads", fmt::format("is {}, no multiple of {} KV heads", header_.heads, header_.kv_heads));
+    }
+  }
   for (std::int64_t layer = 0; layer < header_.layers; ++layer)
-    for (const Dataset& dataset : datasets(header_)) input.dataset(layer, dataset);
+    for (const Dataset& dataset : datasets(header_.shape(), header_.format_version)) input.dataset(layer, dataset);
 }
 
 StatisticsFile::~StatisticsFile() = default;
 
-LayerStatistics StatisticsFile::layer(std::int64_t index) const {
+LayerStatistics StatisticsFile::layer(std::int64_t index, const Selection& selection) const {
   if (index < 0 || index >= header_.layers)
     throw InputError(
         fmt::format("{} holds layers 0 to {}; layer {} was asked for", path_.string(), header_.layers - 1, index));
   const Input input(path_);
+  const StatisticsShape shape = header_.shape();
+  const auto complain = [&](const std::string& name, const std::string& what) {
+    input.corrupt(group_name(index) + "/" + name, what);
+  };
   PackedStatistics packed;
+  packed.heads = shape.heads;
+  packed.attended_heads = shape.attended_heads;
   at::Tensor traces;
-  for (const Dataset& dataset : datasets(header_)) {
+  for (const Dataset& dataset : datasets(shape, header_.format_version)) {
+    if ((dataset.part == Part::halves && !selection.halves) ||
+        (dataset.part == Part::attention && !selection.attention))
+      continue;
     const at::Tensor values = input.read(index, dataset);
-    if (dataset.name == "count") {
-      packed.count = values.data_ptr<double>()[0];
-      packed.count_0 = values.data_ptr<double>()[1];
-      if (packed.count < 0 || packed.count_0 < 0 || packed.count + packed.count_0 <= 0)
-        input.corrupt(group_name(index) + "/count",
-                      fmt::format("holds {} and {} tokens", packed.count, packed.count_0));
+    const double* value = values.data_ptr<double>();
+    if (dataset.tensor != nullptr) {
+      packed.*dataset.tensor = values;
+    } else if (dataset.name == "traces") {
+      traces = values;
+    } else if (dataset.name == "count") {
+      packed.count = value[0];
+      packed.count_0 = value[1];
+      if (packed.count < 0 || packed.count_0 < 0 || packed.count + packed.count_0 <= 0 ||
+          packed.count != std::floor(packed.count) || packed.count_0 != std::floor(packed.count_0))
+        complain("count", fmt::format("holds {} and {} tokens", packed.count, packed.count_0));
+    } else if (dataset.name == "count_even") {
+      packed.count_even = value[0];
+      packed.count_0_even = value[1];
+      if (packed.count_even < 0 || packed.count_even > packed.count || packed.count_0_even < 0 ||
+          packed.count_0_even > packed.count_0)
+        complain("count_even", fmt::format("holds {} and {} tokens of {} and {}", packed.count_even,
+                                           packed.count_0_even, packed.count, packed.count_0));
+    } else if (dataset.name == "attention_count") {
+      packed.attention_count = value[0];
+      if (packed.attention_count <= 0) complain("attention_count", fmt::format("holds {} tokens", value[0]));
     }
-    if (dataset.name == "traces") traces = values;
-    if (dataset.name == "sum") packed.sum = values;
-    if (dataset.name == "sum_0") packed.sum_0 = values;
-    if (dataset.name == "moment") packed.moment = values;
-    if (dataset.name == "moment_0") packed.moment_0 = values;
-    if (dataset.name == "rotated_keys") packed.rotated_keys = values;
   }
   // The traces are stored apart: a flipped or unwritten block of a matrix contradicts them.
-  const std::array<double, 3> found{trace(packed.moment, header_.hidden), trace(packed.moment_0, header_.hidden),
-                                    trace(packed.rotated_keys, header_.key_width())};
-  const std::array<const char*, 3> names{"moment", "moment_0", "rotated_keys"};
-  for (std::size_t i = 0; i < 3; ++i) {
-    const double stored = traces.data_ptr<double>()[i];
-    if (std::abs(found[i] - stored) > 1e-9 * std::abs(stored))
-      input.corrupt(group_name(index) + "/" + names[i],
-                    fmt::format("has trace {:.12g}, recorded is {:.12g}", found[i], stored));
+  for (const Dataset& dataset : datasets(shape, header_.format_version)) {
+    if (dataset.trace < 0 || !(packed.*dataset.tensor).defined()) continue;
+    const double found = trace(packed.*dataset.tensor, dataset.matrix);
+    const double stored = traces.data_ptr<double>()[dataset.trace];
+    if (std::abs(found - stored) > 1e-9 * std::abs(stored))
+      complain(dataset.name, fmt::format("has {} {:.12g}, recorded is {:.12g}", dataset.matrix == 1 ? "sum" : "trace",
+                                         found, stored));
+  }
+  if (packed.distance_mass.defined()) {
+    // Every row of attention is a distribution.
+    const double expected = packed.attention_count * static_cast<double>(packed.heads);
+    const double found = packed.distance_mass.sum().item<double>();
+    if (packed.distance_mass.min().item<double>() < 0 || std::abs(found - expected) > 0.02 * expected)
+      complain("distance_mass", fmt::format("is no attention of {} heads: its sum is {:.6g}, expected {:.6g}",
+                                            packed.heads, found, expected));
   }
   return packed.full();
 }
@@ -412,7 +579,8 @@ std::string StatisticsFile::content_hash() const {
   hash.update(header_json(header_).dump());
   const Input input(path_);
   for (std::int64_t layer = 0; layer < header_.layers; ++layer) {
-    for (const Dataset& dataset : {Dataset{"count", 2}, Dataset{"traces", 3}}) {
+    for (const Dataset& dataset : datasets(header_.shape(), header_.format_version)) {
+      if (dataset.tensor != nullptr) continue;
       const at::Tensor values = input.read(layer, dataset);
       for (std::int64_t i = 0; i < dataset.size; ++i) hash.update(fmt::format("{:.8e};", values.data_ptr<double>()[i]));
     }
@@ -420,27 +588,31 @@ std::string StatisticsFile::content_hash() const {
   return hash.hex();
 }
 
-std::uint64_t layer_statistics_bytes(std::int64_t hidden, std::int64_t key_width, bool rotated_keys) {
-  const std::int64_t values =
-      5 + 2 * hidden + 2 * linalg::packed_size(hidden) + (rotated_keys ? linalg::packed_size(key_width) : 0);
-  return static_cast<std::uint64_t>(values) * sizeof(double);
+std::uint64_t layer_statistics_bytes(const StatisticsShape& shape) {
+  std::uint64_t values = 0;
+  for (const Dataset& dataset : datasets(shape)) values += static_cast<std::uint64_t>(dataset.size);
+  return values * sizeof(double);
 }
 
 std::uint64_t statistics_file_bytes(const StatisticsHeader& header) {
-  return static_cast<std::uint64_t>(header.layers) *
-         layer_statistics_bytes(header.hidden, header.key_width(), header.has_rotated_keys);
+  return static_cast<std::uint64_t>(header.layers) * layer_statistics_bytes(header.shape());
 }
 
 void write_statistics(const fs::path& path, const StatisticsHeader& header, const comm::Communicator& world,
                       const std::vector<OwnedLayer>& own) {
   silence();
+  const StatisticsShape shape = header.shape();
+  const std::vector<Dataset> wanted = datasets(shape);
   std::vector<std::int64_t> owners(static_cast<std::size_t>(header.layers), 0);
   for (const OwnedLayer& layer : own) {
     ++owners.at(static_cast<std::size_t>(layer.layer));
     const PackedStatistics& part = *layer.statistics;
-    if (part.sum.numel() != header.hidden || part.moment.numel() != linalg::packed_size(header.hidden) ||
-        part.rotated_keys.defined() != header.has_rotated_keys ||
-        (header.has_rotated_keys && part.rotated_keys.numel() != linalg::packed_size(header.key_width())))
+    bool fits = part.rotated_keys.defined() == header.has_rotated_keys &&
+                part.moment_even.defined() == header.has_halves && part.attended.defined() == header.has_attention;
+    for (const Dataset& dataset : wanted)
+      if (dataset.tensor != nullptr)
+        fits = fits && (part.*dataset.tensor).defined() && (part.*dataset.tensor).numel() == dataset.size;
+    if (!fits)
       throw InternalError(
           fmt::format("the statistics of layer {} do not have the shapes of their header", layer.layer));
   }
@@ -478,22 +650,22 @@ void write_statistics(const fs::path& path, const StatisticsHeader& header, cons
     writer.text("dtype", header.dtype);
     writer.text("options", header.options);
     writer.integer("has_rotated_keys", header.has_rotated_keys ? 1 : 0);
+    writer.integer("has_halves", header.has_halves ? 1 : 0);
+    writer.integer("has_attention", header.has_attention ? 1 : 0);
+    writer.integer("heads", header.heads);
+    writer.integer("attended_heads", header.attended_heads);
     writer.create(header);
     for (const OwnedLayer& layer : own) {
       const PackedStatistics& part = *layer.statistics;
-      const std::array<double, 2> counts{part.count, part.count_0};
-      const std::array<double, 3> traces{trace(part.moment, header.hidden), trace(part.moment_0, header.hidden),
-                                         trace(part.rotated_keys, header.key_width())};
-      writer.write(layer.layer, "count", counts.data(), 2);
-      writer.write(layer.layer, "traces", traces.data(), 3);
-      const auto tensor = [&](const char* name, const at::Tensor& values) {
-        writer.write(layer.layer, name, values.data_ptr<double>(), values.numel());
-      };
-      tensor("sum", part.sum);
-      tensor("sum_0", part.sum_0);
-      tensor("moment", part.moment);
-      tensor("moment_0", part.moment_0);
-      if (header.has_rotated_keys) tensor("rotated_keys", part.rotated_keys);
+      for (const Dataset& dataset : wanted) {
+        if (dataset.tensor != nullptr) {
+          const at::Tensor& values = part.*dataset.tensor;
+          writer.write(layer.layer, dataset.name, values.data_ptr<double>(), values.numel());
+        } else {
+          const std::vector<double> values = numbers(part, shape, dataset.name);
+          writer.write(layer.layer, dataset.name, values.data(), dataset.size);
+        }
+      }
     }
     writer.close();
   } catch (...) {

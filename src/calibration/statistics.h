@@ -11,6 +11,18 @@
 
 namespace headfold::calibration {
 
+/// What the statistics of a layer hold, and how wide it is.
+struct StatisticsShape {
+  std::int64_t hidden = 0;
+  std::int64_t key_width = 0;  ///< kv_heads * head_dim of the rotated keys; 0: none are kept
+  bool halves = false;         ///< half-sample sums
+  bool attention = false;      ///< attention statistics, for which the rest is needed
+  std::int64_t heads = 0, kv_heads = 0, head_dim = 0;
+  std::int64_t attended_heads = 0;  ///< KV heads per block; divides kv_heads
+  std::int64_t sequence_length = 0;
+  std::int64_t block() const { return attended_heads * head_dim; }
+};
+
 /// Sums over calibration tokens, float64. Position 0 of every sequence (the attention sink) is kept apart (suffix _0).
 /// The rotated-key Gram of position 0 needs no storage: rotation is the identity there, so it is W_K S2_0 W_K^T.
 struct LayerStatistics {
@@ -46,18 +58,28 @@ struct LayerStatistics {
 };
 
 /// The same sums as they are accumulated, reduced and stored: symmetric matrices as packed lower triangles
-/// (linalg::GramAccumulator).
+/// (linalg::GramAccumulator), those of all heads one after the other.
 struct PackedStatistics {
   double count = 0, count_0 = 0;
   at::Tensor sum, sum_0;        ///< [hidden]
   at::Tensor moment, moment_0;  ///< [hidden (hidden + 1) / 2]
   at::Tensor rotated_keys;      ///< [k (k + 1) / 2], k = kv_heads*head_dim; undefined when not collected
+  double count_even = 0, count_0_even = 0;
+  at::Tensor sum_even, sum_0_even, moment_even, moment_0_even, rotated_keys_even;  ///< undefined without halves
+  double attention_count = 0;
+  at::Tensor rotated_queries;       ///< [heads * head_dim (head_dim + 1) / 2]; this and all below: undefined when not
+                                    ///< collected
+  at::Tensor distance_mass;         ///< [heads * sequence length]
+  at::Tensor attended;              ///< [heads * block (block + 1) / 2]
+  at::Tensor attended_sum;          ///< [heads * block]
+  std::int64_t heads = 0;           ///< query heads
+  std::int64_t attended_heads = 0;  ///< source KV heads of one block
   LayerStatistics full() const;
 };
 
 /// What a statistics file says about itself.
 struct StatisticsHeader {
-  std::int64_t format_version = 1;
+  std::int64_t format_version = 2;  ///< of the file that was read; files are written in the newest version
   std::string headfold_version;
   std::string model_hash, data_hash;
   std::string family;
@@ -66,7 +88,12 @@ struct StatisticsHeader {
   std::string dtype;    ///< compute dtype
   std::string options;  ///< JSON text of the options
   bool has_rotated_keys = false;
+  bool has_halves = false;          ///< half-sample sums
+  bool has_attention = false;       ///< attention statistics
+  std::int64_t heads = 0;           ///< query heads; 0 without attention statistics
+  std::int64_t attended_heads = 0;  ///< source KV heads of one block of attended values; 0 without them
   std::int64_t key_width() const { return kv_heads * head_dim; }
+  StatisticsShape shape() const;
 };
 
 /// Opens and validates a statistics file; layers are read on demand, so a rank reads only what it needs. Throws
@@ -76,9 +103,15 @@ class StatisticsFile {
   explicit StatisticsFile(const std::filesystem::path& path);
   ~StatisticsFile();
   const StatisticsHeader& header() const { return header_; }
+  /// What to read of a layer: what is left out, or not in the file, stays undefined.
+  struct Selection {
+    bool halves = true;
+    bool attention = true;
+  };
   /// InputError for an index outside the file; CorruptFile naming the dataset for NaN, Inf or sums that contradict each
   /// other.
-  LayerStatistics layer(std::int64_t index) const;
+  LayerStatistics layer(std::int64_t index) const { return layer(index, Selection()); }
+  LayerStatistics layer(std::int64_t index, const Selection& selection) const;
   const std::filesystem::path& path() const { return path_; }
   /// SHA-256 of header and of every layer's counts and traces (to 9 digits, so that it does not depend on the number of
   /// ranks): identifies the content.
@@ -104,6 +137,6 @@ void write_statistics(const std::filesystem::path& path, const StatisticsHeader&
 /// Bytes of the file that write_statistics() makes, without HDF5's own few KiB per layer.
 std::uint64_t statistics_file_bytes(const StatisticsHeader& header);
 /// Bytes of one layer's packed statistics.
-std::uint64_t layer_statistics_bytes(std::int64_t hidden, std::int64_t key_width, bool rotated_keys);
+std::uint64_t layer_statistics_bytes(const StatisticsShape& shape);
 
 }  // namespace headfold::calibration

@@ -1,5 +1,5 @@
 #pragma once
-// Private: elementwise kernels of a decoder layer, one pass over memory each, float32 inside. Compiled for AVX-512,
+// Internal: elementwise kernels of a decoder layer, one pass over memory each, float32 inside. Compiled for AVX-512,
 // AVX2 and the baseline; the best one that this processor has is chosen at run time.
 
 #include <ATen/ATen.h>

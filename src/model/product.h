@@ -1,5 +1,5 @@
 #pragma once
-// Private: matrix products at the full rate of the processor. oneDNN where it is compiled in (its own kernels for
+// Internal: matrix products at the full rate of the processor. oneDNN where it is compiled in (its own kernels for
 // AVX-512 and AMX), ATen otherwise.
 
 #include <ATen/ATen.h>

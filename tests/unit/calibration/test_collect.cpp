@@ -30,14 +30,39 @@ double relative(const at::Tensor& a, const at::Tensor& b) {
   return ((a - b).abs().max() / b.abs().max()).item<double>();
 }
 
+/// Every tensor of the statistics, with its name.
+const std::vector<std::pair<const char*, at::Tensor PackedStatistics::*>>& tensors() {
+  using Packed = PackedStatistics;
+  static const std::vector<std::pair<const char*, at::Tensor Packed::*>> all{
+      {"sum", &Packed::sum},
+      {"sum_0", &Packed::sum_0},
+      {"moment", &Packed::moment},
+      {"moment_0", &Packed::moment_0},
+      {"rotated_keys", &Packed::rotated_keys},
+      {"sum_even", &Packed::sum_even},
+      {"sum_0_even", &Packed::sum_0_even},
+      {"moment_even", &Packed::moment_even},
+      {"moment_0_even", &Packed::moment_0_even},
+      {"rotated_keys_even", &Packed::rotated_keys_even},
+      {"rotated_queries", &Packed::rotated_queries},
+      {"distance_mass", &Packed::distance_mass},
+      {"attended", &Packed::attended},
+      {"attended_sum", &Packed::attended_sum}};
+  return all;
+}
+
 /// Largest relative difference of any sum.
 double difference(const PackedStatistics& a, const PackedStatistics& b) {
   EXPECT_EQ(a.count, b.count);
   EXPECT_EQ(a.count_0, b.count_0);
-  double worst = std::max({relative(a.sum, b.sum), relative(a.sum_0, b.sum_0), relative(a.moment, b.moment),
-                           relative(a.moment_0, b.moment_0)});
-  EXPECT_EQ(a.rotated_keys.defined(), b.rotated_keys.defined());
-  if (a.rotated_keys.defined()) worst = std::max(worst, relative(a.rotated_keys, b.rotated_keys));
+  EXPECT_EQ(a.count_even, b.count_even);
+  EXPECT_EQ(a.count_0_even, b.count_0_even);
+  EXPECT_EQ(a.attention_count, b.attention_count);
+  double worst = 0;
+  for (const auto& [name, tensor] : tensors()) {
+    EXPECT_EQ((a.*tensor).defined(), (b.*tensor).defined()) << name;
+    if ((a.*tensor).defined()) worst = std::max(worst, relative(a.*tensor, b.*tensor));
+  }
   return worst;
 }
 
@@ -47,6 +72,8 @@ CollectOptions options_of(std::int64_t micro_batch, model::Residency residency =
   options.micro_batch = micro_batch;
   options.residency = residency;
   options.dtype = dtype;
+  options.half_samples = true;
+  options.attention_statistics = true;
   return options;
 }
 
@@ -64,6 +91,9 @@ TEST_P(CollectTest, every_grid_agrees_with_one_rank) {
     ASSERT_EQ(alone.size(), 3U);
     EXPECT_EQ(alone[0]->statistics().count, 7 * 32);
     EXPECT_EQ(alone[0]->statistics().count_0, 7);
+    EXPECT_EQ(alone[0]->statistics().count_even, 4 * 32);
+    EXPECT_EQ(alone[0]->statistics().count_0_even, 4);
+    EXPECT_EQ(alone[0]->statistics().attention_count, 7 * 33);
     EXPECT_EQ(alone[0]->statistics().rotated_keys.defined(), reader.config().family == checkpoint::Family::llama);
     for (int stages = 1; stages <= std::min(3, world().size()); ++stages) {
       if (world().size() % stages != 0) continue;
@@ -121,6 +151,225 @@ TEST_P(CollectTest, first_layer_sums_are_those_of_the_layer_run_by_hand) {
   EXPECT_NEAR(statistics.rotated_keys.trace().item<double>() /
                   at::matmul(at::matmul(w, statistics.moment), w.t()).trace().item<double>(),
               1, 1e-5);
+}
+
+/// What attention statistics are by definition, in float64, from a layer's input and its weights alone.
+struct Reference {
+  at::Tensor rotated_queries, distance_mass, attended, attended_sum;
+};
+
+/// R(n) x for x [tokens, heads, d], float64.
+at::Tensor rotated(const at::Tensor& x, double theta) {
+  const std::int64_t d = x.size(2);
+  const at::Tensor frequencies =
+      at::pow(at::full({d / 2}, theta, at::kDouble), at::arange(d / 2, at::kDouble) * (-2.0 / static_cast<double>(d)));
+  const at::Tensor angles = at::outer(at::arange(x.size(0), at::kDouble), frequencies).unsqueeze(1);
+  const at::Tensor a = x.slice(2, 0, d / 2), b = x.slice(2, d / 2, d);
+  return at::cat({a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()}, 2);
+}
+
+Reference reference_of(const checkpoint::Reader& reader, std::int64_t layer, const at::Tensor& inputs) {
+  const auto& config = reader.config();
+  const std::int64_t heads = config.heads, kv_heads = config.kv_heads, d = config.head_dim, hidden = config.hidden;
+  const std::int64_t tokens = inputs.size(1), width = kv_heads * d;
+  const bool bloom = config.family == checkpoint::Family::bloom;
+  Reference sums{at::zeros({heads, d, d}, at::kDouble), at::zeros({heads, tokens}, at::kDouble),
+                 at::zeros({heads, width, width}, at::kDouble), at::zeros({heads, width}, at::kDouble)};
+  for (std::int64_t s = 0; s < inputs.size(0); ++s) {
+    const at::Tensor x = inputs.select(0, s).to(at::kDouble);
+    at::Tensor q, k, v;
+    if (bloom) {
+      const std::string name = fmt::format("transformer.h.{}.self_attention.query_key_value.", layer);
+      const at::Tensor all = (at::matmul(x, reader.load(name + "weight", {3 * heads * d, hidden}, at::kDouble).t()) +
+                              reader.load(name + "bias", {3 * heads * d}, at::kDouble))
+                                 .view({tokens, heads, 3, d});
+      q = all.select(2, 0);
+      k = all.select(2, 1);
+      v = all.select(2, 2);
+    } else {
+      const auto project = [&](const char* part, std::int64_t count) {
+        const std::string name = fmt::format("model.layers.{}.self_attn.{}_proj.weight", layer, part);
+        return at::matmul(x, reader.load(name, {count * d, hidden}, at::kDouble).t()).view({tokens, count, d});
+      };
+      q = rotated(project("q", heads), config.rope_theta);
+      k = rotated(project("k", kv_heads), config.rope_theta);
+      v = project("v", kv_heads);
+    }
+    const at::Tensor flat = v.reshape({tokens, width});
+    // Slopes of 6 heads: those of 4, then every other one of 8.
+    const std::array<double, 6> slopes{1.0 / 4, 1.0 / 16, 1.0 / 64, 1.0 / 256, 1.0 / 2, 1.0 / 8};
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const at::Tensor own = q.select(1, h);
+      sums.rotated_queries.select(0, h).add_(at::matmul(own.t(), own));
+      at::Tensor scores = at::matmul(own, k.select(1, h / (heads / kv_heads)).t()) / std::sqrt(static_cast<double>(d));
+      if (bloom) scores = scores + slopes.at(static_cast<std::size_t>(h)) * at::arange(tokens, at::kDouble);
+      const at::Tensor hidden_keys = at::ones({tokens, tokens}, at::kBool).triu(1);
+      const at::Tensor p = at::softmax(scores.masked_fill(hidden_keys, -1e300), 1);
+      for (std::int64_t distance = 0; distance < tokens; ++distance)
+        sums.distance_mass.select(0, h).select(0, distance).add_(p.diagonal(-distance).sum());
+      const at::Tensor y = at::matmul(p, flat);
+      sums.attended.select(0, h).add_(at::matmul(y.t(), y));
+      sums.attended_sum.select(0, h).add_(y.sum(0));
+    }
+  }
+  return sums;
+}
+
+TEST_P(CollectTest, attention_statistics_are_those_of_the_definition) {
+  struct Keep : model::LayerObserver {
+    void attention_input(const at::Tensor& x) override { input = x; }
+    void rotated_keys(const at::Tensor&) override {}
+    bool wants_rotated_keys() const override { return false; }
+    at::Tensor input;
+  };
+  const checkpoint::Reader reader(golden_folder() / GetParam());
+  const auto& config = reader.config();
+  const at::Tensor ids = sequences(5, 40);
+  const comm::Grid grid = comm::make_grid(world(), 1);
+  const Layers found = collect(reader, grid, ids, options_of(2));
+  CollectOptions narrow = options_of(2);
+  narrow.attended_heads = 1;
+  const Layers blocks = collect(reader, grid, ids, narrow);
+  at::Tensor hidden = model::Embedding(reader, at::kFloat).forward(ids);
+  for (std::int64_t layer = 0; layer < config.layers; ++layer) {
+    Keep keep;
+    hidden = model::load_layer(reader, layer, at::kFloat)->forward(hidden, nullptr, &keep);
+    const Reference expected = reference_of(reader, layer, keep.input);
+    const LayerStatistics statistics = found[static_cast<std::size_t>(layer)]->statistics().full();
+    ASSERT_TRUE(statistics.has_attention());
+    EXPECT_EQ(statistics.attention_count, 200);
+    EXPECT_EQ(statistics.attended_heads, config.kv_heads);  // small enough for all of them
+    EXPECT_LT(relative(statistics.rotated_queries, expected.rotated_queries), 1e-5);
+    EXPECT_LT(relative(statistics.distance_mass, expected.distance_mass), 1e-5);
+    EXPECT_LT(relative(statistics.attended, expected.attended), 1e-5);
+    EXPECT_LT(relative(statistics.attended_sum, expected.attended_sum), 1e-5);
+    // Attention is a distribution: each head spreads one unit per query, and the farthest pair is one of 40 tokens.
+    EXPECT_LT((statistics.distance_mass.sum(1) / 200 - 1).abs().max().item<double>(), 1e-5);
+    EXPECT_GT(statistics.distance_mass.select(1, 39).min().item<double>(), 0);
+    // Smaller blocks are parts of the large one.
+    const LayerStatistics parts = blocks[static_cast<std::size_t>(layer)]->statistics().full();
+    EXPECT_EQ(parts.attended_heads, 1);
+    for (std::int64_t h = 0; h < config.heads; ++h) {
+      const std::int64_t first = h / (config.heads / config.kv_heads) * config.head_dim;
+      const std::int64_t last = first + config.head_dim;
+      EXPECT_LT(relative(parts.attended.select(0, h),
+                         statistics.attended.select(0, h).slice(0, first, last).slice(1, first, last)),
+                1e-5);
+      EXPECT_LT(relative(parts.attended_sum.select(0, h), statistics.attended_sum.select(0, h).slice(0, first, last)),
+                1e-5);
+    }
+  }
+}
+
+TEST_P(CollectTest, attention_statistics_do_not_depend_on_the_size_of_score_blocks) {
+  const checkpoint::Reader reader(golden_folder() / GetParam());
+  const Layers one = collect(reader, comm::Grid{}, sequences(2, 21), options_of(1));
+  const std::int64_t before = model::attention_block_bytes();
+  model::set_attention_block_bytes(4 * 21 * 3 * at::get_num_threads());
+  const Layers more = collect(reader, comm::Grid{}, sequences(2, 21), options_of(1));
+  model::set_attention_block_bytes(before);
+  for (std::size_t i = 0; i < one.size(); ++i) EXPECT_LT(difference(more[i]->statistics(), one[i]->statistics()), 1e-5);
+}
+
+TEST_P(CollectTest, bfloat16_attention_statistics_are_close_to_float32_ones) {
+  const checkpoint::Reader reader(golden_folder() / GetParam());
+  const Layers exact = collect(reader, comm::Grid{}, sequences(3, 30), options_of(1));
+  const Layers coarse =
+      collect(reader, comm::Grid{}, sequences(3, 30), options_of(1, model::Residency::resident, at::kBFloat16));
+  // The first layer: later ones see another input.
+  const LayerStatistics a = coarse[0]->statistics().full(), b = exact[0]->statistics().full();
+  EXPECT_LT(relative(a.rotated_queries, b.rotated_queries), 0.02);
+  EXPECT_LT(relative(a.distance_mass, b.distance_mass), 0.02);
+  EXPECT_LT(relative(a.attended, b.attended), 0.02);
+  EXPECT_GT(relative(a.attended, b.attended), 0);
+}
+
+TEST_P(CollectTest, halves_are_the_even_and_the_odd_sequences_whoever_runs_them) {
+  const checkpoint::Reader reader(golden_folder() / GetParam());
+  const at::Tensor all = sequences(9, 12);
+  CollectOptions plain;
+  const at::Tensor even = all.index_select(0, at::arange(0, 9, 2)), odd = all.index_select(0, at::arange(1, 9, 2));
+  const std::array<Layers, 2> apart{collect(reader, comm::Grid{}, even, plain),
+                                    collect(reader, comm::Grid{}, odd, plain)};
+  const Layers together = collect(reader, comm::Grid{}, all, plain);
+  for (const std::int64_t micro_batch : {1, 2, 3, 9}) {
+    const comm::Grid grid = comm::make_grid(world(), micro_batch == 2 && world().size() % 2 == 0 ? 2 : 1);
+    const std::int64_t first =
+        model::stage_layers(reader.config(), grid.stages)[static_cast<std::size_t>(grid.stage)].begin;
+    CollectOptions options;
+    options.half_samples = true;
+    options.micro_batch = micro_batch;
+    const Layers found = collect(reader, grid, all, options);
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      const auto layer = static_cast<std::size_t>(first) + i;
+      const LayerStatistics whole = found[i]->statistics().full();
+      EXPECT_EQ(whole.count_even, 55);
+      EXPECT_EQ(whole.count_0_even, 5);
+      EXPECT_LT(relative(whole.moment, together[layer]->statistics().full().moment), 1e-6);
+      for (int which = 0; which < 2; ++which) {
+        const LayerStatistics half = whole.half(which);
+        const LayerStatistics expected = apart[static_cast<std::size_t>(which)][layer]->statistics().full();
+        EXPECT_EQ(half.count, expected.count);
+        EXPECT_EQ(half.count_0, expected.count_0);
+        EXPECT_LT(relative(half.sum, expected.sum), 1e-5);
+        EXPECT_LT(relative(half.sum_0, expected.sum_0), 1e-5);
+        EXPECT_LT(relative(half.moment, expected.moment), 1e-6);
+        EXPECT_LT(relative(half.moment_0, expected.moment_0), 1e-6);
+        ASSERT_EQ(half.rotated_keys.defined(), expected.rotated_keys.defined());
+        if (half.rotated_keys.defined()) {
+          EXPECT_LT(relative(half.rotated_keys, expected.rotated_keys), 1e-6);
+        }
+        EXPECT_FALSE(half.has_halves() || half.has_attention());
+        EXPECT_LT(relative(half.second_moment(1), expected.second_moment(1)), 1e-6);
+      }
+    }
+  }
+}
+
+TEST(CollectShapeTest, blocks_of_attended_values_by_size) {
+  checkpoint::ModelConfig config;
+  config.hidden = 4096;
+  config.layers = 1;
+  config.heads = config.kv_heads = config.source_kv_heads = 32;
+  config.head_dim = 128;
+  config.ffn = 11008;
+  EXPECT_EQ(default_attended_heads(config), 4);
+  // Seven KV heads fall into no blocks of four, three or two.
+  config.kv_heads = config.source_kv_heads = 7;
+  config.heads = 28;
+  EXPECT_EQ(default_attended_heads(config), 1);
+  config.kv_heads = config.source_kv_heads = 6;
+  config.heads = 48;
+  EXPECT_EQ(default_attended_heads(config), 3);
+  config.head_dim = 16;
+  EXPECT_EQ(default_attended_heads(config), 6);
+  CollectOptions options;
+  options.attention_statistics = true;
+  EXPECT_EQ(collected_shape(config, options, 64).attended_heads, 6);
+  options.attended_heads = 4;
+  EXPECT_THROW(collected_shape(config, options, 64), UsageError);
+  options.attended_heads = 2;
+  EXPECT_EQ(collected_shape(config, options, 64).block(), 32);
+  config.layout = checkpoint::KvLayout::projected;
+  EXPECT_THROW(collected_shape(config, options, 64), InputError);
+  options.attention_statistics = false;
+  EXPECT_FALSE(collected_shape(config, options, 64).attention);
+  config.layout = checkpoint::KvLayout::gqa;
+  config.layers = 2;
+  config.layer_shapes = {{6, 16, 16}, {3, 16, 16}};
+  EXPECT_THROW(collected_shape(config, options, 64), InputError);
+}
+
+TEST(CollectShapeTest, share_of_arithmetic_at_7b_shapes) {
+  const checkpoint::Reader reader(golden_folder() / "llama-mha");
+  checkpoint::ModelConfig config = reader.config();
+  config.hidden = 4096;
+  config.heads = config.kv_heads = config.source_kv_heads = 32;
+  config.head_dim = 128;
+  config.ffn = 11008;
+  // 202e6 parameters: 0.421 Gflop per token forward; 32 heads x (2048 x (128 + 512) + 512^2 + 128^2) more.
+  EXPECT_NEAR(attention_statistics_share(config, 2048, 4), 0.1207, 0.001);
+  EXPECT_GT(attention_statistics_share(config, 2048, 32), 1);
 }
 
 TEST(CollectGridTest, more_pipeline_ranks_than_layers_is_a_usage_error) {
@@ -207,12 +456,15 @@ TEST(StreamedMemoryTest, peak_stays_below_one_layer_embedding_statistics_and_a_m
   const at::Tensor ids = at::randint(3, vocab, {4, length}, at::kLong);
   const std::uint64_t before = reset_peak();
   if (before == 0) GTEST_SKIP() << "/proc/self/clear_refs cannot be written here";
-  const Layers found = collect(reader, comm::Grid{}, ids, options_of(1, model::Residency::streamed));
+  CollectOptions options;
+  options.residency = model::Residency::streamed;
+  const Layers found = collect(reader, comm::Grid{}, ids, options);
   const double used = static_cast<double>(peak_resident_bytes()) - static_cast<double>(before);
   const double layer_bytes = 4.0 * (4.0 * hidden * hidden + 3.0 * hidden * ffn);
   const double embedding = 4.0 * hidden * vocab;
   const double statistics =
-      static_cast<double>(layers) * static_cast<double>(layer_statistics_bytes(hidden, hidden, true));
+      static_cast<double>(layers) *
+      static_cast<double>(layer_statistics_bytes(collected_shape(reader.config(), options, length)));
   // Hidden states of all four micro-batches are held; one micro-batch's queries, keys, values, scores and MLP widths
   // are in flight.
   const double activations = 4.0 * length * (4 * hidden + 6 * hidden + 3 * ffn) + 4.0 * 8 * length * length;

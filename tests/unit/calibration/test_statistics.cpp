@@ -15,7 +15,7 @@ using testing::HasSubstr;
 using testing_support::ScratchFolder;
 using testing_support::world;
 
-constexpr std::int64_t kHidden = 24, kHeads = 2, kHeadDim = 8, kLayers = 5;
+constexpr std::int64_t kHidden = 24, kHeads = 2, kHeadDim = 8, kLayers = 5, kQueryHeads = 4, kLength = 34;
 
 double relative(const at::Tensor& a, const at::Tensor& b) {
   return ((a - b).abs().max() / b.abs().max()).item<double>();
@@ -96,6 +96,68 @@ TEST(LayerAccumulatorTest, nan_is_named_with_its_layer_on_every_rank) {
   EXPECT_THROW(accumulator.attention_input(random({1, 4, kHidden + 1}, 5)), InternalError);
 }
 
+TEST(LayerAccumulatorTest, halves_follow_the_place_in_the_list) {
+  StatisticsShape shape;
+  shape.hidden = kHidden;
+  shape.key_width = kHeads * kHeadDim;
+  shape.halves = true;
+  const at::Tensor x = random({5, 9, kHidden}, 6), keys = random({5, 9, kHeads, kHeadDim}, 7);
+  LayerAccumulator in_order(shape), expected_even(kHidden, kHeads * kHeadDim), other_order(shape);
+  in_order.attention_input(x);
+  in_order.rotated_keys(keys);
+  for (const std::int64_t s : {3, 0, 4, 1, 2}) {
+    other_order.expect(s);
+    other_order.attention_input(x.narrow(0, s, 1));
+    other_order.rotated_keys(keys.narrow(0, s, 1));
+  }
+  for (const std::int64_t s : {0, 2, 4}) {
+    expected_even.attention_input(x.narrow(0, s, 1));
+    expected_even.rotated_keys(keys.narrow(0, s, 1));
+  }
+  for (LayerAccumulator* accumulator : {&in_order, &expected_even, &other_order})
+    accumulator->finish(comm::Communicator::self(), 0);
+  const PackedStatistics &a = in_order.statistics(), &b = other_order.statistics(), &even = expected_even.statistics();
+  EXPECT_EQ(a.count_even, 24);
+  EXPECT_TRUE(at::equal(a.moment_even, even.moment));
+  EXPECT_TRUE(at::equal(a.moment_0_even, even.moment_0));
+  EXPECT_TRUE(at::equal(a.rotated_keys_even, even.rotated_keys));
+  EXPECT_TRUE(at::equal(a.sum_even, even.sum));
+  EXPECT_LT(relative(b.moment_even, a.moment_even), 1e-14);
+  EXPECT_LT(relative(b.moment, a.moment), 1e-14);
+  // Even and odd meet in the total.
+  const LayerStatistics full = a.full();
+  EXPECT_LT(relative(full.half(0).moment + full.half(1).moment, full.moment), 1e-15);
+  EXPECT_EQ(full.half(0).count + full.half(1).count, full.count);
+  const at::Tensor odd = x.index_select(0, at::tensor({1, 3})).narrow(1, 1, 8).reshape({-1, kHidden}).to(at::kDouble);
+  EXPECT_LT(relative(full.half(1).moment, at::matmul(odd.t(), odd)), 1e-6);
+  EXPECT_THROW(full.half(2), InternalError);
+}
+
+TEST(LayerAccumulatorTest, attention_of_another_shape_is_an_internal_error) {
+  StatisticsShape shape;
+  shape.hidden = kHidden;
+  shape.attention = true;
+  shape.heads = 4;
+  shape.kv_heads = 2;
+  shape.head_dim = kHeadDim;
+  shape.attended_heads = 2;
+  shape.sequence_length = 6;
+  LayerAccumulator accumulator(shape);
+  EXPECT_TRUE(accumulator.wants_attention());
+  const at::Tensor q = random({1, 6, 4, kHeadDim}, 1), k = random({1, 6, 2, kHeadDim}, 2);
+  accumulator.attention(q, k, k);
+  EXPECT_THROW(accumulator.attention(k, q, q), InternalError);
+  EXPECT_THROW(accumulator.attention(q, k, q), InternalError);
+  EXPECT_THROW(accumulator.attention(q.to(at::kBFloat16), k, k), InternalError);
+  EXPECT_THROW(accumulator.attention(random({1, 7, 4, kHeadDim}, 1), random({1, 7, 2, kHeadDim}, 1),
+                                     random({1, 7, 2, kHeadDim}, 1)),
+               InternalError);
+  shape.attended_heads = 3;
+  EXPECT_THROW(LayerAccumulator{shape}, InternalError);
+  shape.attended_heads = 1;
+  EXPECT_THROW(LayerAccumulator(shape, at::ones({3})), InternalError);
+}
+
 TEST(LayerStatisticsTest, no_token_left_is_an_error) {
   LayerStatistics empty;
   empty.count_0 = 3;
@@ -103,7 +165,7 @@ TEST(LayerStatisticsTest, no_token_left_is_an_error) {
   EXPECT_THROW(empty.mean(0), InputError);
 }
 
-StatisticsHeader header(bool keys = true) {
+StatisticsHeader header(bool keys = true, bool more = false) {
   StatisticsHeader header;
   header.headfold_version = "9.8.7";
   header.model_hash = "model";
@@ -114,21 +176,27 @@ StatisticsHeader header(bool keys = true) {
   header.kv_heads = kHeads;
   header.head_dim = kHeadDim;
   header.samples = 12;
-  header.sequence_length = 34;
+  header.sequence_length = kLength;
   header.seed = 56;
   header.dtype = "float32";
   header.options = R"({"text": "ünïcode"})";
   header.has_rotated_keys = keys;
+  header.has_halves = header.has_attention = more;
+  header.heads = more ? kQueryHeads : 0;
+  header.attended_heads = more ? 1 : 0;
   return header;
 }
 
-/// Deterministic statistics of all layers, the same on every rank.
-std::vector<std::unique_ptr<LayerAccumulator>> layers(bool keys = true) {
+/// Deterministic statistics of all layers, the same on every rank; `more`: with halves and attention.
+std::vector<std::unique_ptr<LayerAccumulator>> layers(bool keys = true, bool more = false) {
   std::vector<std::unique_ptr<LayerAccumulator>> all;
   for (std::uint64_t layer = 0; layer < kLayers; ++layer) {
-    all.push_back(std::make_unique<LayerAccumulator>(kHidden, keys ? kHeads * kHeadDim : 0));
+    all.push_back(std::make_unique<LayerAccumulator>(header(keys, more).shape()));
     all.back()->attention_input(random({2, 6, kHidden}, 20 + layer));
-    all.back()->rotated_keys(random({2, 6, kHeads, kHeadDim}, 40 + layer));
+    const at::Tensor k = random({2, 6, kHeads, kHeadDim}, 40 + layer);
+    all.back()->rotated_keys(k);
+    all.back()->attention(random({2, 6, kQueryHeads, kHeadDim}, 60 + layer), k,
+                          random({2, 6, kHeads, kHeadDim}, 80 + layer));
     all.back()->finish(comm::Communicator::self(), 0);
   }
   return all;
@@ -187,6 +255,88 @@ TEST(StatisticsFileTest, written_by_all_ranks_reads_back_bit_for_bit) {
   }
 }
 
+TEST(StatisticsFileTest, halves_and_attention_read_back_bit_for_bit) {
+  const ScratchFolder folder;
+  for (const bool keys : {true, false}) {
+    const auto all = layers(keys, true);
+    const fs::path path = folder / (keys ? "with.h5" : "without.h5");
+    write_statistics(path, header(keys, true), world(), mine(all));
+    const StatisticsFile file(path);
+    EXPECT_EQ(file.header().format_version, 2);
+    EXPECT_TRUE(file.header().has_halves && file.header().has_attention);
+    EXPECT_EQ(file.header().heads, kQueryHeads);
+    EXPECT_EQ(file.header().attended_heads, 1);
+    for (std::int64_t layer = 0; layer < kLayers; ++layer) {
+      const LayerStatistics found = file.layer(layer);
+      const LayerStatistics expected = all[static_cast<std::size_t>(layer)]->statistics().full();
+      EXPECT_EQ(found.count, 10);
+      EXPECT_EQ(found.count_even, 5);
+      EXPECT_EQ(found.count_0_even, 1);
+      EXPECT_EQ(found.attention_count, 12);
+      EXPECT_EQ(found.attended_heads, 1);
+      for (const auto tensor :
+           {&LayerStatistics::moment, &LayerStatistics::sum_even, &LayerStatistics::sum_0_even,
+            &LayerStatistics::moment_even, &LayerStatistics::moment_0_even, &LayerStatistics::rotated_queries,
+            &LayerStatistics::distance_mass, &LayerStatistics::attended, &LayerStatistics::attended_sum})
+        EXPECT_TRUE(at::equal(found.*tensor, expected.*tensor));
+      ASSERT_EQ(found.rotated_keys_even.defined(), keys);
+      if (keys) {
+        EXPECT_TRUE(at::equal(found.rotated_keys_even, expected.rotated_keys_even));
+      }
+      EXPECT_EQ(found.attended.sizes(), at::IntArrayRef({kQueryHeads, kHeadDim, kHeadDim}));
+      EXPECT_EQ(found.distance_mass.sizes(), at::IntArrayRef({kQueryHeads, kLength}));
+      // Only what is asked for is read.
+      const LayerStatistics base = file.layer(layer, {.halves = false, .attention = false});
+      EXPECT_FALSE(base.has_halves() || base.has_attention());
+      EXPECT_TRUE(at::equal(base.moment, expected.moment));
+      EXPECT_TRUE(file.layer(layer, {.halves = true, .attention = false}).has_halves());
+      EXPECT_TRUE(file.layer(layer, {.halves = false, .attention = true}).has_attention());
+    }
+    // The content is identified with all of it, whoever wrote the file.
+    world().on_root([&] {
+      std::vector<OwnedLayer> whole;
+      std::vector<PackedStatistics> copies;
+      for (const auto& layer : all) copies.push_back(layer->statistics());
+      for (std::int64_t layer = 0; layer < kLayers; ++layer)
+        whole.push_back({layer, &copies[static_cast<std::size_t>(layer)]});
+      const fs::path alone = folder / "alone.h5";
+      const auto hash = [&] {
+        write_statistics(alone, header(keys, true), comm::Communicator::self(), whole);
+        return StatisticsFile(alone).content_hash();
+      };
+      EXPECT_EQ(hash(), file.content_hash());
+      EXPECT_NEAR(static_cast<double>(fs::file_size(alone)),
+                  static_cast<double>(statistics_file_bytes(header(keys, true))), 8192.0 * kLayers + 8192);
+      for (const auto tensor : {&PackedStatistics::moment_even, &PackedStatistics::moment_0_even,
+                                &PackedStatistics::rotated_queries, &PackedStatistics::attended}) {
+        const at::Tensor before = copies[3].*tensor;
+        copies[3].*tensor = before * 1.01;
+        EXPECT_NE(hash(), file.content_hash());
+        copies[3].*tensor = before;
+      }
+    });
+  }
+}
+
+TEST(StatisticsFileTest, files_of_version_1_are_read) {
+  // Written by the program before there were halves and attention statistics.
+  const StatisticsFile file(testing_support::golden_folder() / "statistics" / "version1.h5");
+  EXPECT_EQ(file.header().format_version, 1);
+  EXPECT_FALSE(file.header().has_halves || file.header().has_attention);
+  EXPECT_TRUE(file.header().has_rotated_keys);
+  EXPECT_EQ(file.header().hidden, 24);
+  const LayerStatistics layer = file.layer(1);
+  EXPECT_EQ(layer.count, 75);
+  EXPECT_EQ(layer.count_0, 5);
+  EXPECT_NEAR(layer.moment.trace().item<double>() / 75, 23.999, 1e-3);
+  EXPECT_NEAR(layer.rotated_keys.trace().item<double>() / 75, 15.62, 1e-2);
+  EXPECT_FALSE(layer.has_halves() || layer.has_attention());
+  EXPECT_FALSE(layer.rotated_keys_even.defined() || layer.attended.defined());
+  EXPECT_THROW(layer.half(0), InternalError);
+  // Models folded from such files name them by this hash.
+  EXPECT_EQ(file.content_hash(), "4f41d873f80bc925b59a55e93429b6f73b2b7b87d91bdec925179914c5d550ab");
+}
+
 TEST(StatisticsFileTest, layers_nobody_or_two_ranks_write_are_an_internal_error) {
   const ScratchFolder folder;
   const auto all = layers();
@@ -197,6 +347,7 @@ TEST(StatisticsFileTest, layers_nobody_or_two_ranks_write_are_an_internal_error)
   if (world().root()) own.push_back(own.front());
   EXPECT_THROW(write_statistics(folder / "a.h5", header(), world(), own), InternalError);
   EXPECT_THROW(write_statistics(folder / "a.h5", header(false), world(), mine(all)), InternalError);
+  EXPECT_THROW(write_statistics(folder / "a.h5", header(true, true), world(), mine(all)), InternalError);
   EXPECT_TRUE(fs::is_empty(folder.path()));
 }
 
@@ -219,8 +370,8 @@ class DamagedFileTest : public testing::Test {
     if (world().size() > 1) GTEST_SKIP() << "reading is not collective: one rank suffices";
     folder_.emplace();
     path_ = *folder_ / "calibration.h5";
-    all_ = layers();
-    write_statistics(path_, header(), world(), mine(all_));
+    all_ = layers(true, true);
+    write_statistics(path_, header(true, true), world(), mine(all_));
   }
   /// Opens the file for writing, applies `change`, closes it.
   void damage(const std::function<void(hid_t)>& change) {
@@ -299,9 +450,27 @@ TEST_F(DamagedFileTest, every_truncation_is_noticed) {
 }
 
 TEST_F(DamagedFileTest, version_and_sizes_are_checked) {
-  damage([](hid_t file) { set_integer(file, "format_version", 2); });
-  EXPECT_THAT(complaint(), HasSubstr("version 2"));
+  damage([](hid_t file) { set_integer(file, "format_version", 3); });
+  EXPECT_THAT(complaint(), HasSubstr("version 3, this build reads versions 1 to 2"));
   damage([](hid_t file) { set_integer(file, "format_version", 1); });
+  EXPECT_THAT(complaint(), HasSubstr("/layer_0000/traces has 9 values, expected 3"));
+  damage([](hid_t file) { set_integer(file, "format_version", 2); });
+  const auto changed = [&](const char* name, std::int64_t bad, std::int64_t good) {
+    damage([&](hid_t file) { set_integer(file, name, bad); });
+    const std::string text = complaint();
+    damage([&](hid_t file) { set_integer(file, name, good); });
+    return text;
+  };
+  EXPECT_THAT(changed("heads", 3, kQueryHeads), HasSubstr("heads is 3, no multiple of 2 KV heads"));
+  EXPECT_THAT(changed("heads", 6, kQueryHeads), HasSubstr("/layer_0000/rotated_queries has 144 values, expected 216"));
+  EXPECT_THAT(changed("heads", 0, kQueryHeads), HasSubstr("heads is 0"));
+  EXPECT_THAT(changed("attended_heads", 2, 1), HasSubstr("/layer_0000/attended has 144 values, expected 544"));
+  EXPECT_THAT(changed("attended_heads", 3, 1), HasSubstr("attended_heads is 3"));
+  EXPECT_THAT(changed("sequence_length", 35, kLength),
+              HasSubstr("/layer_0000/distance_mass has 136 values, expected 140"));
+  EXPECT_THAT(changed("has_halves", 2, 1), HasSubstr("has_halves is 2"));
+  EXPECT_THAT(changed("has_attention", -1, 1), HasSubstr("has_attention is -1"));
+  EXPECT_EQ(complaint(), "");
   for (const char* name : {"layers", "hidden", "kv_heads", "head_dim", "samples", "sequence_length"}) {
     std::int64_t before = 0;
     for (const std::int64_t bad : {std::int64_t{-1}, std::int64_t{0}}) {
@@ -343,6 +512,55 @@ TEST_F(DamagedFileTest, datasets_are_checked) {
   EXPECT_THAT(complaint(), HasSubstr("/layer_0002/moment has trace 0"));
   damage([](hid_t file) { H5Ldelete(file, "/layer_0002/moment", H5P_DEFAULT); });
   EXPECT_THAT(complaint(), HasSubstr("/layer_0002/moment is missing"));
+}
+
+TEST_F(DamagedFileTest, new_datasets_are_checked) {
+  const std::string whole = read_file(path_);
+  const hsize_t packed = kHidden * (kHidden + 1) / 2;
+  const std::vector<std::pair<std::string, hsize_t>> sizes{{"count_even", 2},
+                                                           {"sum_even", kHidden},
+                                                           {"sum_0_even", kHidden},
+                                                           {"moment_even", packed},
+                                                           {"moment_0_even", packed},
+                                                           {"rotated_keys_even", 136},
+                                                           {"attention_count", 1},
+                                                           {"rotated_queries", kQueryHeads * 36},
+                                                           {"distance_mass", kQueryHeads * kLength},
+                                                           {"attended", kQueryHeads * 36},
+                                                           {"attended_sum", kQueryHeads * kHeadDim}};
+  for (const auto& [name, size] : sizes) {
+    const std::string where = "/layer_0002/" + name;
+    const auto wrong = [&](const std::string& what, const std::function<void(hid_t)>& change) {
+      damage(change);
+      EXPECT_THAT(complaint(), HasSubstr(where + " " + what));
+      write_file(path_, whole);
+    };
+    wrong(fmt::format("has {} values, expected {}", size + 1, size),
+          [&](hid_t file) { replace(file, where, H5T_IEEE_F64LE, {size + 1}); });
+    wrong("is not one-dimensional", [&](hid_t file) { replace(file, where, H5T_IEEE_F64LE, {size, 1}); });
+    wrong("is not of type float64", [&](hid_t file) { replace(file, where, H5T_STD_I64LE, {size}); });
+    wrong("is missing", [&](hid_t file) { H5Ldelete(file, where.c_str(), H5P_DEFAULT); });
+    wrong("contains NaN", [&](hid_t file) { poke(file, where, size - 1, std::nan("")); });
+  }
+  for (const char* name : {"moment_even", "moment_0_even", "rotated_keys_even", "rotated_queries", "attended"}) {
+    damage([&](hid_t file) { poke(file, std::string("/layer_0001/") + name, 2, 1e4); });
+    EXPECT_THAT(complaint(), HasSubstr(std::string("/layer_0001/") + name + " has trace"));
+    write_file(path_, whole);
+  }
+  damage([](hid_t file) { poke(file, "/layer_0001/distance_mass", 3, 7); });
+  EXPECT_THAT(complaint(), HasSubstr("/layer_0001/distance_mass has sum"));
+  damage([](hid_t file) {
+    // Consistent with its recorded sum, but no distribution any more.
+    poke(file, "/layer_0001/distance_mass", 3, 0);
+    poke(file, "/layer_0001/traces", 7, 0);
+    replace(file, "/layer_0001/distance_mass", H5T_IEEE_F64LE, {kQueryHeads * kLength});
+  });
+  EXPECT_THAT(complaint(), HasSubstr("/layer_0001/distance_mass is no attention"));
+  write_file(path_, whole);
+  damage([](hid_t file) { poke(file, "/layer_0001/count_even", 0, 11); });
+  EXPECT_THAT(complaint(), HasSubstr("/layer_0001/count_even holds 11"));
+  damage([](hid_t file) { poke(file, "/layer_0000/attention_count", 0, 0); });
+  EXPECT_THAT(complaint(), HasSubstr("/layer_0000/attention_count holds 0"));
 }
 
 TEST_F(DamagedFileTest, values_are_checked) {

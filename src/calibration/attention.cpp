@@ -1,0 +1,176 @@
+#include <ATen/Parallel.h>
+#include <headfold/base/error.h>
+#include <headfold/calibration/attention.h>
+#include <headfold/checkpoint/layout.h>
+#include <headfold/model/kernels.h>
+#include <headfold/model/model.h>
+#include <headfold/model/product.h>
+
+namespace headfold::calibration {
+namespace {
+
+namespace kernels = model::kernels;
+using model::Matrix;
+
+/// Rows of scores that are formed together: enough for the pace of the products. No sum runs over rows, so that
+/// results do not depend on it.
+constexpr std::int64_t kRows = 256;
+
+void* at_byte(const at::Tensor& tensor, std::int64_t elements) {
+  return static_cast<char*>(tensor.data_ptr()) + elements * static_cast<std::int64_t>(tensor.element_size());
+}
+
+/// Memory of this thread that grows as needed and stays.
+float* scratch(std::vector<float>& buffer, std::int64_t size) {
+  if (static_cast<std::int64_t>(buffer.size()) < size) buffer.resize(static_cast<std::size_t>(size));
+  return buffer.data();
+}
+
+/// mass[distance] += probability of every pair of a row: query at `position`, keys 0 .. position.
+void add_distances(const float* probabilities, std::int64_t position, double* mass) {
+  for (std::int64_t distance = 0; distance <= position; ++distance)
+    mass[distance] += static_cast<double>(probabilities[position - distance]);
+}
+
+at::Tensor joined(std::vector<linalg::GramAccumulator>& grams) {
+  std::vector<at::Tensor> parts;
+  for (linalg::GramAccumulator& gram : grams) parts.push_back(gram.packed());
+  at::Tensor all = at::cat(parts);
+  grams.clear();
+  return all;
+}
+
+}  // namespace
+
+AttentionAccumulator::AttentionAccumulator(const StatisticsShape& shape, const at::Tensor& slopes)
+    : shape_(shape), slopes_(slopes) {
+  if (shape.heads < 1 || shape.kv_heads < 1 || shape.heads % shape.kv_heads != 0 || shape.attended_heads < 1 ||
+      shape.kv_heads % shape.attended_heads != 0 || shape.head_dim < 1 || shape.sequence_length < 1 ||
+      (slopes.defined() && (slopes.numel() != shape.heads || slopes.scalar_type() != at::kFloat)))
+    throw InternalError(
+        fmt::format("attention statistics of {} heads, {} KV heads of {}, {} in a block, up to {} tokens", shape.heads,
+                    shape.kv_heads, shape.head_dim, shape.attended_heads, shape.sequence_length));
+  for (std::int64_t head = 0; head < shape.heads; ++head) {
+    queries_.emplace_back(shape.head_dim);
+    attended_.emplace_back(shape.block());
+  }
+  distance_mass_ = at::zeros({shape.heads, shape.sequence_length}, at::kDouble);
+  attended_sum_ = at::zeros({shape.heads, shape.block()}, at::kDouble);
+}
+
+AttentionAccumulator::~AttentionAccumulator() = default;
+
+void AttentionAccumulator::add(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values) {
+  const std::int64_t tokens = queries.size(0);
+  const std::int64_t heads = shape_.heads;
+  const std::int64_t kv_heads = shape_.kv_heads;
+  const std::int64_t d = shape_.head_dim;
+  const std::int64_t block = shape_.block();
+  const std::int64_t blocks = kv_heads / shape_.attended_heads;
+  const at::ScalarType dtype = queries.scalar_type();
+  if (queries.sizes() != at::IntArrayRef({tokens, heads, d}) ||
+      keys.sizes() != at::IntArrayRef({tokens, kv_heads, d}) || values.sizes() != keys.sizes() ||
+      keys.scalar_type() != dtype || values.scalar_type() != dtype || tokens > shape_.sequence_length ||
+      attended_.empty())
+    throw InternalError(
+        fmt::format("attention of queries [{}], keys [{}] and values [{}], expected {} heads and {} KV heads of {}, up "
+                    "to {} tokens",
+                    fmt::join(queries.sizes(), ", "), fmt::join(keys.sizes(), ", "), fmt::join(values.sizes(), ", "),
+                    heads, kv_heads, d, shape_.sequence_length));
+  if (tokens == 0) return;
+  const auto& kernel = kernels::table(dtype);
+  const auto size = static_cast<std::int64_t>(queries.element_size());
+  // Every head's (block's) tokens one after the other: what products read fastest.
+  const at::Tensor q = queries.transpose(0, 1).contiguous();
+  const at::Tensor k = keys.transpose(0, 1).contiguous();
+  const at::Tensor v = values.reshape({tokens, blocks, block}).transpose(0, 1).contiguous();
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
+  const float* slopes = slopes_.defined() ? slopes_.data_ptr<float>() : nullptr;
+  const std::int64_t by_limit =
+      model::attention_block_bytes() / (tokens * (4 + (size == 4 ? 0 : size + 4)) * at::get_num_threads());
+  const std::int64_t rows = std::clamp<std::int64_t>(std::min(kRows, by_limit), 1, tokens);
+
+  at::parallel_for(0, heads, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t head = begin; head < end; ++head) queries_[static_cast<std::size_t>(head)].add(q.select(0, head));
+  });
+  at::parallel_for(0, heads, 1, [&](std::int64_t begin, std::int64_t end) {
+    thread_local std::vector<float> score_buffer, row_buffer, output_buffer;
+    thread_local std::vector<char> probability_buffer;
+    float* scores = scratch(score_buffer, rows * tokens);
+    float* output = scratch(output_buffer, tokens * block);
+    void* probabilities = scores;
+    if (size != 4) {
+      if (static_cast<std::int64_t>(probability_buffer.size()) < rows * tokens * size)
+        probability_buffer.resize(static_cast<std::size_t>(rows * tokens * size));
+      probabilities = probability_buffer.data();
+    }
+    const at::Tensor y = at::from_blob(output, {tokens, block}, at::kFloat);
+    for (std::int64_t head = begin; head < end; ++head) {
+      const std::int64_t kv = head / (heads / kv_heads);
+      double* mass = distance_mass_.data_ptr<double>() + head * shape_.sequence_length;
+      for (std::int64_t first = 0; first < tokens; first += rows) {
+        const std::int64_t count = std::min(rows, tokens - first);
+        const std::int64_t visible = first + count;
+        model::multiply({at_byte(q, (head * tokens + first) * d), count, d, d},
+                        {at_byte(k, kv * tokens * d), visible, d, d}, true, dtype, scores, visible, at::kFloat);
+        for (std::int64_t row = 0; row < count; ++row) {
+          float* own = scores + row * visible;
+          void* rounded = static_cast<char*>(probabilities) + row * visible * size;
+          kernel.softmax(own, rounded, {first + row + 1, visible, scale, slopes != nullptr ? slopes[head] : 0.0F});
+          if (size != 4) {
+            own = scratch(row_buffer, tokens);
+            kernel.load(rounded, own, first + row + 1);
+          }
+          add_distances(own, first + row, mass);
+        }
+        model::multiply({probabilities, count, visible, visible},
+                        {at_byte(v, kv / shape_.attended_heads * tokens * block), visible, block, block}, false, dtype,
+                        output + first * block, block, at::kFloat);
+      }
+      attended_[static_cast<std::size_t>(head)].add(y);
+      double* sum = attended_sum_.data_ptr<double>() + head * block;
+      for (std::int64_t row = 0; row < tokens; ++row)
+        for (std::int64_t i = 0; i < block; ++i) sum[i] += static_cast<double>(output[row * block + i]);
+    }
+  });
+  count_ += static_cast<double>(tokens);
+}
+
+void AttentionAccumulator::take(PackedStatistics& into) {
+  into.attention_count = count_;
+  into.rotated_queries = joined(queries_);
+  into.attended = joined(attended_);
+  into.distance_mass = distance_mass_.view({-1});
+  into.attended_sum = attended_sum_.view({-1});
+  into.heads = shape_.heads;
+  into.attended_heads = shape_.attended_heads;
+}
+
+std::int64_t default_attended_heads(const checkpoint::ModelConfig& config) {
+  const std::int64_t width = config.source_kv_heads * config.head_dim;
+  if (config.heads * width * width * 8 <= (std::int64_t{64} << 20)) return config.source_kv_heads;
+  std::int64_t heads = 4;
+  while (config.source_kv_heads % heads != 0) --heads;
+  return heads;
+}
+
+double attention_statistics_share(const checkpoint::ModelConfig& config, std::int64_t tokens,
+                                  std::int64_t attended_heads) {
+  double parameters = 0;
+  for (const checkpoint::TensorShape& tensor : checkpoint::layer_tensors(config, 0)) {
+    if (tensor.shape.size() < 2) continue;
+    double count = 1;
+    for (const std::int64_t size : tensor.shape) count *= static_cast<double>(size);
+    parameters += count;
+  }
+  const auto t = static_cast<double>(tokens);
+  const auto heads = static_cast<double>(config.heads);
+  const auto d = static_cast<double>(config.head_dim);
+  const double block = static_cast<double>(attended_heads) * d;
+  // Per token; the causal half of [tokens, tokens], and the triangle of the Grams.
+  const double forward = 2 * parameters + 2 * t * heads * d;
+  const double statistics = heads * (t * d + t * block + block * block + d * d);
+  return statistics / forward;
+}
+
+}  // namespace headfold::calibration

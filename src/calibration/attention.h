@@ -1,0 +1,45 @@
+#pragma once
+// Sufficient statistics of one layer's attention: what it reads and at what distance.
+
+#include <headfold/calibration/statistics.h>
+#include <headfold/linalg/linalg.h>
+
+#include <memory>
+#include <vector>
+
+namespace headfold::calibration {
+
+/// Rotated query Grams, attention mass by distance and attended values of one layer (LayerStatistics has the
+/// definitions), sequence by sequence. Probabilities are those of the model: scores in float32 from the compute dtype's
+/// queries and keys, softmax in float32, rounded to the compute dtype. Products are accumulated in float32 within a
+/// sequence, sums over sequences in float64 in the order of the calls; heads run in parallel.
+class AttentionAccumulator {
+ public:
+  /// `slopes` [heads] float32 for ALiBi, or undefined. InternalError for a shape that makes no sense.
+  AttentionAccumulator(const StatisticsShape& shape, const at::Tensor& slopes);
+  ~AttentionAccumulator();
+  /// One sequence from its first token: queries [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim]
+  /// as they enter the scores, float32 or bfloat16.
+  void add(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values);
+  /// Moves the sums of this rank into `into`; nothing may be added afterwards.
+  void take(PackedStatistics& into);
+
+ private:
+  StatisticsShape shape_;
+  at::Tensor slopes_;
+  std::vector<linalg::GramAccumulator> queries_, attended_;  // one per query head
+  at::Tensor distance_mass_;                                 // [heads, sequence length]
+  at::Tensor attended_sum_;                                  // [heads, block]
+  double count_ = 0;
+};
+
+/// Largest attended_heads that are kept whole: all KV heads when heads * (kv_heads * head_dim)^2 * 8 bytes are at most
+/// 64 MiB, otherwise the largest divisor of kv_heads up to 4.
+std::int64_t default_attended_heads(const checkpoint::ModelConfig& config);
+
+/// Arithmetic of the attention statistics as a share of the layer's forward pass, for sequences of `tokens`: scores,
+/// attended values, and two Grams per head, against projections, MLP and causal attention.
+double attention_statistics_share(const checkpoint::ModelConfig& config, std::int64_t tokens,
+                                  std::int64_t attended_heads);
+
+}  // namespace headfold::calibration
