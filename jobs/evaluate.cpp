@@ -199,9 +199,9 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
     Table plan({"what", "value"});
     plan.add({"model", fmt::format("{} ({}, {} layers, hidden {}, {} heads, {} KV heads, {})", options.model.string(),
                                    checkpoint::name_of(config.family), config.layers, config.hidden, config.heads,
-                                   config.kv_heads, checkpoint::name_of(config.layout))});
+                                   config.kv_heads_text(), checkpoint::name_of(config.layout))});
     plan.add({"reference",
-              reference ? fmt::format("{} ({} KV heads, {})", options.reference.string(), reference->config().kv_heads,
+              reference ? fmt::format("{} ({} KV heads, {})", options.reference.string(), reference->config().kv_heads_text(),
                                       checkpoint::name_of(reference->config().layout))
                         : std::string("none")});
     for (const evaluation::Task& task : tasks) {

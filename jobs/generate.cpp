@@ -93,7 +93,7 @@ void generate(const Context& context, const std::vector<std::string>& arguments)
   spdlog::info(
       "{}: {} layers, {} query heads, {} KV heads, {}; {} prompt tokens, up to {} new; KV cache {} per token, {} in "
       "all",
-      reader.folder().string(), config.layers, config.heads, config.kv_heads,
+      reader.folder().string(), config.layers, config.heads, config.kv_heads_text(),
       dtype == at::kFloat ? "float32" : "bfloat16", prompt_tokens, wanted, human_bytes(static_cast<double>(per_token)),
       human_bytes(static_cast<double>(per_token * length)));
   if (options["dry-run"].as<bool>()) return;

@@ -19,6 +19,7 @@ constexpr Job kJobs[] = {
     {"convert", "fold KV heads: statistics + model -> smaller model", convert},
     {"evaluate", "perplexity, KL divergence and agreement of a model", evaluate},
     {"verify", "measure what a fold changed, layer by layer, against what was predicted", verify},
+    {"export", "write a folded model for runtimes that do not know its layout", export_model},
     {"report", "HTML, Markdown and CSV report of a run folder", report},
     {"generate", "continue a prompt", generate},
     {"logits", "logits for given token ids, for parity with any other engine", logits},

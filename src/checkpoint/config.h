@@ -41,9 +41,11 @@ struct ModelConfig {
   KvLayout layout = KvLayout::gqa;
   std::int64_t hidden = 0;
   std::int64_t layers = 0;
-  std::int64_t heads = 0;            ///< query heads
-  std::int64_t kv_heads = 0;         ///< KV heads that are cached
-  std::int64_t source_kv_heads = 0;  ///< `projected`: heads of the full key projection; otherwise == kv_heads
+  std::int64_t heads = 0;     ///< query heads
+  std::int64_t kv_heads = 0;  ///< KV heads that are cached
+  /// `projected`: heads of the full key projection; `latent`: KV heads of the model that was folded, each rebuilt from
+  /// the latent of its group; otherwise == kv_heads.
+  std::int64_t source_kv_heads = 0;
   std::int64_t head_dim = 0;
   /// One entry per layer; empty: all layers alike, {kv_heads, head_dim, head_dim}. Uneven models have kv_heads = the
   /// largest of their layers.
@@ -72,9 +74,16 @@ struct ModelConfig {
     return layer_shapes.empty() ? LayerShape{kv_heads, head_dim, head_dim}
                                 : layer_shapes.at(static_cast<std::size_t>(layer));
   }
+  /// KV heads whose keys layer `layer` compares with queries: kv_heads of that layer, but source_kv_heads where keys
+  /// are rebuilt or projected from more.
+  std::int64_t source_heads_of(std::int64_t layer) const {
+    return layout == KvLayout::gqa ? shape_of(layer).kv_heads : source_kv_heads;
+  }
   bool uneven() const;  ///< whether layers differ in what they cache
-  /// Bytes of KV cache per token over all layers: layers * 2 * kv_heads * head_dim * element_size.
+  /// Bytes of KV cache per token: sum over layers of kv_heads * (key_width + value_width) * element_size.
   std::int64_t cache_bytes_per_token(std::int64_t element_size) const;
+  /// Largest and smallest of the layers' KV heads, "4" or "2 to 8", for messages.
+  std::string kv_heads_text() const;
 };
 
 /// Parses and validates. Throws CorruptFile / InputError naming the file and the key; unsupported architectures, rope
@@ -88,8 +97,14 @@ ModelConfig read_config(const std::filesystem::path& folder);
 /// loaders refuse it. Grouped BLOOM becomes "headfold_bloom" with num_key_value_heads.
 Json folded_config(const ModelConfig& source, std::int64_t kv_heads, KvLayout layout);
 /// The same with a shape for every layer. Uneven LLaMA + gqa gives a DeciLM (Nemotron-NAS) config with one block per
-/// layer, which headfold, vLLM and llama.cpp's converter read; `latent` is headfold's own.
+/// layer, which headfold, vLLM and llama.cpp's converter read; where decilm_obstacle() has something to say, and for
+/// `latent`, it is headfold's own. InputError unless the shapes are legal for `source`.
 Json folded_config(const ModelConfig& source, const std::vector<LayerShape>& shapes, KvLayout layout);
+/// Why a DeciLM config cannot state `source`'s sizes (feed-forward width no multiple of 256, heads that do not fill the
+/// hidden size); empty when it can.
+std::string decilm_obstacle(const ModelConfig& source);
+/// The config with headfold's and DeciLM's own keys taken out: stock LLaMA or BLOOM with `kv_heads` KV heads.
+Json stock_config(const ModelConfig& config, std::int64_t kv_heads);
 
 const char* name_of(Family family);
 const char* name_of(KvLayout layout);

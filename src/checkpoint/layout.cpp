@@ -28,20 +28,31 @@ class List {
   std::vector<TensorShape> list_;
 };
 
+/// Latents: rows that rebuild keys (absent when the query projection has taken them up) and values (absent when the
+/// output projection has).
+void latent_decoders(List& list, const ModelConfig& c, const std::string& attention, std::int64_t layer) {
+  const LayerShape shape = c.shape_of(layer);
+  if (!keys_absorbed(c, layer)) list.weight(attention + "key_up", {c.source_kv_heads, c.head_dim, shape.key_width});
+  if (!values_absorbed(c, layer))
+    list.weight(attention + "value_up", {c.source_kv_heads, c.head_dim, shape.value_width});
+}
+
 std::vector<TensorShape> llama_layer(const ModelConfig& c, std::int64_t layer) {
   List list(fmt::format("model.layers.{}.", layer));
-  const std::int64_t query_width = c.heads * c.head_dim;
+  const LayerShape shape = c.shape_of(layer);
   const bool projected = c.layout == KvLayout::projected;
-  const std::int64_t key_width = (projected ? c.source_kv_heads : c.kv_heads) * c.head_dim;
+  const std::int64_t query_width = c.heads * c.head_dim;
+  const std::int64_t key_rows = (projected ? c.source_kv_heads : shape.kv_heads) * shape.key_width;
   list.norm("input_layernorm", c.hidden, false);
   list.linear("self_attn.q_proj", query_width, c.hidden, c.attention_bias);
-  list.linear("self_attn.k_proj", key_width, c.hidden, c.attention_bias);
-  list.linear("self_attn.v_proj", c.kv_heads * c.head_dim, c.hidden, c.attention_bias);
-  list.linear("self_attn.o_proj", c.hidden, query_width, c.attention_bias);
+  list.linear("self_attn.k_proj", key_rows, c.hidden, c.attention_bias);
+  list.linear("self_attn.v_proj", shape.kv_heads * shape.value_width, c.hidden, c.attention_bias);
+  list.linear("self_attn.o_proj", c.hidden, c.heads * attended_width(c, layer), c.attention_bias);
   if (projected) {
-    list.weight("self_attn.key_fold", {c.kv_heads, c.head_dim, c.source_kv_heads / c.kv_heads * c.head_dim});
+    list.weight("self_attn.key_fold", {shape.kv_heads, c.head_dim, c.source_kv_heads / shape.kv_heads * c.head_dim});
     list.weight("self_attn.query_fold", {c.source_kv_heads, c.head_dim, c.head_dim});
   }
+  if (c.layout == KvLayout::latent) latent_decoders(list, c, "self_attn.", layer);
   list.norm("post_attention_layernorm", c.hidden, false);
   list.linear("mlp.gate_proj", c.ffn, c.hidden, c.mlp_bias);
   list.linear("mlp.up_proj", c.ffn, c.hidden, c.mlp_bias);
@@ -51,16 +62,18 @@ std::vector<TensorShape> llama_layer(const ModelConfig& c, std::int64_t layer) {
 
 std::vector<TensorShape> bloom_layer(const ModelConfig& c, std::int64_t layer) {
   List list(fmt::format("transformer.h.{}.", layer));
-  const std::int64_t query_width = c.heads * c.head_dim;
+  const LayerShape shape = c.shape_of(layer);
   list.norm("input_layernorm", c.hidden, true);
   if (c.split_qkv) {
-    list.linear("self_attention.query", query_width, c.hidden, true);
-    list.linear("self_attention.key", c.kv_width(), c.hidden, true);
-    list.linear("self_attention.value", c.kv_width(), c.hidden, true);
+    const std::int64_t query_width = keys_absorbed(c, layer) ? shape.key_width : c.head_dim;
+    list.linear("self_attention.query", c.heads * query_width, c.hidden, true);
+    list.linear("self_attention.key", shape.kv_heads * shape.key_width, c.hidden, true);
+    list.linear("self_attention.value", shape.kv_heads * shape.value_width, c.hidden, true);
   } else {
-    list.linear("self_attention.query_key_value", 3 * query_width, c.hidden, true);
+    list.linear("self_attention.query_key_value", 3 * c.heads * c.head_dim, c.hidden, true);
   }
-  list.linear("self_attention.dense", c.hidden, query_width, true);
+  list.linear("self_attention.dense", c.hidden, c.heads * attended_width(c, layer), true);
+  if (c.layout == KvLayout::latent) latent_decoders(list, c, "self_attention.", layer);
   list.norm("post_attention_layernorm", c.hidden, true);
   list.linear("mlp.dense_h_to_4h", c.ffn, c.hidden, true);
   list.linear("mlp.dense_4h_to_h", c.hidden, c.ffn, true);
@@ -73,6 +86,19 @@ std::int64_t TensorShape::elements() const {
   std::int64_t product = 1;
   for (const std::int64_t extent : shape) product *= extent;
   return product;
+}
+
+bool keys_absorbed(const ModelConfig& config, std::int64_t layer) {
+  return config.layout == KvLayout::latent && config.family == Family::bloom &&
+         config.shape_of(layer).key_width <= config.head_dim;
+}
+
+bool values_absorbed(const ModelConfig& config, std::int64_t layer) {
+  return config.layout == KvLayout::latent && config.shape_of(layer).value_width <= config.head_dim;
+}
+
+std::int64_t attended_width(const ModelConfig& config, std::int64_t layer) {
+  return values_absorbed(config, layer) ? config.shape_of(layer).value_width : config.head_dim;
 }
 
 std::string tensor_prefix(Family family) {

@@ -85,6 +85,9 @@ ModelConfig change_shape(const Json& json, const ShapeChange& change, const std:
   const ModelConfig original = parse_config(json, file);
   const bool llama = original.family == Family::llama;
   Json changed = json;
+  if (!original.layer_shapes.empty() && (change.layers != 0 || change.kv_heads != 0))
+    throw InputError(fmt::format("{}: states what every layer caches; layers and KV heads cannot be changed", file),
+                     "start from the config.json of an unfolded model");
   if (change.layers != 0)
     llama ? set_key(changed, {"num_hidden_layers", "n_layer", "n_layers"}, change.layers)
           : set_key(changed, {"n_layer", "num_hidden_layers"}, change.layers);

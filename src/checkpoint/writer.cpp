@@ -220,6 +220,7 @@ ParallelWriter::ParallelWriter(const comm::Communicator& world, const std::files
   state.offset.resize(state.tensors.size());
   for (const std::vector<std::size_t>& member : members) {
     std::vector<TensorSpec> specs;
+    specs.reserve(member.size());
     for (const std::size_t i : member) specs.push_back(state.tensors[i]);
     SafetensorsLayout layout = lay_out(specs);
     for (std::size_t j = 0; j < member.size(); ++j) state.offset[member[j]] = layout.begin[j];

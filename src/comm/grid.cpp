@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 namespace headfold::comm {
 
@@ -23,6 +24,12 @@ Grid make_grid(const Communicator& world, int stages) {
 }
 
 std::vector<LayerRange> split_layers(std::int64_t layers, int stages, double first_extra, double last_extra) {
+  return split_layers(std::vector<double>(static_cast<std::size_t>(layers), 1.0), stages, first_extra, last_extra);
+}
+
+std::vector<LayerRange> split_layers(const std::vector<double>& costs, int stages, double first_extra,
+                                     double last_extra) {
+  const auto layers = static_cast<std::int64_t>(costs.size());
   if (stages < 1 || stages > layers)
     throw UsageError(
         fmt::format("{} layers cannot be spread over {} pipeline ranks: every rank needs at least one layer", layers,
@@ -31,8 +38,10 @@ std::vector<LayerRange> split_layers(std::int64_t layers, int stages, double fir
   // Minimise the heaviest stage exactly by dynamic programming; both numbers are small.
   const auto n = static_cast<std::size_t>(layers);
   const auto s = static_cast<std::size_t>(stages);
+  std::vector<double> before(n + 1, 0.0);
+  std::partial_sum(costs.begin(), costs.end(), before.begin() + 1);
   const auto cost = [&](std::size_t stage, std::size_t begin, std::size_t end) {
-    return static_cast<double>(end - begin) + (stage == 0 ? first_extra : 0) + (stage + 1 == s ? last_extra : 0);
+    return before[end] - before[begin] + (stage == 0 ? first_extra : 0) + (stage + 1 == s ? last_extra : 0);
   };
   std::vector<std::vector<double>> best(s, std::vector<double>(n + 1, std::numeric_limits<double>::infinity()));
   std::vector<std::vector<std::size_t>> cut(s, std::vector<std::size_t>(n + 1, 0));

@@ -38,6 +38,9 @@ Grid make_grid(const Communicator& world, int stages);
 /// `last_extra` (weight of embedding and head in units of one layer) taken into account. Throws UsageError when stages
 /// > layers.
 std::vector<LayerRange> split_layers(std::int64_t layers, int stages, double first_extra = 0, double last_extra = 0);
+/// The same for layers of different `costs`, in the unit of the extras: the heaviest stage is as light as can be.
+std::vector<LayerRange> split_layers(const std::vector<double>& costs, int stages, double first_extra = 0,
+                                     double last_extra = 0);
 
 /// Share of rank-time lost while a pipeline fills and drains: (stages - 1) / (micro_batches + stages - 1).
 double pipeline_bubble(int stages, std::int64_t micro_batches);

@@ -29,8 +29,9 @@ char* at_byte(void* data, std::int64_t elements, std::int64_t element_size) {
   return static_cast<char*>(data) + elements * element_size;
 }
 
-float score_scale(std::int64_t head_dim) {
-  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
+/// Key (or value) heads that the query heads of `a` read, from the first one's on.
+std::int64_t heads_read(const Attention& a, std::int64_t readers) {
+  return (a.head_end - 1) / readers - a.head_begin / readers + 1;
 }
 
 /// Few query rows: one pass over keys and values, products by hand (a matrix product would spend its time on being set
@@ -38,33 +39,34 @@ float score_scale(std::int64_t head_dim) {
 void attend_directly(const Attention& a) {
   const auto& kernel = kernels::table(a.dtype);
   const auto size = static_cast<std::int64_t>(c10::elementSize(a.dtype));
-  const std::int64_t group = a.heads / a.kv_heads;
   const std::int64_t keys = a.start + a.tokens;
-  at::parallel_for(0, a.heads, 1, [&](std::int64_t begin, std::int64_t end) {
+  at::parallel_for(a.head_begin, a.head_end, 1, [&](std::int64_t begin, std::int64_t end) {
     thread_local std::vector<float> score_buffer;
     thread_local std::vector<char> probability_buffer;
     thread_local std::vector<float> sum_buffer;
     float* scores = scratch(score_buffer, keys);
     char* probabilities = scratch(probability_buffer, keys * size);
-    float* sum = scratch(sum_buffer, a.head_dim);
+    float* sum = scratch(sum_buffer, a.value_width);
     for (std::int64_t head = begin; head < end; ++head) {
-      const std::int64_t kv = head / group;
+      const std::int64_t own = head - a.head_begin;
+      const std::int64_t key = head / a.key_readers - a.head_begin / a.key_readers;
+      const std::int64_t value = head / a.value_readers - a.head_begin / a.value_readers;
       for (std::int64_t row = 0; row < a.tokens; ++row) {
         const std::int64_t visible = a.start + row + 1;
-        const void* query = at_byte(a.queries.data, head * a.queries.head_stride + row * a.queries.token_stride, size);
-        kernel.dots(query, at_byte(a.keys.data, kv * a.keys.head_stride, size), a.keys.token_stride, visible,
-                    a.head_dim, scores);
-        const kernels::ScoreRow score_row{visible, visible, score_scale(a.head_dim),
-                                          a.slopes != nullptr ? a.slopes[head] : 0};
+        const void* query = at_byte(a.queries.data, own * a.queries.head_stride + row * a.queries.token_stride, size);
+        kernel.dots(query, at_byte(a.keys.data, key * a.keys.head_stride, size), a.keys.token_stride, visible,
+                    a.key_width, scores);
+        const kernels::ScoreRow score_row{visible, visible, a.scale, a.slopes != nullptr ? a.slopes[head] : 0};
         kernel.softmax(scores, probabilities, score_row);
-        std::fill_n(sum, a.head_dim, 0.0F);
+        std::fill_n(sum, a.value_width, 0.0F);
         for (std::int64_t j = 0; j < visible; ++j) {
           const float p = size == 4 ? reinterpret_cast<const float*>(probabilities)[j]
                                     : static_cast<float>(reinterpret_cast<const c10::BFloat16*>(probabilities)[j]);
-          kernel.add_scaled(sum, p, at_byte(a.values.data, kv * a.values.head_stride + j * a.values.token_stride, size),
-                            a.head_dim);
+          kernel.add_scaled(sum, p,
+                            at_byte(a.values.data, value * a.values.head_stride + j * a.values.token_stride, size),
+                            a.value_width);
         }
-        kernel.store(sum, at_byte(a.output, row * a.output_stride + head * a.head_dim, size), a.head_dim);
+        kernel.store(sum, at_byte(a.output, row * a.output_stride + own * a.value_width, size), a.value_width);
       }
     }
   });
@@ -88,11 +90,10 @@ Heads dense(const Heads& heads, std::int64_t count, std::int64_t tokens, std::in
 void attend_in_blocks(const Attention& a) {
   const auto& kernel = kernels::table(a.dtype);
   const auto size = static_cast<std::int64_t>(c10::elementSize(a.dtype));
-  const std::int64_t group = a.heads / a.kv_heads;
   const std::int64_t all_keys = a.start + a.tokens;
   thread_local std::vector<char> key_buffer, value_buffer;
-  const Heads keys = dense(a.keys, a.kv_heads, all_keys, a.head_dim, size, key_buffer);
-  const Heads values = dense(a.values, a.kv_heads, all_keys, a.head_dim, size, value_buffer);
+  const Heads keys = dense(a.keys, heads_read(a, a.key_readers), all_keys, a.key_width, size, key_buffer);
+  const Heads values = dense(a.values, heads_read(a, a.value_readers), all_keys, a.value_width, size, value_buffer);
 
   // A block of scores should stay in the core's own cache (about a megabyte), and all threads' blocks below the limit.
   const std::int64_t row_bytes = all_keys * (4 + (size == 4 ? 0 : size));
@@ -101,35 +102,38 @@ void attend_in_blocks(const Attention& a) {
   const std::int64_t rows = std::clamp<std::int64_t>(std::min(by_cache, by_limit), 1, a.tokens);
   const std::int64_t blocks = (a.tokens + rows - 1) / rows;
 
-  at::parallel_for(0, a.heads * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+  at::parallel_for(0, (a.head_end - a.head_begin) * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     thread_local std::vector<float> score_buffer, output_buffer;
     thread_local std::vector<char> probability_buffer;
     float* scores = scratch(score_buffer, rows * all_keys);
-    float* output = scratch(output_buffer, rows * a.head_dim);
+    float* output = scratch(output_buffer, rows * a.value_width);
     char* probabilities =
         size == 4 ? reinterpret_cast<char*>(scores) : scratch(probability_buffer, rows * all_keys * size);
     for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t head = task / blocks;
+      const std::int64_t own = task / blocks;
+      const std::int64_t head = a.head_begin + own;
       // First and last blocks alternate, so that any run of tasks is as costly as any other: late rows see more keys.
       const std::int64_t turn = task % blocks;
       const std::int64_t block = turn % 2 == 0 ? turn / 2 : blocks - 1 - turn / 2;
       const std::int64_t first = block * rows;
       const std::int64_t count = std::min(rows, a.tokens - first);
       const std::int64_t visible = a.start + first + count;  // of the block's last row
-      const std::int64_t kv = head / group;
-      const Matrix q{at_byte(a.queries.data, head * a.queries.head_stride + first * a.queries.token_stride, size),
-                     count, a.head_dim, a.queries.token_stride};
-      const Matrix k{at_byte(keys.data, kv * keys.head_stride, size), visible, a.head_dim, keys.token_stride};
-      const Matrix v{at_byte(values.data, kv * values.head_stride, size), visible, a.head_dim, values.token_stride};
+      const std::int64_t key = head / a.key_readers - a.head_begin / a.key_readers;
+      const std::int64_t value = head / a.value_readers - a.head_begin / a.value_readers;
+      const Matrix q{at_byte(a.queries.data, own * a.queries.head_stride + first * a.queries.token_stride, size), count,
+                     a.key_width, a.queries.token_stride};
+      const Matrix k{at_byte(keys.data, key * keys.head_stride, size), visible, a.key_width, keys.token_stride};
+      const Matrix v{at_byte(values.data, value * values.head_stride, size), visible, a.value_width,
+                     values.token_stride};
       multiply(q, k, true, a.dtype, scores, visible, at::kFloat);
       const float slope = a.slopes != nullptr ? a.slopes[head] : 0;
       for (std::int64_t row = 0; row < count; ++row)
         kernel.softmax(scores + row * visible, at_byte(probabilities, row * visible, size),
-                       {a.start + first + row + 1, visible, score_scale(a.head_dim), slope});
-      multiply({probabilities, count, visible, visible}, v, false, a.dtype, output, a.head_dim, at::kFloat);
+                       {a.start + first + row + 1, visible, a.scale, slope});
+      multiply({probabilities, count, visible, visible}, v, false, a.dtype, output, a.value_width, at::kFloat);
       for (std::int64_t row = 0; row < count; ++row)
-        kernel.store(output + row * a.head_dim,
-                     at_byte(a.output, (first + row) * a.output_stride + head * a.head_dim, size), a.head_dim);
+        kernel.store(output + row * a.value_width,
+                     at_byte(a.output, (first + row) * a.output_stride + own * a.value_width, size), a.value_width);
     }
   });
 }
@@ -146,7 +150,7 @@ void set_attention_block_bytes(std::int64_t bytes) {
 }
 
 void attend(const Attention& attention) {
-  if (attention.tokens == 0) return;
+  if (attention.tokens == 0 || attention.head_begin >= attention.head_end) return;
   constexpr std::int64_t kFewRows = 8;
   if (attention.tokens <= kFewRows) {
     attend_directly(attention);

@@ -26,21 +26,28 @@ struct Heads {
   std::int64_t token_stride = 0;
 };
 
-/// One sequence's attention.
+/// One sequence's attention for query heads head_begin .. head_end.
 struct Attention {
   at::ScalarType dtype = at::kFloat;
-  std::int64_t heads = 0, kv_heads = 0, head_dim = 0;
+  std::int64_t head_begin = 0, head_end = 0;
+  std::int64_t key_readers = 1;    ///< query heads that share a key head: head h reads key head h / key_readers
+  std::int64_t value_readers = 1;  ///< query heads that share a value head
+  std::int64_t key_width = 0;      ///< channels of queries and keys
+  std::int64_t value_width = 0;
+  float scale = 1;          ///< of the scores
   std::int64_t tokens = 0;  ///< query tokens, at positions start .. start + tokens - 1
   std::int64_t start = 0;   ///< keys 0 .. start + tokens - 1 exist
-  Heads queries, keys, values;
-  void* output = nullptr;  ///< [tokens, heads * head_dim], row stride output_stride
+  Heads queries;            ///< [0] is head head_begin
+  Heads keys;               ///< [0] is the key head of head_begin
+  Heads values;             ///< [0] is the value head of head_begin
+  void* output = nullptr;   ///< [tokens, (head_end - head_begin) * value_width], row stride output_stride
   std::int64_t output_stride = 0;
-  const float* slopes = nullptr;  ///< ALiBi, [heads], or none
+  const float* slopes = nullptr;  ///< ALiBi, of all query heads, or none
 };
 
-/// output = softmax(q k^T / sqrt(head_dim) + ALiBi, causal) v, softmax in float32. Query head h reads KV head h /
-/// (heads / kv_heads). Works through blocks of query rows against the keys up to the block's end; scores of all threads
-/// together stay below attention_block_bytes() (at least one row per thread).
+/// output = softmax(scale q k^T + ALiBi, causal) v, softmax in float32. Works through blocks of query rows against the
+/// keys up to the block's end; scores of all threads together stay below attention_block_bytes() (at least one row per
+/// thread).
 void attend(const Attention& attention);
 
 }  // namespace headfold::model

@@ -26,6 +26,9 @@ enum Slot {
   slot_keys,
   slot_values,
   slot_source_keys,
+  slot_rebuilt_keys,
+  slot_key_rows,
+  slot_attended_latents,
   slot_attention,
   slot_gate,
   slot_up,
@@ -112,7 +115,7 @@ Source source_of(const checkpoint::Reader& reader) {
 struct Observed {
   at::Tensor rotated_keys;           // [batch, tokens, source_kv_heads, head_dim]
   at::Tensor queries, keys, values;  // [batch, tokens, heads, head_dim]; with every earlier token, kv_heads instead
-  at::Tensor attended;               // [batch, tokens, heads * head_dim]
+  at::Tensor attended;               // [batch, tokens, heads * head_dim]; widths of latents are their own
   at::Tensor inner;                  // [batch * tokens, ffn]
 };
 
@@ -122,6 +125,12 @@ class DecoderLayer final : public Layer {
       : config_(config), dtype_(dtype) {
     require_dtype(dtype);
     if (layer < 0 || layer >= config.layers) throw InternalError(fmt::format("layer {} of {}", layer, config.layers));
+    shape_ = config.shape_of(layer);
+    config_.layer_shapes.clear();  // of the other layers
+    config_.raw = nullptr;
+    source_heads_ = config.source_heads_of(layer);
+    query_width_ = checkpoint::keys_absorbed(config, layer) ? shape_.key_width : config.head_dim;
+    attended_width_ = checkpoint::attended_width(config, layer);
     if (config.family == Family::llama) {
       load_llama(fmt::format("model.layers.{}.", layer), source);
       inverse_frequencies_ = rope_inverse_frequencies(config);
@@ -137,7 +146,7 @@ class DecoderLayer final : public Layer {
     std::int64_t sum = 0;
     for (const auto* product : {&qkv_, &output_, &gate_, &up_, &down_})
       if (*product) sum += (*product)->bytes();
-    for (const auto* folds : {&key_folds_, &query_folds_})
+    for (const auto* folds : {&key_folds_, &query_folds_, &key_up_, &value_up_})
       for (const auto& fold : *folds) sum += fold->bytes();
     for (const at::Tensor* tensor : {&norm1_weight_, &norm1_bias_, &norm2_weight_, &norm2_bias_})
       if (tensor->defined()) sum += static_cast<std::int64_t>(tensor->nbytes());
@@ -156,19 +165,40 @@ class DecoderLayer final : public Layer {
                           const Source& source) const {
     return load_stacked({name}, {out}, in, bias, source);
   }
+  /// Products with the matrices of a tensor [count, out, in], or with their transposes.
   std::vector<ProductPtr> load_folds(const std::string& name, std::int64_t count, std::int64_t out, std::int64_t in,
-                                     const Source& source) const;
+                                     const Source& source, bool transposed = false) const;
+  void load_latent_decoders(const std::string& attention, const Source& source);
+  at::Tensor rebuild_keys(const at::Tensor& latents, std::int64_t first, std::int64_t count,
+                          const RopeTable& table) const;
+  void attend_latents(Attention attention, const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
+                      const RopeTable* table, const at::Tensor& attended, const Observed& observed) const;
   void attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens,
                         LayerCache* cache, const Observed& observed, const at::Tensor& out) const;
   void feed_forward(const at::Tensor& x, const at::Tensor& observed_inner, const at::Tensor& out) const;
 
+  /// Rows of the key projection.
+  std::int64_t key_rows() const {
+    return (config_.layout == KvLayout::projected ? source_heads_ : shape_.kv_heads) * shape_.key_width;
+  }
+  /// Heads and channels of the keys that an observer of attention sees.
+  std::pair<std::int64_t, std::int64_t> seen_keys() const {
+    const bool rebuilt = config_.layout == KvLayout::latent && inverse_frequencies_.defined();
+    return rebuilt ? std::pair(source_heads_, config_.head_dim) : std::pair(shape_.kv_heads, shape_.key_width);
+  }
+
   ModelConfig config_;
+  checkpoint::LayerShape shape_;
+  std::int64_t source_heads_ = 0;    // heads whose keys are rebuilt or projected; kv_heads otherwise
+  std::int64_t query_width_ = 0;     // channels of a query head as it leaves the projection
+  std::int64_t attended_width_ = 0;  // channels of a head as it enters the output projection
   at::ScalarType dtype_;
   at::Tensor norm1_weight_, norm1_bias_, norm2_weight_, norm2_bias_;
   ProductPtr qkv_, output_, gate_, up_, down_;  // BLOOM: up_ and down_ are dense_h_to_4h and dense_4h_to_h
   std::vector<ProductPtr> key_folds_, query_folds_;
-  at::Tensor inverse_frequencies_;  // RoPE
-  at::Tensor slopes_;               // ALiBi
+  std::vector<ProductPtr> key_up_, value_up_;  // per source head; without rotation key_up_ turns queries: transposed
+  at::Tensor inverse_frequencies_;             // RoPE
+  at::Tensor slopes_;                          // ALiBi
 };
 
 DecoderLayer::ProductPtr DecoderLayer::load_stacked(const std::vector<std::string>& names,
@@ -196,14 +226,25 @@ DecoderLayer::ProductPtr DecoderLayer::load_stacked(const std::vector<std::strin
 }
 
 std::vector<DecoderLayer::ProductPtr> DecoderLayer::load_folds(const std::string& name, std::int64_t count,
-                                                               std::int64_t out, std::int64_t in,
-                                                               const Source& source) const {
+                                                               std::int64_t out, std::int64_t in, const Source& source,
+                                                               bool transposed) const {
   const at::Tensor folds = source.checked(name, {count, out, in});
   std::vector<ProductPtr> products;
-  for (std::int64_t i = 0; i < count; ++i)
-    products.push_back(std::make_unique<const Product>(folds.select(0, i), at::Tensor(), dtype_));
+  for (std::int64_t i = 0; i < count; ++i) {
+    const at::Tensor fold = folds.select(0, i);
+    products.push_back(std::make_unique<const Product>(transposed ? fold.t() : fold, at::Tensor(), dtype_));
+  }
   source.done(name);
   return products;
+}
+
+void DecoderLayer::load_latent_decoders(const std::string& attention, const Source& source) {
+  const bool rotates = config_.family == Family::llama;
+  if (rotates || shape_.key_width > config_.head_dim)
+    key_up_ = load_folds(attention + "key_up.weight", source_heads_, config_.head_dim, shape_.key_width, source,
+                         /*transposed=*/!rotates);
+  if (shape_.value_width > config_.head_dim)
+    value_up_ = load_folds(attention + "value_up.weight", source_heads_, config_.head_dim, shape_.value_width, source);
 }
 
 void DecoderLayer::load_llama(const std::string& prefix, const Source& source) {
@@ -212,14 +253,16 @@ void DecoderLayer::load_llama(const std::string& prefix, const Source& source) {
   norm2_weight_ = source.vector(prefix + "post_attention_layernorm.weight", config_.hidden, dtype_);
   const std::string attention = prefix + "self_attn.";
   qkv_ = load_stacked({attention + "q_proj", attention + "k_proj", attention + "v_proj"},
-                      {config_.heads * d, config_.source_kv_heads * d, config_.kv_heads * d}, config_.hidden,
+                      {config_.heads * query_width_, key_rows(), shape_.kv_heads * shape_.value_width}, config_.hidden,
                       config_.attention_bias, source);
-  output_ = load_product(attention + "o_proj", config_.hidden, config_.heads * d, config_.attention_bias, source);
+  output_ = load_product(attention + "o_proj", config_.hidden, config_.heads * attended_width_, config_.attention_bias,
+                         source);
   if (config_.layout == KvLayout::projected) {
-    const std::int64_t members = config_.source_kv_heads / config_.kv_heads;
-    key_folds_ = load_folds(attention + "key_fold.weight", config_.kv_heads, d, members * d, source);
-    query_folds_ = load_folds(attention + "query_fold.weight", config_.source_kv_heads, d, d, source);
+    const std::int64_t members = source_heads_ / shape_.kv_heads;
+    key_folds_ = load_folds(attention + "key_fold.weight", shape_.kv_heads, d, members * d, source);
+    query_folds_ = load_folds(attention + "query_fold.weight", source_heads_, d, d, source);
   }
+  if (config_.layout == KvLayout::latent) load_latent_decoders(attention, source);
   gate_ = load_product(prefix + "mlp.gate_proj", config_.ffn, config_.hidden, config_.mlp_bias, source);
   up_ = load_product(prefix + "mlp.up_proj", config_.ffn, config_.hidden, config_.mlp_bias, source);
   down_ = load_product(prefix + "mlp.down_proj", config_.hidden, config_.ffn, config_.mlp_bias, source);
@@ -237,7 +280,8 @@ void DecoderLayer::load_bloom(const std::string& prefix, const Source& source) {
   const std::string attention = prefix + "self_attention.";
   if (config_.split_qkv) {
     qkv_ = load_stacked({attention + "query", attention + "key", attention + "value"},
-                        {config_.heads * d, config_.kv_width(), config_.kv_width()}, hidden, true, source);
+                        {config_.heads * query_width_, key_rows(), shape_.kv_heads * shape_.value_width}, hidden, true,
+                        source);
   } else {
     // Stored as [heads, 3, head_dim, hidden]; wanted are all of Q, then K, then V.
     const std::string name = attention + "query_key_value";
@@ -249,7 +293,8 @@ void DecoderLayer::load_bloom(const std::string& prefix, const Source& source) {
         source.vector(name + ".bias", 3 * heads * d, dtype_).view({heads, 3, d}).transpose(0, 1).contiguous();
     qkv_ = std::make_unique<const Product>(weight.view({3 * heads * d, hidden}), bias.view({3 * heads * d}), dtype_);
   }
-  output_ = load_product(attention + "dense", hidden, config_.heads * d, true, source);
+  output_ = load_product(attention + "dense", hidden, config_.heads * attended_width_, true, source);
+  if (config_.layout == KvLayout::latent) load_latent_decoders(attention, source);
   up_ = load_product(prefix + "mlp.dense_h_to_4h", config_.ffn, hidden, true, source);
   down_ = load_product(prefix + "mlp.dense_4h_to_h", hidden, config_.ffn, true, source);
 }
@@ -291,25 +336,136 @@ void move_heads(const at::Tensor& from, std::int64_t tokens, std::int64_t start,
       });
 }
 
+/// Elements of one sequence's tensor [heads, tokens, channels].
+Heads heads_of(const at::Tensor& own) {
+  return {own.data_ptr(), own.stride(0), own.stride(1)};
+}
+
+/// Keys of source heads first .. first + count for every cached token, rebuilt from `latents` [kv_heads, tokens,
+/// key_width] and rotated at their own positions: [count, tokens, head_dim].
+at::Tensor DecoderLayer::rebuild_keys(const at::Tensor& latents, std::int64_t first, std::int64_t count,
+                                      const RopeTable& table) const {
+  constexpr std::int64_t kBlock = 128;
+  const auto& kernel = kernels::table(dtype_);
+  const std::int64_t d = config_.head_dim;
+  const std::int64_t tokens = latents.size(1);
+  const std::int64_t members = source_heads_ / shape_.kv_heads;
+  const std::int64_t blocks = (tokens + kBlock - 1) / kBlock;
+  const at::Tensor keys = scratch(slot_rebuilt_keys, {count, tokens, d}, dtype_);
+  const auto row_bytes = d * static_cast<std::int64_t>(keys.element_size());
+  at::parallel_for(0, count * blocks, 1, [&](std::int64_t from, std::int64_t to) {
+    for (std::int64_t task = from; task < to; ++task) {
+      const std::int64_t head = task / blocks;
+      const std::int64_t begin = task % blocks * kBlock;
+      const std::int64_t rows = std::min(kBlock, tokens - begin);
+      const at::Tensor plain = scratch(slot_key_rows, {rows, d}, dtype_);
+      key_up_[static_cast<std::size_t>(first + head)]->apply(
+          latents.select(0, (first + head) / members).slice(0, begin, begin + rows), plain);
+      const auto* x = static_cast<const char*>(plain.data_ptr());
+      auto* y = static_cast<char*>(keys.data_ptr()) + (head * tokens + begin) * row_bytes;
+      for (std::int64_t row = 0; row < rows; ++row) {
+        const std::int64_t angle = (begin + row) * table.half;
+        kernel.rotate(x + row * row_bytes, table.cosine.data_ptr<float>() + angle, table.sine.data_ptr<float>() + angle,
+                      y + row * row_bytes, table.half);
+      }
+    }
+  });
+  return keys;
+}
+
+/// Attention of one sequence over latents: queries [heads, tokens, query_width], keys and values [kv_heads, start +
+/// tokens, width], attended [tokens, heads * attended_width]. What is rebuilt, and queries and outputs as wide as
+/// latents, is made for as many source heads at a time as fit attention_block_bytes(). `observed` is this sequence's.
+void DecoderLayer::attend_latents(Attention attention, const at::Tensor& queries, const at::Tensor& keys,
+                                  const at::Tensor& values, const RopeTable* table, const at::Tensor& attended,
+                                  const Observed& observed) const {
+  const std::int64_t tokens = attention.tokens;
+  const std::int64_t total = attention.start + tokens;
+  const std::int64_t repeat = config_.heads / source_heads_;
+  const std::int64_t members = source_heads_ / shape_.kv_heads;
+  const std::int64_t value_width = shape_.value_width;
+  const bool rebuilds = table != nullptr;
+  const bool turns_queries = !rebuilds && !key_up_.empty();
+  const bool rebuilds_values = !value_up_.empty();
+  const std::int64_t per_head = (rebuilds ? total * config_.head_dim : 0) +
+                                (turns_queries ? repeat * tokens * shape_.key_width : 0) +
+                                (rebuilds_values ? repeat * tokens * value_width : 0);
+  const std::int64_t bytes = per_head * static_cast<std::int64_t>(c10::elementSize(dtype_));
+  const std::int64_t together =
+      bytes == 0 ? source_heads_ : std::clamp<std::int64_t>(attention_block_bytes() / bytes, 1, source_heads_);
+  const auto each_head = [&](std::int64_t first, std::int64_t count, const auto& work) {
+    at::parallel_for(0, count * repeat, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i)
+        work(i, first * repeat + i, static_cast<std::size_t>(first + i / repeat));
+    });
+  };
+  attention.key_readers = rebuilds ? repeat : repeat * members;
+  attention.value_readers = repeat * members;
+  attention.value_width = value_width;
+  for (std::int64_t first = 0; first < source_heads_; first += together) {
+    const std::int64_t count = std::min(together, source_heads_ - first);
+    attention.head_begin = first * repeat;
+    attention.head_end = (first + count) * repeat;
+    attention.values = heads_of(values.slice(0, first / members));
+    attention.queries = heads_of(queries.slice(0, first * repeat));
+    attention.keys = heads_of(keys.slice(0, first / members));
+    attention.key_width = shape_.key_width;
+    if (rebuilds) {
+      const at::Tensor rebuilt = rebuild_keys(keys, first, count, *table);
+      attention.keys = heads_of(rebuilt);
+      attention.key_width = config_.head_dim;
+      if (observed.keys.defined()) observed.keys.slice(1, first, first + count).copy_(rebuilt.transpose(0, 1));
+      if (observed.rotated_keys.defined())
+        observed.rotated_keys.slice(1, first, first + count).copy_(rebuilt.slice(1, total - tokens).transpose(0, 1));
+    } else if (turns_queries) {
+      const at::Tensor turned = scratch(slot_folded_queries, {count * repeat, tokens, shape_.key_width}, dtype_);
+      each_head(first, count, [&](std::int64_t own, std::int64_t head, std::size_t source) {
+        key_up_[source]->apply(queries.select(0, head), turned.select(0, own));
+      });
+      attention.queries = heads_of(turned);
+      if (observed.queries.defined())
+        observed.queries.slice(1, first * repeat, (first + count) * repeat).copy_(turned.transpose(0, 1));
+    }
+    if (!rebuilds_values) {
+      attention.output = attended.slice(1, first * repeat * value_width).data_ptr();
+      attention.output_stride = attended.stride(0);
+      attend(attention);
+      continue;
+    }
+    const at::Tensor latents = scratch(slot_attended_latents, {tokens, count * repeat * value_width}, dtype_);
+    attention.output = latents.data_ptr();
+    attention.output_stride = latents.stride(0);
+    attend(attention);
+    const std::int64_t d = config_.head_dim;
+    each_head(first, count, [&](std::int64_t own, std::int64_t head, std::size_t source) {
+      value_up_[source]->apply(latents.slice(1, own * value_width, (own + 1) * value_width),
+                               attended.slice(1, head * d, (head + 1) * d));
+    });
+  }
+}
+
 /// Attention of sequences first .. first + count: `out` [count * tokens, hidden] += output projection.
 void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens,
                                     LayerCache* cache, const Observed& observed, const at::Tensor& out) const {
   const at::Tensor& observed_keys = observed.rotated_keys;
   const std::int64_t d = config_.head_dim;
   const std::int64_t heads = config_.heads;
-  const std::int64_t kv_heads = config_.kv_heads;
-  const std::int64_t source_heads = config_.source_kv_heads;
+  const std::int64_t kv_heads = shape_.kv_heads;
+  const std::int64_t source_heads = source_heads_;
   const std::int64_t start = cache != nullptr ? cache->length : 0;
   const std::int64_t rows = count * tokens;
   const bool projected = config_.layout == KvLayout::projected;
+  const bool latent = config_.layout == KvLayout::latent;
   const std::shared_ptr<const RopeTable> table =
       inverse_frequencies_.defined() ? rope_table(inverse_frequencies_, dtype_, start + tokens) : nullptr;
 
-  const at::Tensor qkv = scratch(slot_qkv, {rows, (heads + source_heads + kv_heads) * d}, dtype_);
+  const std::int64_t key_column = heads * query_width_;
+  const std::int64_t value_column = key_column + key_rows();
+  const at::Tensor qkv = scratch(slot_qkv, {rows, value_column + kv_heads * shape_.value_width}, dtype_);
   qkv_->apply(x, qkv);
 
-  // All as [sequences, heads, tokens, head_dim]; keys and values with every earlier token in front.
-  at::Tensor queries = scratch(slot_queries, {count, heads, tokens, d}, dtype_);
+  // All as [sequences, heads, tokens, channels]; keys and values with every earlier token in front.
+  at::Tensor queries = scratch(slot_queries, {count, heads, tokens, query_width_}, dtype_);
   at::Tensor keys, values;
   if (cache != nullptr) {
     keys = cache->keys.slice(0, first, first + count).slice(1, 0, start + tokens).transpose(1, 2);
@@ -317,24 +473,25 @@ void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std
   } else {
     // Rotated keys that an observer wants stand as [sequences, tokens, heads, head_dim]; attention can use them where
     // they are.
-    keys = observed_keys.defined() && !projected ? observed_keys.slice(0, first, first + count).transpose(1, 2)
-                                                 : scratch(slot_keys, {count, kv_heads, tokens, d}, dtype_);
-    values = scratch(slot_values, {count, kv_heads, tokens, d}, dtype_);
+    keys = observed_keys.defined() && !projected && !latent
+               ? observed_keys.slice(0, first, first + count).transpose(1, 2)
+               : scratch(slot_keys, {count, kv_heads, tokens, shape_.key_width}, dtype_);
+    values = scratch(slot_values, {count, kv_heads, tokens, shape_.value_width}, dtype_);
   }
   const at::Tensor new_keys = keys.slice(2, start, start + tokens);
-  const std::vector<HeadMove> query_and_value = {
-      {0, queries, table.get()}, {(heads + source_heads) * d, values.slice(2, start, start + tokens), nullptr}};
-  std::vector<HeadMove> moves = query_and_value;
+  std::vector<HeadMove> moves = {{0, queries, table.get()},
+                                 {value_column, values.slice(2, start, start + tokens), nullptr}};
   at::Tensor source_keys;
   if (projected) {
     source_keys = observed_keys.defined() ? observed_keys.slice(0, first, first + count)
                                           : scratch(slot_source_keys, {count, tokens, source_heads, d}, dtype_);
-    moves.push_back({heads * d, source_keys.transpose(1, 2), table.get()});
+    moves.push_back({key_column, source_keys.transpose(1, 2), table.get()});
   } else {
-    moves.push_back({heads * d, new_keys, table.get()});
+    moves.push_back({key_column, new_keys, latent ? nullptr : table.get()});
   }
   move_heads(qkv, tokens, start, moves);
-  if (observed_keys.defined() && cache != nullptr && !projected)
+  const bool keys_as_cached = !projected && !(latent && table != nullptr);
+  if (observed_keys.defined() && keys_as_cached && (cache != nullptr || latent))
     observed_keys.slice(0, first, first + count).copy_(new_keys.transpose(1, 2));
 
   if (projected) {
@@ -360,34 +517,42 @@ void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std
     queries = folded;
   }
 
-  const at::Tensor attended = scratch(slot_attention, {rows, heads * d}, dtype_);
+  const at::Tensor attended = scratch(slot_attention, {rows, heads * attended_width_}, dtype_);
   Attention attention;
   attention.dtype = dtype_;
-  attention.heads = heads;
-  attention.kv_heads = kv_heads;
-  attention.head_dim = d;
+  attention.head_end = heads;
+  attention.key_readers = attention.value_readers = heads / kv_heads;
+  attention.key_width = attention.value_width = d;
+  attention.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
   attention.tokens = tokens;
   attention.start = start;
-  attention.output_stride = heads * d;
+  attention.output_stride = attended.stride(0);
   attention.slopes = slopes_.defined() ? slopes_.data_ptr<float>() : nullptr;
-  const auto heads_of = [](const at::Tensor& tensor, std::int64_t sequence) {
-    const at::Tensor own = tensor.select(0, sequence);
-    return Heads{own.data_ptr(), own.stride(0), own.stride(1)};
-  };
   for (std::int64_t sequence = 0; sequence < count; ++sequence) {
-    attention.queries = heads_of(queries, sequence);
-    attention.keys = heads_of(keys, sequence);
-    attention.values = heads_of(values, sequence);
-    attention.output = attended.slice(0, sequence * tokens).data_ptr();
+    const at::Tensor own = attended.slice(0, sequence * tokens, (sequence + 1) * tokens);
+    if (latent) {
+      Observed mine;
+      for (const auto& [to, from] : {std::pair(&mine.queries, &observed.queries), std::pair(&mine.keys, &observed.keys),
+                                     std::pair(&mine.rotated_keys, &observed.rotated_keys)})
+        if (from->defined()) *to = from->select(0, first + sequence);
+      attend_latents(attention, queries.select(0, sequence), keys.select(0, sequence), values.select(0, sequence),
+                     table.get(), own, mine);
+      continue;
+    }
+    attention.queries = heads_of(queries.select(0, sequence));
+    attention.keys = heads_of(keys.select(0, sequence));
+    attention.values = heads_of(values.select(0, sequence));
+    attention.output = own.data_ptr();
     attend(attention);
   }
   const auto keep = [&](const at::Tensor& all, const at::Tensor& own) {
     if (all.defined()) all.slice(0, first, first + count).copy_(own);
   };
-  keep(observed.queries, queries.transpose(1, 2));
-  keep(observed.keys, keys.transpose(1, 2));
+  // attend_latents() has kept the queries and keys that it made itself.
+  if (!latent || key_up_.empty() || table != nullptr) keep(observed.queries, queries.transpose(1, 2));
+  if (keys_as_cached || projected) keep(observed.keys, keys.transpose(1, 2));
   keep(observed.values, values.transpose(1, 2));
-  keep(observed.attended, attended.view({count, tokens, heads * d}));
+  keep(observed.attended, attended.view({count, tokens, heads * attended_width_}));
   output_->apply(attended, out, /*accumulate=*/true);
 }
 
@@ -426,12 +591,13 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
   const std::int64_t batch = hidden_states.size(0);
   const std::int64_t tokens = hidden_states.size(1);
   if (cache != nullptr) {
-    for (const at::Tensor* tensor : {&cache->keys, &cache->values})
-      if (!tensor->defined() || tensor->dim() != 4 || tensor->size(0) != batch || tensor->size(2) != config_.kv_heads ||
-          tensor->size(3) != config_.head_dim || tensor->scalar_type() != dtype_ || !tensor->is_contiguous())
+    for (const auto& [tensor, width] :
+         {std::pair(&cache->keys, shape_.key_width), std::pair(&cache->values, shape_.value_width)})
+      if (!tensor->defined() || tensor->dim() != 4 || tensor->size(0) != batch || tensor->size(2) != shape_.kv_heads ||
+          tensor->size(3) != width || tensor->scalar_type() != dtype_ || !tensor->is_contiguous())
         throw InternalError(fmt::format("KV cache {} for a batch of {}, expected [{}, capacity, {}, {}]",
                                         tensor->defined() ? shape_text(tensor->sizes()) : "none", batch, batch,
-                                        config_.kv_heads, config_.head_dim));
+                                        shape_.kv_heads, width));
     if (cache->length + tokens > std::min(cache->keys.size(1), cache->values.size(1)))
       throw InputError(fmt::format("the KV cache has room for {} tokens: {} are in it and {} more do not fit",
                                    cache->keys.size(1), cache->length, tokens));
@@ -444,17 +610,19 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
   normalise(flat, norm1_weight_, norm1_bias_, config_.norm_eps, x);
   if (observer != nullptr) observer->attention_input(x.view({batch, tokens, config_.hidden}));
   Observed observed;
+  const bool projected = config_.layout == KvLayout::projected;
+  const auto [key_heads, key_width] = seen_keys();
   if (observer != nullptr && observer->wants_rotated_keys())
-    observed.rotated_keys = at::empty({batch, tokens, config_.source_kv_heads, config_.head_dim}, dtype_);
+    observed.rotated_keys = at::empty({batch, tokens, projected ? source_heads_ : key_heads, key_width}, dtype_);
   if (observer != nullptr && observer->wants_attention()) {
     const std::int64_t seen = (cache != nullptr ? cache->length : 0) + tokens;
-    observed.queries = large_empty({batch, tokens, config_.heads, config_.head_dim}, dtype_);
-    observed.keys = large_empty({batch, seen, config_.kv_heads, config_.head_dim}, dtype_);
-    observed.values = large_empty({batch, seen, config_.kv_heads, config_.head_dim}, dtype_);
+    observed.queries = large_empty({batch, tokens, config_.heads, key_width}, dtype_);
+    observed.keys = large_empty({batch, seen, key_heads, key_width}, dtype_);
+    observed.values = large_empty({batch, seen, shape_.kv_heads, shape_.value_width}, dtype_);
   }
   if (observer != nullptr && observer->wants_activated()) observed.inner = large_empty({rows, config_.ffn}, dtype_);
   if (observer != nullptr && observer->wants_attended())
-    observed.attended = large_empty({batch, tokens, config_.heads * config_.head_dim}, dtype_);
+    observed.attended = large_empty({batch, tokens, config_.heads * attended_width_}, dtype_);
 
   const at::Tensor result = large_empty({batch, tokens, config_.hidden}, dtype_);
   const at::Tensor out = result.view({rows, config_.hidden});
@@ -583,9 +751,10 @@ at::Tensor Decoder::logits(const at::Tensor& ids) const {
 
 std::vector<LayerCache> Decoder::make_cache(std::int64_t batch, std::int64_t capacity) const {
   std::vector<LayerCache> caches(layers_.size());
-  for (LayerCache& cache : caches) {
-    cache.keys = at::empty({batch, capacity, config_.kv_heads, config_.head_dim}, dtype_);
-    cache.values = at::empty({batch, capacity, config_.kv_heads, config_.head_dim}, dtype_);
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    const checkpoint::LayerShape shape = config_.shape_of(static_cast<std::int64_t>(i));
+    caches[i].keys = at::empty({batch, capacity, shape.kv_heads, shape.key_width}, dtype_);
+    caches[i].values = at::empty({batch, capacity, shape.kv_heads, shape.value_width}, dtype_);
   }
   return caches;
 }

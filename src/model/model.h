@@ -25,14 +25,17 @@ class LayerObserver {
   /// Attention input after the norm, [batch, tokens, hidden], compute dtype.
   virtual void attention_input(const at::Tensor& x) = 0;
   /// Keys as they enter the scores: rotated for RoPE models, [batch, tokens, source_kv_heads, head_dim], compute dtype.
+  /// `projected`: before the projection. `latent`: rebuilt; without rotation the latents [.., kv_heads, key_width].
   virtual void rotated_keys(const at::Tensor& keys) = 0;
   virtual bool wants_rotated_keys() const = 0;
   /// Queries and keys as they enter the scores (rotated, folded: [batch, tokens, heads, head_dim] and [batch, tokens,
   /// kv_heads, head_dim]) and values [batch, tokens, kv_heads, head_dim], compute dtype; only when asked for. With a
-  /// cache, keys and values are those of every token so far.
+  /// cache, keys and values are those of every token so far. `latent`: rebuilt keys of the source_kv_heads, latents as
+  /// values; without rotation latents of key_width also as keys, and queries as wide as these.
   virtual void attention(const at::Tensor& /*queries*/, const at::Tensor& /*keys*/, const at::Tensor& /*values*/) {}
   virtual bool wants_attention() const { return false; }
-  /// Outputs of all heads side by side as they enter the output projection, [batch, tokens, heads * head_dim].
+  /// Outputs of all heads side by side as they enter the output projection, [batch, tokens, heads *
+  /// checkpoint::attended_width()].
   virtual void attended(const at::Tensor& /*y*/) {}
   virtual bool wants_attended() const { return false; }
   /// What enters the MLP's down projection, [batch, tokens, ffn].
@@ -42,8 +45,9 @@ class LayerObserver {
 
 /// Keys and values of one layer for a batch of sequences of equal length.
 struct LayerCache {
-  at::Tensor keys;  ///< [batch, capacity, kv_heads, head_dim]: what the layout caches (projected keys for `projected`)
-  at::Tensor values;  ///< [batch, capacity, kv_heads, head_dim]
+  at::Tensor keys;  ///< [batch, capacity, kv_heads, key_width] of the layer: what the layout caches (projected keys for
+                    ///< `projected`, unrotated latents for `latent`)
+  at::Tensor values;  ///< [batch, capacity, kv_heads, value_width]
   std::int64_t length = 0;
 };
 
@@ -54,7 +58,7 @@ class Layer {
   /// hidden [batch, tokens, hidden] -> same shape. Tokens stand at positions start .. start+tokens-1 where start =
   /// cache ? cache->length : 0; with a cache the new keys and values are appended (InputError when its capacity does
   /// not suffice). Causal. Scores are formed in bounded blocks: memory stays below `attention_block_bytes()` whatever
-  /// the length.
+  /// the length, and so do keys that `latent` rebuilds (of one head at least).
   virtual at::Tensor forward(const at::Tensor& hidden, LayerCache* cache = nullptr,
                              LayerObserver* observer = nullptr) const = 0;
   /// Bytes of its weights.

@@ -20,14 +20,21 @@ double parameters_of(const std::vector<checkpoint::TensorShape>& tensors) {
   return sum;
 }
 
-/// Parameters of the parts that balancing looks at.
+/// Parameters of the parts that balancing looks at; `layer` is the mean one.
 struct Weights {
   double layer = 0, embedding = 0, head = 0;
 };
 
+double layer_parameters(const ModelConfig& config, std::int64_t begin, std::int64_t end) {
+  if (!config.uneven()) return static_cast<double>(end - begin) * parameters_of(checkpoint::layer_tensors(config, 0));
+  double sum = 0;
+  for (std::int64_t layer = begin; layer < end; ++layer) sum += parameters_of(checkpoint::layer_tensors(config, layer));
+  return sum;
+}
+
 Weights weights_of(const ModelConfig& config) {
   Weights weights;
-  weights.layer = parameters_of(checkpoint::layer_tensors(config, 0));
+  weights.layer = layer_parameters(config, 0, config.layers) / static_cast<double>(config.layers);
   const auto table = static_cast<double>(config.vocab) * static_cast<double>(config.hidden);
   const bool bloom = config.family == checkpoint::Family::bloom;
   weights.embedding = table + (bloom ? 2.0 * static_cast<double>(config.hidden) : 0.0);
@@ -211,15 +218,22 @@ void Pipeline::run(const std::vector<at::Tensor>& micro_batches, const PipelineH
 
 std::vector<comm::LayerRange> stage_layers(const ModelConfig& config, int stages) {
   const Weights weights = weights_of(config);
-  return comm::split_layers(config.layers, stages, weights.embedding / weights.layer, weights.head / weights.layer);
+  if (!config.uneven())
+    return comm::split_layers(config.layers, stages, weights.embedding / weights.layer, weights.head / weights.layer);
+  std::vector<double> costs;
+  costs.reserve(static_cast<std::size_t>(config.layers));
+  for (std::int64_t layer = 0; layer < config.layers; ++layer)
+    costs.push_back(layer_parameters(config, layer, layer + 1));
+  return comm::split_layers(costs, stages, weights.embedding, weights.head);
 }
 
 std::int64_t stage_weight_bytes(const ModelConfig& config, int stages, int stage, at::ScalarType dtype) {
   const auto ranges = stage_layers(config, stages);
   if (stage < 0 || stage >= stages) throw InternalError(fmt::format("stage {} of {}", stage, stages));
   const Weights weights = weights_of(config);
-  const double parameters = weights.layer * static_cast<double>(ranges[static_cast<std::size_t>(stage)].size()) +
-                            (stage == 0 ? weights.embedding : 0) + (stage + 1 == stages ? weights.head : 0);
+  const comm::LayerRange& range = ranges[static_cast<std::size_t>(stage)];
+  const double parameters = layer_parameters(config, range.begin, range.end) + (stage == 0 ? weights.embedding : 0) +
+                            (stage + 1 == stages ? weights.head : 0);
   return static_cast<std::int64_t>(parameters) * static_cast<std::int64_t>(c10::elementSize(dtype));
 }
 

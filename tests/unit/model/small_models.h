@@ -74,6 +74,11 @@ inline Json folded(const Json& json, std::int64_t kv_heads, checkpoint::KvLayout
   return checkpoint::folded_config(checkpoint::parse_config(json, "memory/config.json"), kv_heads, layout);
 }
 
+/// The same with what every layer caches.
+inline Json folded(const Json& json, const std::vector<checkpoint::LayerShape>& shapes, checkpoint::KvLayout layout) {
+  return checkpoint::folded_config(checkpoint::parse_config(json, "memory/config.json"), shapes, layout);
+}
+
 /// Every configuration the decoder knows, small.
 inline std::vector<std::pair<std::string, Json>> all_forms() {
   using checkpoint::KvLayout;
@@ -98,6 +103,23 @@ inline std::vector<std::pair<std::string, Json>> all_forms() {
   post["apply_residual_connection_post_layernorm"] = true;
   forms.emplace_back("bloom_post_layernorm", post);
   forms.emplace_back("bloom_grouped", folded(bloom_json(96, 6), 2, KvLayout::gqa));
+  // Layers that cache different things; head_dim is 16 in all.
+  Json decilm = llama_json(96, 6, 6);
+  decilm["intermediate_size"] = 256;
+  forms.emplace_back("llama_uneven_decilm", folded(decilm, {{2, 16, 16}, {3, 16, 16}}, KvLayout::gqa));
+  forms.emplace_back("llama_uneven_own", folded(llama_json(64, 4, 4), {{1, 16, 16}, {4, 16, 16}}, KvLayout::gqa));
+  forms.emplace_back("bloom_uneven", folded(bloom_json(96, 6), {{6, 16, 16}, {2, 16, 16}}, KvLayout::gqa));
+  // Widths that divide nothing; the second layer has one latent for all heads, wider than a head.
+  forms.emplace_back("llama_latent", folded(llama_json(64, 4, 4), {{2, 21, 13}, {1, 43, 37}}, KvLayout::latent));
+  Json biased_source = llama_json(96, 12, 6);
+  biased_source["attention_bias"] = true;
+  biased_source["head_dim"] = 16;
+  forms.emplace_back("llama_latent_from_gqa_biased",
+                     folded(biased_source, {{3, 1, 40}, {6, 16, 16}}, KvLayout::latent));
+  forms.emplace_back("bloom_latent_absorbed", folded(bloom_json(96, 6), {{3, 11, 5}, {2, 16, 16}}, KvLayout::latent));
+  forms.emplace_back("bloom_latent_wide", folded(bloom_json(96, 6), {{1, 50, 70}, {2, 23, 1}}, KvLayout::latent));
+  forms.emplace_back("bloom_latent_from_grouped",
+                     folded(folded(bloom_json(96, 6), 3, KvLayout::gqa), {{3, 8, 20}, {1, 31, 9}}, KvLayout::latent));
   return forms;
 }
 
@@ -114,7 +136,7 @@ class ReferenceDecoder {
     const bool llama = config_.family == checkpoint::Family::llama;
     const std::string p = llama ? fmt::format("model.layers.{}.", index) : fmt::format("transformer.h.{}.", index);
     const at::Tensor x = norm(hidden, p + "input_layernorm");
-    const at::Tensor attended = attention(x, p + (llama ? "self_attn." : "self_attention."), rotated);
+    const at::Tensor attended = attention(x, p + (llama ? "self_attn." : "self_attention."), index, rotated);
     at::Tensor y = (config_.post_layernorm_residual ? x : hidden) +
                    linear(attended, p + (llama ? "self_attn.o_proj" : "self_attention.dense"));
     const at::Tensor z = norm(y, p + "post_attention_layernorm");
@@ -176,13 +198,14 @@ class ReferenceDecoder {
     if (head < power) return std::pow(2.0, -8.0 / static_cast<double>(power) * static_cast<double>(head + 1));
     return std::pow(2.0, -4.0 / static_cast<double>(power) * static_cast<double>(2 * (head - power) + 1));
   }
-  at::Tensor attention(const at::Tensor& x, const std::string& p, at::Tensor* rotated) const {
+  at::Tensor attention(const at::Tensor& x, const std::string& p, std::int64_t index, at::Tensor* rotated) const {
     const std::int64_t d = config_.head_dim;
     const std::int64_t tokens = x.size(0);
     const bool llama = config_.family == checkpoint::Family::llama;
-    const auto columns = [&](const at::Tensor& all, std::int64_t head) {
-      return all.slice(1, head * d, (head + 1) * d);
+    const auto part = [&](const at::Tensor& all, std::int64_t head, std::int64_t width) {
+      return all.slice(1, head * width, (head + 1) * width);
     };
+    const auto columns = [&](const at::Tensor& all, std::int64_t head) { return part(all, head, d); };
     at::Tensor q, k, v;
     if (llama) {
       q = linear(x, p + "q_proj"), k = linear(x, p + "k_proj"), v = linear(x, p + "v_proj");
@@ -195,18 +218,27 @@ class ReferenceDecoder {
         for (std::int64_t j = 0; j < 3; ++j) parts[j].push_back(columns(all, 3 * h + j));
       q = at::cat(parts[0], 1), k = at::cat(parts[1], 1), v = at::cat(parts[2], 1);
     }
-    std::vector<at::Tensor> keys, outputs;
-    for (std::int64_t h = 0; h < config_.source_kv_heads; ++h)
-      keys.push_back(llama ? rotate(columns(k, h)) : columns(k, h));
-    if (rotated != nullptr) *rotated = at::stack(keys, 1);
+    const checkpoint::LayerShape shape = config_.shape_of(index);
     const bool projected = config_.layout == checkpoint::KvLayout::projected;
-    const std::int64_t members = config_.source_kv_heads / config_.kv_heads;
+    const bool latent = config_.layout == checkpoint::KvLayout::latent;
+    // Latents between whose channels nobody rotates are compared with queries as wide as they are.
+    const bool absorbed = weights_.count(p + "key_up.weight") == 0;
+    const std::int64_t source_heads = projected || latent ? config_.source_kv_heads : shape.kv_heads;
+    const std::int64_t members = source_heads / shape.kv_heads;
+    std::vector<at::Tensor> keys, latents, outputs;
+    for (std::int64_t h = 0; latent && h < shape.kv_heads; ++h) latents.push_back(part(k, h, shape.key_width));
+    for (std::int64_t h = 0; h < source_heads; ++h) {
+      at::Tensor key = latent ? latents[static_cast<std::size_t>(h / members)] : columns(k, h);
+      if (latent && !absorbed) key = at::matmul(key, weights_.at(p + "key_up.weight")[h].t());
+      keys.push_back(llama ? rotate(key) : key);
+    }
+    if (rotated != nullptr) *rotated = at::stack(latent && !llama ? latents : keys, 1);
     for (std::int64_t h = 0; h < config_.heads; ++h) {
-      const std::int64_t kv = h / (config_.heads / config_.kv_heads);
-      at::Tensor query = llama ? rotate(columns(q, h)) : columns(q, h);
-      at::Tensor key = keys[static_cast<std::size_t>(kv)];
+      const std::int64_t kv = h / (config_.heads / shape.kv_heads);
+      const std::int64_t source = h / (config_.heads / source_heads);
+      at::Tensor query = llama ? rotate(columns(q, h)) : part(q, h, latent && absorbed ? shape.key_width : d);
+      at::Tensor key = keys[static_cast<std::size_t>(source)];
       if (projected) {
-        const std::int64_t source = h / (config_.heads / config_.source_kv_heads);
         query = at::matmul(query, weights_.at(p + "query_fold.weight")[source].t());
         std::vector<at::Tensor> stacked(keys.begin() + kv * members, keys.begin() + (kv + 1) * members);
         key = at::matmul(at::cat(stacked, 1), weights_.at(p + "key_fold.weight")[kv].t());
@@ -214,7 +246,10 @@ class ReferenceDecoder {
       at::Tensor scores = at::matmul(query, key.t()) / std::sqrt(static_cast<double>(d));
       if (!llama) scores = scores + slope(h, config_.heads) * at::arange(tokens, at::kDouble);
       scores = scores.masked_fill(at::ones({tokens, tokens}, at::kBool).triu(1), -1e300);
-      outputs.push_back(at::matmul(at::softmax(scores, -1), columns(v, kv)));
+      at::Tensor output = at::matmul(at::softmax(scores, -1), part(v, kv, shape.value_width));
+      if (weights_.count(p + "value_up.weight") != 0)
+        output = at::matmul(output, weights_.at(p + "value_up.weight")[source].t());
+      outputs.push_back(output);
     }
     return at::cat(outputs, 1);
   }

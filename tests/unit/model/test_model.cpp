@@ -2,6 +2,8 @@
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
 
+#include <thread>
+
 #include "product.h"
 #include "small_models.h"
 #include "world.h"
@@ -104,6 +106,65 @@ TEST_P(Forms, result_depends_neither_on_threads_nor_on_the_batch) {
 INSTANTIATE_TEST_SUITE_P(All, Forms, testing::Range(std::size_t{0}, all_forms().size()),
                          [](const auto& instance) { return all_forms()[instance.param].first; });
 
+class AttentionRecorder : public LayerObserver {
+ public:
+  void attention_input(const at::Tensor&) override {}
+  void rotated_keys(const at::Tensor&) override {}
+  bool wants_rotated_keys() const override { return false; }
+  void attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) override {
+    queries = q, keys = k, values = v;
+  }
+  bool wants_attention() const override { return true; }
+  void attended(const at::Tensor& y) override { outputs = y; }
+  bool wants_attended() const override { return true; }
+  at::Tensor queries, keys, values, outputs;
+};
+
+/// softmax(q k^T / sqrt(head_dim)) v of what the observer was shown is what it was shown as output.
+TEST_P(Forms, observed_attention_explains_the_observed_output) {
+  for (std::int64_t index = 0; index < 2; ++index) {
+    const auto layer = load_layer(model_.config, index, at::kFloat, model_.getter());
+    const at::Tensor hidden = at::randn({2, 17, model_.config.hidden}, at::kFloat);
+    AttentionRecorder seen;
+    layer->forward(hidden, nullptr, &seen);
+    const std::int64_t heads = model_.config.heads;
+    ASSERT_EQ(seen.queries.size(2), heads);
+    ASSERT_EQ(seen.queries.size(3), seen.keys.size(3));
+    const auto of_head = [&](const at::Tensor& all, std::int64_t head) {
+      return all.select(2, head / (heads / all.size(2))).to(at::kDouble);
+    };
+    const at::Tensor slopes = alibi_slopes(heads);
+    const bool llama = model_.config.family == checkpoint::Family::llama;
+    const std::string value_up = (llama ? "model.layers." : "transformer.h.") + std::to_string(index) +
+                                 (llama ? ".self_attn" : ".self_attention") + ".value_up.weight";
+    std::vector<at::Tensor> outputs;
+    for (std::int64_t head = 0; head < heads; ++head) {
+      at::Tensor scores = at::matmul(of_head(seen.queries, head), of_head(seen.keys, head).transpose(1, 2)) /
+                          std::sqrt(static_cast<double>(model_.config.head_dim));
+      if (!llama) scores = scores + slopes[head].item<double>() * at::arange(17, at::kDouble);
+      scores = scores.masked_fill(at::ones({17, 17}, at::kBool).triu(1), -1e300);
+      at::Tensor output = at::matmul(at::softmax(scores, -1), of_head(seen.values, head));
+      if (model_.tensors.contains(value_up))
+        output = at::matmul(
+            output, model_.tensors.at(value_up)[head / (heads / model_.config.source_kv_heads)].to(at::kDouble).t());
+      outputs.push_back(output);
+    }
+    EXPECT_LE(relative_difference(seen.outputs, at::cat(outputs, 2)), 1e-5) << "layer " << index;
+  }
+}
+
+TEST_P(Forms, output_does_not_depend_on_the_block_size) {
+  const auto layer = load_layer(model_.config, 1, at::kFloat, model_.getter());
+  const at::Tensor hidden = at::randn({2, 70, model_.config.hidden}, at::kFloat);
+  const std::int64_t before = attention_block_bytes();
+  const at::Tensor expected = layer->forward(hidden);
+  for (const std::int64_t bytes : {1, 20000, 60000}) {
+    set_attention_block_bytes(bytes);
+    EXPECT_LE(relative_difference(layer->forward(hidden), expected), 1e-6) << bytes;
+  }
+  set_attention_block_bytes(before);
+}
+
 TEST(AttentionTest, output_does_not_depend_on_the_block_size) {
   const SmallModel model = make_model(llama_json(64, 4, 2));
   const auto layer = load_layer(model.config, 0, at::kFloat, model.getter());
@@ -134,6 +195,31 @@ TEST(AttentionTest, long_sequences_run_in_bounded_memory) {
   EXPECT_TRUE(at::isfinite(out).all().item<bool>());
   // Activations: about ten buffers of 4096 x 256 floats (4 MiB each), MLP blocks and scores.
   EXPECT_LE(grown, 100.0 * (1 << 20));
+}
+
+TEST(AttentionTest, rebuilt_keys_stay_within_the_limit) {
+  // 32 heads x 4096 positions x 64 channels would be 32 MiB of keys; 8 MiB are allowed, the scores' blocks besides.
+  Json json = llama_json(256, 32, 32, 1);
+  json["head_dim"] = 64;
+  const SmallModel model = make_model(testing_models::folded(json, {{1, 100, 20}}, checkpoint::KvLayout::latent));
+  const auto layer = load_layer(model.config, 0, at::kFloat, model.getter());
+  LayerCache cache{at::randn({1, 4096, 1, 100}, at::kFloat), at::randn({1, 4096, 1, 20}, at::kFloat), 4095};
+  const at::Tensor hidden = at::randn({1, 1, 256}, at::kFloat);
+  const std::int64_t before = attention_block_bytes();
+  set_attention_block_bytes(std::int64_t{8} << 20);
+  at::Tensor out;
+  double grown = 0;
+  // Scratch memory belongs to threads: a new one has none yet.
+  std::thread([&] {
+    const at::NoGradGuard no_grad;
+    const auto start = static_cast<double>(resident_anonymous_bytes());
+    out = layer->forward(hidden, &cache);
+    grown = static_cast<double>(resident_anonymous_bytes()) - start;
+  }).join();
+  set_attention_block_bytes(before);
+  EXPECT_TRUE(at::isfinite(out).all().item<bool>());
+  EXPECT_GE(grown, 2.0 * (1 << 20)) << "the measurement sees nothing";
+  EXPECT_LE(grown, 16.0 * (1 << 20));
 }
 
 TEST(PositionsTest, alibi_slopes_are_the_documented_ones) {
