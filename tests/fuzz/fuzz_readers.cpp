@@ -283,14 +283,15 @@ TEST_F(StatisticsFuzz, attributes_of_other_types_and_values) {
 // JSON
 // ----------------------------------------------------------------------------------------------------------
 
-/// Every edit of `document`, then random mutations of its text, through `load`.
+/// Every edit of `document` (or one of `every`), then random mutations of its text, through `load`.
 void hammer(const Json& document, int mutations, Outcomes& outcomes,
-            const std::function<void(const std::string&)>& load) {
+            const std::function<void(const std::string&)>& load, std::size_t every = 1) {
   const auto run = [&](const std::string& text, const std::string& what) { outcomes.run(what, [&] { load(text); }); };
   const std::string sound = document.dump();
   run(sound, "sound");
   ASSERT_EQ(outcomes.opened, 1);
-  for_each_edit(document, [&](const Json& edited, const std::string& what) { run(edited.dump(), what); });
+  const auto edit = [&](const Json& edited, const std::string& what) { run(edited.dump(), what); };
+  for_each_edit(document, edit, every);
   EXPECT_GT(outcomes.opened, 1);
   EXPECT_GT(outcomes.refused, 100);
   for (std::size_t length = 0; length < sound.size(); length += 3) run(sound.substr(0, length), "cut short");
@@ -352,17 +353,20 @@ TEST(ReaderFuzz, plan) {
   }
   const Json json = Json::parse(folding::to_json(plan).dump());
   Outcomes outcomes("some/plan.json");
-  hammer(json, 1000, outcomes, [](const std::string& content) {
-    const auto read = folding::plan_from_json(parse_json(content, "some/plan.json"), "some/plan.json");
-    ASSERT_FALSE(read.layers.empty());
-    for (const auto& layer : read.layers) {
-      ASSERT_GT(layer.groups.size(), 0U);
-      ASSERT_FALSE(std::isnan(layer.key_relative_loss()) || std::isnan(layer.value_relative_loss()));
-    }
-    // What was read can be written, and reads back as the same.
-    const std::string again = folding::to_json(read).dump();
-    ASSERT_EQ(folding::to_json(folding::plan_from_json(Json::parse(again), "again")).dump(), again);
-  });
+  hammer(
+      json, 1000, outcomes,
+      [](const std::string& content) {
+        const auto read = folding::plan_from_json(parse_json(content, "some/plan.json"), "some/plan.json");
+        ASSERT_FALSE(read.layers.empty());
+        for (const auto& layer : read.layers) {
+          ASSERT_GT(layer.groups.size(), 0U);
+          ASSERT_FALSE(std::isnan(layer.key_relative_loss()) || std::isnan(layer.value_relative_loss()));
+        }
+        // What was read can be written, and reads back as the same.
+        const std::string again = folding::to_json(read).dump();
+        ASSERT_EQ(folding::to_json(folding::plan_from_json(Json::parse(again), "again")).dump(), again);
+      },
+      4);
 }
 
 /// A model folder of two files: `a` and `b` in the first, `c` in the second.
