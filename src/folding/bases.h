@@ -4,8 +4,13 @@
 #include <headfold/folding/folds.h>
 
 #include <functional>
+#include <memory>
 
 namespace headfold::folding {
+
+/// Products W~_V,k M of a layer, computed on first use and kept (at 7B shapes they are most of the work on values): one
+/// per KV head, safe to ask for from several threads.
+class ValueRows;
 
 /// Everything the groups of one layer share. `moments` is null when no statistics are given.
 struct LayerProblem {
@@ -13,14 +18,24 @@ struct LayerProblem {
   LayerMoments moments;
   bool has_moments = false;
   bool rotates = false;  ///< RoPE
-  bool centred_values =
-      false;                 ///< the output projection has a bias that takes the values' mean (BLOOM; methods.md 4.5)
+  bool centred_values = false;  ///< the output projection has a bias that takes the values' mean (BLOOM, LLaMA with
+                                ///< attention biases; methods.md 4.5)
   at::Tensor frequencies;    ///< RoPE inverse frequencies [head_dim / 2], float64; undefined without RoPE
   std::int64_t context = 0;  ///< tokens that distances and the slow band are meant for
+  std::shared_ptr<ValueRows> value_rows;  ///< made by load_problem(): weights and moments must not change afterwards
+  std::shared_ptr<const LayerGrams> grams;  ///< null unless add_grams() was called
   const LayerMoments* moments_or_null() const { return has_moments ? &moments : nullptr; }
 };
+/// Computes the Grams that the options' metrics need; items spread over threads, bytes independent of their number.
+/// `problem` has both parts loaded. Worth it when many groups of one layer are tried.
+void add_grams(LayerProblem& problem, const FoldOptions& options);
+/// The group's blocks of the layer's Grams when these were added (its rows then stay undefined), else its rows, of
+/// `part` alone.
+GroupWeights group_of(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, Part part = Part::both);
 /// Which calibration sequences: all, or one half of them (held-out losses).
 enum class Half { all, even, odd };
+/// For a problem whose values and moments are set; null without values.
+std::shared_ptr<ValueRows> make_value_rows(const LayerProblem& problem);
 /// `half` other than all needs statistics with halves (InternalError).
 LayerProblem load_problem(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics,
                           std::int64_t layer, Part part, const FoldOptions& options, Half half = Half::all);
@@ -40,6 +55,21 @@ double value_loss(const LayerProblem& problem, const std::vector<std::int64_t>& 
 /// tr F of the same problems: the loss of keeping nothing.
 double key_total(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, const FoldOptions& options);
 double value_total(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, const FoldOptions& options);
+
+/// Pairs that FoldOptions::slow_band stands for in this layer; auto: those that turn by less than half a radian over
+/// the context.
+std::int64_t slow_band_of(const LayerProblem& problem, const FoldOptions& options);
+/// Condition and dropped share of the Sigma in which the group's keys are folded.
+linalg::Conditioning key_conditioning(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads,
+                                      const FoldOptions& options);
+/// Sigma, Lambda and attention statistics of a group's values in the metric of `options` (methods.md 3.1, 4.5). Moments
+/// are centred where the constant can go to an output bias, else C(mean_weight). attn+out: InputError when the
+/// statistics hold no attended values or the group does not lie inside one block of them.
+ValueProblem value_problem(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads,
+                           const FoldOptions& options);
+/// Condition and dropped share of that Sigma.
+linalg::Conditioning value_conditioning(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads,
+                                        const FoldOptions& options);
 
 /// Calls work(0 .. count-1), each item on one thread with single-threaded products, so that bytes do not depend on the
 /// thread count.
