@@ -191,7 +191,10 @@ TEST_F(StatisticsFuzz, datasets_of_other_shapes_types_and_storage) {
       for (const std::size_t index : {std::size_t{0}, static_cast<std::size_t>(size) - 1})
         refused(fmt::format("{}[{}] = {}", name, index, bad), [&](hid_t file) {
           const hid_t set = H5Dopen2(file, name.c_str(), H5P_DEFAULT);
-          std::vector<double> values(n);
+          const hid_t space = H5Dget_space(set);
+          std::vector<double> values(static_cast<std::size_t>(H5Sget_simple_extent_npoints(space)));
+          H5Sclose(space);
+          ASSERT_GT(values.size(), index) << name;
           H5Dread(set, H5T_NATIVE_DOUBLE, H5S_ALL, H5S_ALL, H5P_DEFAULT, values.data());
           values[index] = bad;
           H5Dwrite(set, H5T_NATIVE_DOUBLE, H5S_ALL, H5S_ALL, H5P_DEFAULT, values.data());
