@@ -93,6 +93,8 @@ po::options_description convert_options() {
                       "--refit-data)")("refit-data", po::value<std::vector<std::string>>()->composing(),
                                        ".txt or .jsonl text for the refit; may be repeated")(
       "refit-samples", po::value<std::int64_t>()->default_value(128), "sequences of the refit")(
+      "refit-sweeps", po::value<std::int64_t>(),
+      "rounds of keys and queries after the first fit of the queries (default 2; stock layout only)")(
       "refit-ridge", po::value<double>(),
       "pull towards the folded weights, as a share of the mean input energy (default: the best of several, by "
       "held-out error)")("field", po::value<std::string>()->default_value("text"), "field of .jsonl lines")(
@@ -183,6 +185,7 @@ folding::GroupingOptions grouping_options(const po::variables_map& values) {
 
 folding::RefitOptions refit_options(const po::variables_map& values) {
   folding::RefitOptions options;
+  if (values.count("refit-sweeps") > 0) options.key_sweeps = at_least(values, "refit-sweeps", 0);
   if (values.count("refit-ridge") > 0) {
     const double ridge = values["refit-ridge"].as<double>();
     if (!(ridge >= 0 && std::isfinite(ridge)))

@@ -41,7 +41,8 @@ po::options_description verify_options() {
 struct Fold {
   folding::FoldOptions options;
   std::vector<folding::LayerTarget> targets;
-  std::vector<double> keys, values;  ///< predicted relative losses per layer
+  std::vector<std::string> refitted;  ///< last parts of names that a refit changed
+  std::vector<double> keys, values;   ///< predicted relative losses per layer
 };
 
 Fold read_fold(const Reader& folded, const Reader& original) {
@@ -72,6 +73,8 @@ Fold read_fold(const Reader& folded, const Reader& original) {
     fold.keys.push_back(required<double>(layer, "key_relative_loss", file));
     fold.values.push_back(required<double>(layer, "value_relative_loss", file));
   }
+  if (const auto refit = json.find("refit"); refit != json.end())
+    fold.refitted = required<std::vector<std::string>>(*refit, "tensors", file);
   const checkpoint::ModelConfig& config = original.config();
   folding::check_options(fold.options, config);
   folding::check_targets(fold.targets, fold.options, config, file);
@@ -83,12 +86,11 @@ Fold read_fold(const Reader& folded, const Reader& original) {
 std::vector<std::string> exact_faults(const comm::Communicator& world, const Reader& folded, const Reader& original,
                                       const Fold& fold, std::size_t& compared) {
   std::string faults;
-  const Json expected =
-      folding::folded_model_config(original.config(), fold.targets, folding::layout_of(fold.options));
+  const Json expected = folding::folded_model_config(original.config(), fold.targets, folding::layout_of(fold.options));
   if (world.root()) {
     if (folded.config().raw != expected) faults += "config.json is not the original's with its KV heads changed\n";
     for (const std::string& problem : checkpoint::layout_problems(folded)) faults += problem + "\n";
-    const auto tensors = folding::folded_tensors(original, fold.options, fold.targets);
+    const auto tensors = folding::folded_tensors(original, fold.options, fold.targets, fold.refitted);
     for (const checkpoint::TensorSpec& spec : tensors) {
       if (!folded.has(spec.name))
         faults += fmt::format("tensor {} is missing\n", spec.name);
@@ -99,7 +101,8 @@ std::vector<std::string> exact_faults(const comm::Communicator& world, const Rea
     if (folded.names().size() != tensors.size())
       faults += fmt::format("{} tensors, expected {}\n", folded.names().size(), tensors.size());
   }
-  const std::vector<std::string> untouched = folding::untouched_tensors(original, fold.options, fold.targets);
+  const std::vector<std::string> untouched =
+      folding::untouched_tensors(original, fold.options, fold.targets, fold.refitted);
   compared = untouched.size();
   for (std::size_t i = static_cast<std::size_t>(world.rank()); i < untouched.size();
        i += static_cast<std::size_t>(world.size())) {
@@ -239,7 +242,7 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
 
   const comm::Grid grid = comm::make_grid(world, 1);
   const auto layers = static_cast<std::size_t>(config.layers), hidden = static_cast<std::size_t>(config.hidden);
-  const bool centred = config.family == checkpoint::Family::bloom;
+  const bool centred = config.family == checkpoint::Family::bloom || config.attention_bias;
   Progress progress("verify", "sequence", static_cast<double>(mine.size()) * (centred ? 2 : 1), world.root());
   std::vector<double> means(layers * hidden, 0.0), counts(layers, 0.0);
   if (centred) {
@@ -260,9 +263,9 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
       [&](std::int64_t layer) -> std::unique_ptr<model::LayerObserver> {
         const auto l = static_cast<std::size_t>(layer);
         const at::Tensor mean = at::from_blob(means.data() + l * hidden, {config.hidden}, at::kDouble).clone();
-        return std::make_unique<ComparisonObserver>(
-            folding::LayerComparison(config, folding::load_layer_weights(original, layer), folded.config(),
-                                     folding::load_layer_weights(folded, layer), fold.targets[l].groups, fold.options, mean));
+        return std::make_unique<ComparisonObserver>(folding::LayerComparison(
+            config, folding::load_layer_weights(original, layer), folded.config(),
+            folding::load_layer_weights(folded, layer), fold.targets[l].groups, fold.options, mean));
       },
       [&](std::int64_t layer, const model::LayerObserver& observer) {
         const ErrorSums& errors = dynamic_cast<const ComparisonObserver&>(observer).errors();

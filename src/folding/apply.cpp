@@ -470,9 +470,16 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
     record["refit"] = OrderedJson{{"options", to_json(*refit->options)},
                                   {"sequences", refit->sequences.size(0)},
                                   {"tokens", refit->sequences.size(1)},
+                                  {"tensors", refitted},
                                   {"layers", OrderedJson::array()}};
+    RefitOptions options = *refit->options;
+    const bool moved =
+        std::any_of(targets.begin(), targets.end(), [](const LayerTarget& one) { return moves_heads(one.groups); });
+    if (moved)
+      for (const LayerTarget& one : targets)
+        options.query_heads.push_back(query_heads_of(flattened(one.groups), config.heads / config.kv_heads));
     refit_layers(
-        world, reader, folded, refit->sequences, *refit->options,
+        world, reader, folded, refit->sequences, options,
         [&](std::int64_t layer) {
           return folded_layer(reader, statistics, targets[static_cast<std::size_t>(layer)], layer, plan.options);
         },

@@ -21,24 +21,24 @@ LayerWeights in_float(const LayerWeights& w) {
   for (at::Tensor LayerWeights::*member :
        {&LayerWeights::query, &LayerWeights::key, &LayerWeights::value, &LayerWeights::output,
         &LayerWeights::query_bias, &LayerWeights::key_bias, &LayerWeights::value_bias, &LayerWeights::output_bias,
-        &LayerWeights::key_fold, &LayerWeights::query_fold})
+        &LayerWeights::key_fold, &LayerWeights::query_fold, &LayerWeights::key_up, &LayerWeights::value_up})
     result.*member = float_of(w.*member);
   return result;
 }
 
-/// [tokens, rows / head_dim, head_dim].
+/// [tokens, heads, rows / heads].
 at::Tensor projected_heads(const at::Tensor& inputs, const at::Tensor& weight, const at::Tensor& bias,
-                           std::int64_t head_dim) {
+                           std::int64_t heads) {
   at::Tensor y = at::matmul(inputs, weight.t());
   if (bias.defined()) y = y + bias;
-  return y.view({inputs.size(0), -1, head_dim});
+  return y.view({inputs.size(0), heads, -1});
 }
 
 at::Tensor with_bias(const at::Tensor& weight, const at::Tensor& bias) {
   return bias.defined() ? at::cat({weight, bias.reshape({-1, 1})}, 1) : weight;
 }
 
-/// X [d, d] that brings X S closest to T (rows of S and T: [d, n]).
+/// X [r, d] that brings X S closest to T (S [d, n], T [r, n]).
 at::Tensor least_squares(const at::Tensor& target, const at::Tensor& source) {
   const linalg::PsdRoot root = linalg::psd_root(at::matmul(source, source.t()));
   return at::matmul(at::matmul(target, source.t()), at::matmul(root.inverse_root, root.inverse_root));
@@ -54,17 +54,17 @@ at::Tensor commuting_least_squares(const at::Tensor& target, const at::Tensor& s
   return at::cat({at::cat({re, -im}, 1), at::cat({im, re}, 1)}, 0);
 }
 
-/// Rows of several query heads [repeat * d, n] side by side: [d, repeat * n].
-at::Tensor side_by_side(const at::Tensor& rows, std::int64_t head_dim) {
-  return rows.view({-1, head_dim, rows.size(1)}).transpose(0, 1).reshape({head_dim, -1});
+/// Rows of several query heads [repeat * width, n] side by side: [width, repeat * n].
+at::Tensor side_by_side(const at::Tensor& rows, std::int64_t width) {
+  return rows.view({-1, width, rows.size(1)}).transpose(0, 1).reshape({width, -1});
 }
 
 at::Tensor mean_or_zero(const at::Tensor& mean_input, const at::Tensor& weight, const at::Tensor& bias,
-                        std::int64_t head_dim, bool centred) {
-  if (!centred) return at::zeros({weight.size(0) / head_dim, head_dim}, at::kFloat);
+                        std::int64_t heads, bool centred) {
+  if (!centred) return at::zeros({heads, weight.size(0) / heads}, at::kFloat);
   at::Tensor mean = at::matmul(weight, mean_input.to(at::kDouble));
   if (bias.defined()) mean = mean + bias;
-  return mean.view({-1, head_dim}).to(at::kFloat);
+  return mean.view({heads, -1}).to(at::kFloat);
 }
 
 double square_sum(const at::Tensor& tensor) {
@@ -95,32 +95,44 @@ LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config,
       group_of_head_.at(static_cast<std::size_t>(head)) = static_cast<std::int64_t>(g);
       place_of_head_.at(static_cast<std::size_t>(head)) = place++;
     }
-  const bool centred = !rotates_;
-  if (centred && !mean_input.defined()) throw InternalError("a comparison without rotation needs the mean input");
-  key_mean_ = mean_or_zero(mean_input, original.key, original.key_bias, d, centred);
-  folded_key_mean_ = mean_or_zero(mean_input, folded.key, folded.key_bias, d, centred);
-  value_mean_ = mean_or_zero(mean_input, original.value, original.value_bias, d, centred);
-  folded_value_mean_ = mean_or_zero(mean_input, folded.value, folded.value_bias, d, centred);
+  const auto group_count = static_cast<std::int64_t>(groups.size());
+  const bool centred_values = !rotates_ || original_config.attention_bias;
+  if (centred_values && !mean_input.defined()) throw InternalError("this comparison needs the mean input");
+  const std::int64_t folded_keys = projected_ ? source_heads : group_count;
+  key_mean_ = mean_or_zero(mean_input, original.key, original.key_bias, source_heads, !rotates_);
+  folded_key_mean_ = mean_or_zero(mean_input, folded.key, folded.key_bias, folded_keys, !rotates_);
+  value_mean_ = mean_or_zero(mean_input, original.value, original.value_bias, source_heads, centred_values);
+  folded_value_mean_ = mean_or_zero(mean_input, folded.value, folded.value_bias, group_count, centred_values);
 
+  // Commuting maps rebuild rotated keys as well as plain ones; a slow band, or refitted queries, mix frequencies.
+  const bool commuting =
+      rotates_ && !projected_ && !folded.key_up.defined() && options.slow_band == 0 && !options.refit;
+  rotated_decoder_ = commuting || projected_ || !rotates_;
   std::vector<at::Tensor> key_decoders, value_decoders;
   for (std::int64_t k = 0; k < source_heads; ++k) {
     const std::int64_t at_place = place_of_head_[static_cast<std::size_t>(k)];
     if (projected_) {
       key_decoders.push_back(folded.query_fold[at_place].t());
+    } else if (folded.key_up.defined()) {
+      key_decoders.push_back(folded.key_up[at_place]);
     } else {
       const auto rows = [&](const LayerWeights& w, std::int64_t head) {
-        const std::int64_t n = repeat * d;
+        const std::int64_t width = w.query.size(0) / w.heads, n = repeat * width;
         return side_by_side(
             with_bias(w.query.slice(0, head * n, (head + 1) * n),
                       w.query_bias.defined() ? w.query_bias.slice(0, head * n, (head + 1) * n) : w.query_bias),
-            d);
+            width);
       };
       const at::Tensor target = rows(folded, at_place), source = rows(original, k);
-      key_decoders.push_back((rotates_ ? commuting_least_squares(target, source) : least_squares(target, source)).t());
+      key_decoders.push_back((commuting ? commuting_least_squares(target, source) : least_squares(target, source)).t());
+    }
+    if (folded.value_up.defined()) {
+      value_decoders.push_back(folded.value_up[at_place]);
+      continue;
     }
     const auto columns = [&](const LayerWeights& w, std::int64_t head) {
-      const std::int64_t n = repeat * d;
-      return side_by_side(w.output.slice(1, head * n, (head + 1) * n).t().contiguous(), d);
+      const std::int64_t width = w.output.size(1) / w.heads, n = repeat * width;
+      return side_by_side(w.output.slice(1, head * n, (head + 1) * n).t().contiguous(), width);
     };
     // W_O' = P B: B^T takes P^T to W_O'^T.
     value_decoders.push_back(least_squares(columns(folded, at_place), columns(original, k)).t());
@@ -131,11 +143,12 @@ LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config,
 
   const auto weight_error = [&](const at::Tensor& source, const at::Tensor& merged, const at::Tensor& decoder,
                                 int error, int total) {
+    const std::int64_t width = merged.size(0) / group_count;
     for (std::int64_t k = 0; k < source_heads; ++k) {
       const std::int64_t g = group_of_head_[static_cast<std::size_t>(k)];
       const at::Tensor rows = source.slice(0, k * d, (k + 1) * d);
       errors_.sums[static_cast<std::size_t>(error)] +=
-          square_sum(rows - at::matmul(decoder[k], merged.slice(0, g * d, (g + 1) * d)));
+          square_sum(rows - at::matmul(decoder[k], merged.slice(0, g * width, (g + 1) * width)));
       errors_.sums[static_cast<std::size_t>(total)] += square_sum(rows);
     }
   };
@@ -157,59 +170,84 @@ LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config,
 
 void LayerComparison::add(const at::Tensor& inputs) {
   const std::int64_t tokens = inputs.size(0), d = original_.head_dim, heads = original_.heads,
-                     repeat = heads / original_.kv_heads;
+                     source_heads = original_.kv_heads, repeat = heads / source_heads,
+                     groups = static_cast<std::int64_t>(groups_.size());
   const at::Tensor x = inputs.to(at::kFloat);
   const auto rotated = [&](const at::Tensor& y) {
     return rotates_ ? model::apply_rope(y.unsqueeze(0), frequencies_, 0).squeeze(0) : y;
   };
-  const at::Tensor plain_keys = projected_heads(x, original_.key, original_.key_bias, d);
-  const at::Tensor query = rotated(projected_heads(x, original_.query, original_.query_bias, d));
-  const at::Tensor key = rotated(plain_keys) - key_mean_;
-  const at::Tensor value = projected_heads(x, original_.value, original_.value_bias, d);
-  const at::Tensor folded_plain = projected_heads(x, folded_.key, folded_.key_bias, d);
-  at::Tensor folded_query = rotated(projected_heads(x, folded_.query, folded_.query_bias, d));
-  at::Tensor folded_key = rotated(folded_plain);
+  const at::Tensor group_index = at::tensor(group_of_head_, at::kLong),
+                   place_index = at::tensor(place_of_head_, at::kLong);
+  const at::Tensor plain_key = projected_heads(x, original_.key, original_.key_bias, source_heads) - key_mean_;
+  const at::Tensor query = rotated(projected_heads(x, original_.query, original_.query_bias, heads));
+  const at::Tensor key = rotated(plain_key);
+  const at::Tensor value = projected_heads(x, original_.value, original_.value_bias, source_heads) - value_mean_;
+
+  // What is cached per group, before and after the rotation; and what the folded queries meet, by source head.
+  at::Tensor folded_plain = projected_heads(x, folded_.key, folded_.key_bias, projected_ ? source_heads : groups);
+  folded_plain = folded_plain - folded_key_mean_;
+  at::Tensor folded_query = projected_heads(x, folded_.query, folded_.query_bias, heads);
+  at::Tensor folded_key, met_key;
   if (projected_) {
-    const std::int64_t groups = folded_.key_fold.size(0);
-    folded_query =
-        at::einsum("tkrd,ked->tkre", {folded_query.view({tokens, original_.kv_heads, repeat, d}), folded_.query_fold})
-            .reshape({tokens, heads, d});
-    folded_key = at::einsum("tgp,gep->tge", {folded_key.reshape({tokens, groups, -1}), folded_.key_fold});
+    folded_query = at::einsum("tkrd,ked->tkre",
+                              {rotated(folded_query).view({tokens, source_heads, repeat, d}), folded_.query_fold})
+                       .reshape({tokens, heads, d});
+    folded_key = at::einsum("tgp,gep->tge", {rotated(folded_plain).reshape({tokens, groups, -1}), folded_.key_fold});
+    met_key = folded_key.index_select(1, group_index);
+  } else if (folded_.key_up.defined()) {
+    folded_query = rotated(folded_query);
+    met_key = rotated(at::einsum("tke,kde->tkd", {folded_plain.index_select(1, group_index),
+                                                  folded_.key_up.index_select(0, place_index)})
+                          .contiguous());
   } else {
-    folded_key = folded_key - folded_key_mean_;
+    folded_query = rotated(folded_query);
+    folded_key = rotated(folded_plain);
+    met_key = folded_key.index_select(1, group_index);
   }
-  const at::Tensor folded_value = projected_heads(x, folded_.value, folded_.value_bias, d);
+  const at::Tensor folded_value = projected_heads(x, folded_.value, folded_.value_bias, groups) - folded_value_mean_;
+  const at::Tensor met_value = folded_value.index_select(1, group_index);  // by source head, [tokens, heads, width]
 
   auto& sums = errors_.sums;
-  const at::Tensor group_index = at::tensor(group_of_head_, at::kLong);
   if (options_.key_metric == Metric::act) {
-    // A commuting decoder rebuilds rotated keys as well as plain ones.
-    const at::Tensor rebuilt = at::einsum("tke,kde->tkd", {folded_key.index_select(1, group_index), key_decoder_});
-    sums[ErrorSums::key_error] += square_sum(key - rebuilt);
+    const at::Tensor latent = (rotated_decoder_ ? folded_key : folded_plain).index_select(1, group_index);
+    sums[ErrorSums::key_error] +=
+        square_sum((rotated_decoder_ ? key : plain_key) - at::einsum("tke,kde->tkd", {latent, key_decoder_}));
     sums[ErrorSums::key_total] += square_sum(key);
   }
   if (options_.value_metric == Metric::act) {
-    const at::Tensor rebuilt =
-        at::einsum("tke,kde->tkd", {(folded_value - folded_value_mean_).index_select(1, group_index), value_decoder_});
-    const at::Tensor centred = value - value_mean_;
-    sums[ErrorSums::value_error] += square_sum(centred - rebuilt);
-    sums[ErrorSums::value_total] += square_sum(centred);
+    sums[ErrorSums::value_error] += square_sum(value - at::einsum("tke,kde->tkd", {met_value, value_decoder_}));
+    sums[ErrorSums::value_total] += square_sum(value);
   }
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
+  const std::int64_t width = folded_value.size(2);
   at::Tensor attended = at::empty({tokens, heads, d}, at::kFloat),
-             folded_attended = at::empty({tokens, heads, d}, at::kFloat);
+             folded_attended = at::empty({tokens, heads, width}, at::kFloat);
+  // Values behind the output projection, one query head at a time: P_h v against W_O,h' v'.
+  const auto add_behind = [&](std::int64_t h, std::int64_t place, const at::Tensor& wanted, const at::Tensor& given) {
+    const at::Tensor columns = original_.output.slice(1, h * d, (h + 1) * d);
+    const at::Tensor whole = at::matmul(wanted, columns.t());
+    at::Tensor rebuilt;
+    if (folded_.value_up.defined()) {
+      rebuilt = at::matmul(at::matmul(given, folded_.value_up[place / repeat].t()),
+                           folded_.output.slice(1, place * d, (place + 1) * d).t());
+    } else {
+      rebuilt = at::matmul(given, folded_.output.slice(1, place * width, (place + 1) * width).t());
+    }
+    sums[ErrorSums::value_error] += square_sum(whole - rebuilt);
+    sums[ErrorSums::value_total] += square_sum(whole);
+  };
   const at::Tensor positions = at::arange(tokens, at::kLong);
   for (std::int64_t begin = 0; begin < tokens; begin += kQueryRows) {
     const std::int64_t end = std::min(tokens, begin + kQueryRows);
     const at::Tensor future = positions.slice(0, 0, end).unsqueeze(0) > positions.slice(0, begin, end).unsqueeze(1);
     for (std::int64_t h = 0; h < heads; ++h) {
-      const std::int64_t k = h / repeat, g = group_of_head_[static_cast<std::size_t>(k)];
+      const std::int64_t k = h / repeat;
       const std::int64_t place = place_of_head_[static_cast<std::size_t>(k)] * repeat + h % repeat;
-      const auto scores_of = [&](const at::Tensor& queries, std::int64_t q, const at::Tensor& keys, std::int64_t kv) {
-        return (at::matmul(queries.select(1, q).slice(0, begin, end), keys.select(1, kv).slice(0, 0, end).t()) * scale)
+      const auto scores_of = [&](const at::Tensor& queries, std::int64_t q, const at::Tensor& keys) {
+        return (at::matmul(queries.select(1, q).slice(0, begin, end), keys.select(1, k).slice(0, 0, end).t()) * scale)
             .masked_fill(future, 0.0);
       };
-      at::Tensor scores = scores_of(query, h, key, k), folded_scores = scores_of(folded_query, place, folded_key, g);
+      at::Tensor scores = scores_of(query, h, key), folded_scores = scores_of(folded_query, place, met_key);
       sums[ErrorSums::score_error] += square_sum(scores - folded_scores);
       sums[ErrorSums::score_total] += square_sum(scores);
       if (!rotates_) {
@@ -218,21 +256,41 @@ void LayerComparison::add(const at::Tensor& inputs) {
         folded_scores = folded_scores + bias;
       }
       const double minus_infinity = -std::numeric_limits<double>::infinity();
-      const auto attend = [&](const at::Tensor& s, const at::Tensor& values, std::int64_t kv) {
-        return at::matmul(at::softmax(s.masked_fill(future, minus_infinity), 1), values.select(1, kv).slice(0, 0, end));
+      const auto attention_of = [&](const at::Tensor& s) {
+        return at::softmax(s.masked_fill(future, minus_infinity), 1);
       };
-      attended.slice(0, begin, end).select(1, h).copy_(attend(scores, value, k));
-      folded_attended.slice(0, begin, end).select(1, place).copy_(attend(folded_scores, folded_value, g));
+      const auto attend = [&](const at::Tensor& attention, const at::Tensor& values) {
+        return at::matmul(attention, values.select(1, k).slice(0, 0, end));
+      };
+      const at::Tensor attention = attention_of(scores);
+      const at::Tensor wanted = attend(attention, value);
+      attended.slice(0, begin, end).select(1, h).copy_(wanted);
+      folded_attended.slice(0, begin, end).select(1, place).copy_(attend(attention_of(folded_scores), met_value));
+      if (options_.value_metric == Metric::act_out)
+        add_behind(h, place, value.select(1, k).slice(0, begin, end), met_value.select(1, k).slice(0, begin, end));
+      if (options_.value_metric == Metric::attn_out) add_behind(h, place, wanted, attend(attention, met_value));
     }
   }
-  const auto output = [&](const at::Tensor& y, const LayerWeights& w) {
-    const at::Tensor o = at::matmul(y.view({tokens, -1}), w.output.t());
+  // Attention rows sum to one: the means that were taken off the values come back as constants.
+  const auto output = [&](const at::Tensor& y, const at::Tensor& mean, const LayerWeights& w, const at::Tensor& up) {
+    at::Tensor all = y + mean;
+    if (up.defined())
+      all =
+          at::einsum("tkre,kde->tkrd", {all.view({tokens, source_heads, repeat, -1}), up}).reshape({tokens, heads, d});
+    const at::Tensor o = at::matmul(all.reshape({tokens, -1}), w.output.t());
     return w.output_bias.defined() ? o + w.output_bias : o;
   };
-  const at::Tensor result = output(attended, original_);
-  sums[ErrorSums::output_error] += square_sum(result - output(folded_attended, folded_));
+  // Stored order: place_of_head_ is where a source head stands.
+  std::vector<std::int64_t> group_of_place(group_of_head_.size());
+  for (std::size_t k = 0; k < place_of_head_.size(); ++k)
+    group_of_place[static_cast<std::size_t>(place_of_head_[k])] = group_of_head_[k];
+  const at::Tensor mean = value_mean_.repeat_interleave(repeat, 0);
+  const at::Tensor folded_mean =
+      folded_value_mean_.index_select(0, at::tensor(group_of_place, at::kLong)).repeat_interleave(repeat, 0);
+  const at::Tensor result = output(attended, mean, original_, at::Tensor());
+  sums[ErrorSums::output_error] += square_sum(result - output(folded_attended, folded_mean, folded_, folded_.value_up));
   sums[ErrorSums::output_total] += square_sum(result);
-  if (options_.key_metric == Metric::act_query) {
+  if (options_.key_metric == Metric::act_query || options_.key_metric == Metric::act_query_dist) {
     sums[ErrorSums::key_error] = sums[ErrorSums::score_error];
     sums[ErrorSums::key_total] = sums[ErrorSums::score_total];
   }

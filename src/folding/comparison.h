@@ -40,10 +40,12 @@ struct ErrorSums {
 };
 
 /// Original and folded attention of one layer. Products in float32, sums in float64.
-/// Keys, by the plan's metric: act+query the score error itself; act the error of keys rebuilt by the decoder (rotated
-/// ones for post-rotation); weights the same of the weight rows. Values likewise. The decoder is not stored: it is
-/// recovered by least squares from W_Q' = B^T W_Q and W_O' = P B (post-rotation stores it). Models without rotation:
-/// keys, scores and values less `mean_input`'s (softmax drops a constant, the output bias carries one).
+/// Keys, by the plan's metric: act+query and act+query+dist the score error itself; act the error of keys rebuilt by
+/// the decoder (rotated ones for post-rotation); weights the same of the weight rows. Values: act and weights likewise;
+/// act+out the error of every query head's values behind the output projection, attn+out the same of the values that
+/// the original attention attends to. Decoders that are not stored are recovered by least squares from W_Q' = B^T W_Q
+/// and W_O' = P B, so after a refit `act` and `weights` measure what the refitted projections amount to. Models without
+/// rotation: keys, scores and values less `mean_input`'s (softmax drops a constant, the output bias carries one).
 class LayerComparison {
  public:
   /// Weights in float64 (load_layer_weights), `groups` of source KV heads, `mean_input` [hidden] mean of attention
@@ -60,9 +62,10 @@ class LayerComparison {
   FoldOptions options_;
   Groups groups_;
   bool rotates_ = false, projected_ = false;
+  bool rotated_decoder_ = false;  // the recovered key decoder rebuilds rotated keys; else plain ones
   at::Tensor frequencies_, slopes_;
-  at::Tensor key_decoder_, value_decoder_;  // [source_kv_heads, head_dim, head_dim] float32
-  at::Tensor key_mean_, folded_key_mean_, value_mean_, folded_value_mean_;  // [heads, head_dim], zeros with rotation
+  at::Tensor key_decoder_, value_decoder_;  // [source_kv_heads, head_dim, width] float32
+  at::Tensor key_mean_, folded_key_mean_, value_mean_, folded_value_mean_;  // [heads, width], zeros with rotation
   std::vector<std::int64_t> group_of_head_,
       place_of_head_;  // of source KV heads: their group, their place in output order
   ErrorSums errors_;

@@ -2,6 +2,8 @@
 #include <headfold/checkpoint/layout.h>
 #include <headfold/folding/layer_data.h>
 
+#include <map>
+
 namespace headfold::folding {
 
 using checkpoint::Family;
@@ -16,66 +18,26 @@ at::Tensor augmented(const at::Tensor& weight, const at::Tensor& bias) {
   return at::cat({weight, column}, 1);
 }
 
-void load_llama(const checkpoint::Reader& reader, const std::string& prefix, bool keys, bool values,
-                at::ScalarType dtype, LayerWeights& w) {
-  const ModelConfig& config = reader.config();
-  const std::int64_t query_rows = w.heads * w.head_dim;
-  const std::int64_t key_rows = config.source_kv_heads * w.head_dim;
-  const std::int64_t value_rows = w.kv_heads * w.head_dim;
-  const auto bias = [&](const char* name, std::int64_t rows) {
-    return config.attention_bias ? reader.load(prefix + name, {rows}, dtype) : at::Tensor();
-  };
-  if (keys) {
-    w.query = reader.load(prefix + "q_proj.weight", {query_rows, w.hidden}, dtype);
-    w.key = reader.load(prefix + "k_proj.weight", {key_rows, w.hidden}, dtype);
-    w.query_bias = bias("q_proj.bias", query_rows);
-    w.key_bias = bias("k_proj.bias", key_rows);
-    if (config.layout == KvLayout::projected) {
-      const std::int64_t size = config.source_kv_heads / w.kv_heads;
-      w.key_fold = reader.load(prefix + "key_fold.weight", {w.kv_heads, w.head_dim, size * w.head_dim}, dtype);
-      w.query_fold = reader.load(prefix + "query_fold.weight", {config.source_kv_heads, w.head_dim, w.head_dim}, dtype);
-    }
+/// Loads tensors of one layer by the last part of their name, in the shape that the configuration asks for; undefined
+/// where it knows none of that name.
+class LayerLoader {
+ public:
+  LayerLoader(const checkpoint::Reader& reader, std::int64_t layer, std::string prefix, at::ScalarType dtype)
+      : reader_(reader), prefix_(std::move(prefix)), dtype_(dtype) {
+    for (checkpoint::TensorShape& tensor : checkpoint::layer_tensors(reader.config(), layer))
+      if (tensor.name.starts_with(prefix_)) shapes_[tensor.name.substr(prefix_.size())] = std::move(tensor.shape);
   }
-  if (values) {
-    w.value = reader.load(prefix + "v_proj.weight", {value_rows, w.hidden}, dtype);
-    w.output = reader.load(prefix + "o_proj.weight", {w.hidden, query_rows}, dtype);
-    w.value_bias = bias("v_proj.bias", value_rows);
-    w.output_bias = bias("o_proj.bias", w.hidden);
+  at::Tensor operator()(const std::string& tail) const {
+    const auto found = shapes_.find(tail);
+    return found == shapes_.end() ? at::Tensor() : reader_.load(prefix_ + tail, found->second, dtype_);
   }
-}
 
-void load_bloom(const checkpoint::Reader& reader, const std::string& prefix, bool keys, bool values,
-                at::ScalarType dtype, LayerWeights& w) {
-  const ModelConfig& config = reader.config();
-  const std::int64_t query_rows = w.heads * w.head_dim;
-  const std::int64_t kv_rows = w.kv_heads * w.head_dim;
-  if (config.split_qkv) {
-    const auto load = [&](const char* name, std::int64_t rows, at::Tensor& weight, at::Tensor& bias) {
-      weight = reader.load(prefix + name + ".weight", {rows, w.hidden}, dtype);
-      bias = reader.load(prefix + name + ".bias", {rows}, dtype);
-    };
-    if (keys) load("query", query_rows, w.query, w.query_bias);
-    if (keys) load("key", kv_rows, w.key, w.key_bias);
-    if (values) load("value", kv_rows, w.value, w.value_bias);
-  } else {
-    // Fused rows are [heads, (query, key, value), head_dim].
-    const at::Tensor weight = reader.load(prefix + "query_key_value.weight", {3 * query_rows, w.hidden}, dtype)
-                                  .view({w.heads, 3, w.head_dim, w.hidden});
-    const at::Tensor bias =
-        reader.load(prefix + "query_key_value.bias", {3 * query_rows}, dtype).view({w.heads, 3, w.head_dim});
-    const auto part = [&](std::int64_t which, at::Tensor& rows, at::Tensor& constants) {
-      rows = weight.select(1, which).reshape({query_rows, w.hidden});
-      constants = bias.select(1, which).reshape({query_rows});
-    };
-    if (keys) part(0, w.query, w.query_bias);
-    if (keys) part(1, w.key, w.key_bias);
-    if (values) part(2, w.value, w.value_bias);
-  }
-  if (values) {
-    w.output = reader.load(prefix + "dense.weight", {w.hidden, query_rows}, dtype);
-    w.output_bias = reader.load(prefix + "dense.bias", {w.hidden}, dtype);
-  }
-}
+ private:
+  const checkpoint::Reader& reader_;
+  std::string prefix_;
+  at::ScalarType dtype_;
+  std::map<std::string, std::vector<std::int64_t>> shapes_;
+};
 
 }  // namespace
 
@@ -83,15 +45,51 @@ LayerWeights load_layer_weights(const checkpoint::Reader& reader, std::int64_t l
   const ModelConfig& config = reader.config();
   LayerWeights w;
   w.heads = config.heads;
-  w.kv_heads = config.kv_heads;
+  w.kv_heads = config.shape_of(layer).kv_heads;
   w.head_dim = config.head_dim;
   w.hidden = config.hidden;
   const bool keys = part != Part::values;
   const bool values = part != Part::keys;
-  if (config.family == Family::llama)
-    load_llama(reader, fmt::format("model.layers.{}.self_attn.", layer), keys, values, dtype, w);
-  else
-    load_bloom(reader, fmt::format("transformer.h.{}.self_attention.", layer), keys, values, dtype, w);
+  const bool llama = config.family == Family::llama;
+  const LayerLoader load(
+      reader, layer,
+      llama ? fmt::format("model.layers.{}.self_attn.", layer) : fmt::format("transformer.h.{}.self_attention.", layer),
+      dtype);
+  if (!llama && !config.split_qkv) {
+    // Fused rows are [heads, (query, key, value), head_dim].
+    const std::int64_t rows = w.heads * w.head_dim;
+    const at::Tensor weight = load("query_key_value.weight").view({w.heads, 3, w.head_dim, w.hidden});
+    const at::Tensor bias = load("query_key_value.bias").view({w.heads, 3, w.head_dim});
+    const auto pick = [&](std::int64_t which, at::Tensor& matrix, at::Tensor& constants) {
+      matrix = weight.select(1, which).reshape({rows, w.hidden});
+      constants = bias.select(1, which).reshape({rows});
+    };
+    if (keys) pick(0, w.query, w.query_bias), pick(1, w.key, w.key_bias);
+    if (values) pick(2, w.value, w.value_bias);
+  } else {
+    const auto name = [&](const char* of_llama, const char* of_bloom) {
+      return std::string(llama ? of_llama : of_bloom);
+    };
+    const auto both = [&](const std::string& module, at::Tensor& matrix, at::Tensor& constants) {
+      matrix = load(module + ".weight");
+      constants = load(module + ".bias");
+    };
+    if (keys) {
+      both(name("q_proj", "query"), w.query, w.query_bias);
+      both(name("k_proj", "key"), w.key, w.key_bias);
+      w.key_fold = load("key_fold.weight");
+      w.query_fold = load("query_fold.weight");
+      w.key_up = load("key_up.weight");
+    }
+    if (values) {
+      both(name("v_proj", "value"), w.value, w.value_bias);
+      w.value_up = load("value_up.weight");
+    }
+  }
+  if (values) {
+    w.output = load(llama ? "o_proj.weight" : "dense.weight");
+    w.output_bias = load(llama ? "o_proj.bias" : "dense.bias");
+  }
   return w;
 }
 
@@ -125,6 +123,14 @@ LayerMoments moments_of(const calibration::LayerStatistics& statistics, const La
     }
     moments.rotated_keys = gram / (statistics.count + sink_weight * statistics.count_0);
   }
+  if (statistics.has_attention()) {
+    moments.rotated_queries = statistics.rotated_queries / statistics.attention_count;
+    const at::Tensor mass = statistics.distance_mass.sum(0);
+    moments.distance_law = mass / mass.sum();
+    moments.attended = statistics.attended / statistics.attention_count;
+    moments.attended_mean = statistics.attended_sum / statistics.attention_count;
+    moments.attended_heads = statistics.attended_heads;
+  }
   return moments;
 }
 
@@ -143,7 +149,7 @@ std::vector<std::int64_t> query_heads_of(const std::vector<std::int64_t>& kv_hea
   return heads;
 }
 
-GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_t>& kv_heads) {
+GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_t>& kv_heads, Part part) {
   GroupWeights group;
   group.size = static_cast<std::int64_t>(kv_heads.size());
   group.head_dim = weights.head_dim;
@@ -151,13 +157,18 @@ GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_
   const auto pick = [](const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& index) {
     return augmented(weight.index_select(0, index), bias.defined() ? bias.index_select(0, index) : at::Tensor());
   };
-  if (weights.key.defined()) {
+  if (weights.key.defined() && part != Part::values) {
     group.key = pick(weights.key, weights.key_bias, rows);
     for (const std::int64_t kv : kv_heads)
       group.queries.push_back(pick(weights.query, weights.query_bias,
                                    block_index(query_heads_of({kv}, weights.key_repeat()), weights.head_dim)));
   }
-  if (weights.value.defined()) group.value = pick(weights.value, weights.value_bias, rows);
+  if (weights.value.defined() && part != Part::keys) {
+    group.value = pick(weights.value, weights.value_bias, rows);
+    if (weights.output.defined())
+      for (const std::int64_t h : query_heads_of(kv_heads, weights.value_repeat()))
+        group.outputs.push_back(weights.output.slice(1, h * weights.head_dim, (h + 1) * weights.head_dim));
+  }
   return group;
 }
 

@@ -20,6 +20,9 @@ struct LayerWeights {
   at::Tensor query_bias, key_bias, value_bias, output_bias;
   at::Tensor key_fold;    ///< `projected` only: encoder A of each group, [kv_heads, head_dim, group_size * head_dim]
   at::Tensor query_fold;  ///< `projected` only: B_k^T of each source KV head, [source_kv_heads, head_dim, head_dim]
+  /// `latent` only: key and value hold latents [kv_heads * width, hidden]; query and output hold absorbed decoders, or
+  /// these rebuild every source head, in stored order, [source_kv_heads, head_dim, width].
+  at::Tensor key_up, value_up;
   std::int64_t source_kv_heads() const { return key.defined() ? key.size(0) / head_dim : kv_heads; }
   std::int64_t key_repeat() const { return heads / source_kv_heads(); }  ///< query heads per head of `key`
   std::int64_t value_repeat() const { return heads / kv_heads; }         ///< query heads per head of `value`
@@ -28,8 +31,8 @@ struct LayerWeights {
 /// Which projections to load; the others stay undefined.
 enum class Part { keys, values, both };  ///< keys: query and key; values: value and output
 
-/// Reads the attention weights of a layer in `dtype` (LLaMA; BLOOM with fused or split projections; layout
-/// `projected`). Throws InputError for tensors of another shape than the config's.
+/// Reads the attention weights of a layer in `dtype` (LLaMA; BLOOM with fused or split projections; any layout;
+/// kv_heads is the layer's own number). Throws InputError for tensors of another shape than the config's.
 LayerWeights load_layer_weights(const checkpoint::Reader& reader, std::int64_t layer, Part part = Part::both,
                                 at::ScalarType dtype = at::kDouble);
 
@@ -60,8 +63,30 @@ struct GroupWeights {
   at::Tensor value;  ///< [size * head_dim, hidden + 1]; undefined when not loaded
   std::vector<at::Tensor>
       queries;  ///< per source KV head: the rows of its query heads, [repeat * head_dim, hidden + 1]
+  std::vector<at::Tensor> outputs;  ///< P_h of every query head, by source KV head, [hidden, head_dim]; empty when not
+                                    ///< loaded
+  // Taken from LayerGrams instead of the rows above when those are at hand (grouping.h: thousands of groups of one
+  // layer). Undefined otherwise.
+  at::Tensor key_gram, key_mean;      ///< [size * head_dim, same], [size * head_dim]
+  at::Tensor key_weight_gram;         ///< W_K W_K^T without the bias
+  at::Tensor query_grams;             ///< [size, repeat, head_dim, head_dim]
+  at::Tensor value_gram, value_mean;  ///< as for keys
+  at::Tensor value_weight_gram;       ///< W_V W_V^T without the bias
+  at::Tensor output_grams;            ///< [size, repeat, head_dim, head_dim]: P_h^T P_h
 };
-GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_t>& kv_heads);
+
+/// What the folds' losses need of a whole layer, computed once: a group takes its rows and columns. Float64.
+struct LayerGrams {
+  at::Tensor key;       ///< W~_K E[x~ x~^T] W~_K^T, uncentred, bias included, [kv_heads * head_dim, same]
+  at::Tensor key_mean;  ///< W~_K E[x~]: the centred Gram is key - key_mean key_mean^T
+  at::Tensor queries;   ///< W~_Q,h E[x~ x~^T] W~_Q,h^T of every query head, [heads, head_dim, head_dim]
+  at::Tensor value;     ///< as `key`, of values
+  at::Tensor value_mean;
+  at::Tensor outputs;                     ///< P_h^T P_h of every query head, [heads, head_dim, head_dim]
+  at::Tensor key_weights, value_weights;  ///< W W^T without biases; defined for Metric::weights only
+};
+/// `part` leaves the other side's rows undefined although they are loaded.
+GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_t>& kv_heads, Part part = Part::both);
 
 /// Row (or column) numbers of `heads` blocks of `head_dim`, int64.
 at::Tensor block_index(const std::vector<std::int64_t>& heads, std::int64_t head_dim);
