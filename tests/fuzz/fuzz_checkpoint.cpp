@@ -66,7 +66,13 @@ constexpr const char* kConfigs[] = {
     R"("eos_token_id":[2,3],"tie_word_embeddings":false,"torch_dtype":"float32"})",
     R"({"architectures":["HeadfoldLlamaForCausalLM"],"model_type":"headfold_llama","hidden_size":16,"intermediate_size":24,"num_hidden_layers":2,)"
     R"("num_attention_heads":4,"num_key_value_heads":2,"vocab_size":11,"headfold":{"layout":"projected","source_kv_heads":4},"dtype":"bfloat16"})",
-    R"({"architectures":["BloomForCausalLM"],"model_type":"bloom","vocab_size":11,"n_embed":24,"n_layer":2,"n_head":6,"layer_norm_epsilon":1e-5})"};
+    R"({"architectures":["BloomForCausalLM"],"model_type":"bloom","vocab_size":11,"n_embed":24,"n_layer":2,"n_head":6,"layer_norm_epsilon":1e-5})",
+    R"({"architectures":["HeadfoldLlamaForCausalLM"],"model_type":"headfold_llama","hidden_size":16,"intermediate_size":24,"num_hidden_layers":2,)"
+    R"("num_attention_heads":4,"vocab_size":11,"headfold":{"layout":"latent","source_kv_heads":4,"layers":[)"
+    R"({"kv_heads":2,"key_width":3,"value_width":9},{"kv_heads":1,"key_width":5,"value_width":1}]}})",
+    R"({"architectures":["DeciLMForCausalLM"],"model_type":"nemotron-nas","hidden_size":16,"num_hidden_layers":2,"num_attention_heads":4,)"
+    R"("vocab_size":11,"block_configs":[{"attention":{"n_heads_in_group":2,"no_op":false},"ffn":{"ffn_mult":24.0,"no_op":false}},)"
+    R"({"attention":{"n_heads_in_group":4},"ffn":{"ffn_mult":24.0}}]})"};
 
 TEST(CheckpointFuzz, config) {
   const MemoryLid lid;
@@ -74,7 +80,7 @@ TEST(CheckpointFuzz, config) {
   Outcomes outcomes("config.json");
   std::int64_t parameters = 0;
   for (std::uint64_t i = 0; i < 6000; ++i) {
-    const std::string text = i < 3 ? kConfigs[i] : mutator.mutate(kConfigs[i % 3]);
+    const std::string text = i < std::size(kConfigs) ? kConfigs[i] : mutator.mutate(kConfigs[i % std::size(kConfigs)]);
     outcomes.run(fmt::format("iteration {}: {}", i, text), [&] {
       const ModelConfig config = parse_config(parse_json(text, "config.json"), "config.json");
       ASSERT_GT(config.head_dim, 0);

@@ -2,6 +2,10 @@
 #include <headfold/checkpoint/layout.h>
 #include <headfold/checkpoint/safetensors.h>
 
+#include <functional>
+#include <map>
+#include <set>
+
 #include "files.h"
 #include "world.h"
 
@@ -143,6 +147,7 @@ TEST(ConfigTest, what_would_change_the_arithmetic_is_refused_with_the_reason) {
   refused(with(llama_json(), "architectures", Json::array({"BloomForCausalLM"})), {"BloomForCausalLM", "llama"});
   refused(without(without(llama_json(), "model_type"), "architectures"), {"architectures"});
   refused(with(llama_json(), "num_key_value_heads_per_layer", {1, 2}), {"num_key_value_heads_per_layer"});
+  refused(with(llama_json(), "block_configs", Json::array()), {"block_configs"});
   refused(with(llama_json(), "quantization_config", Json::object()), {"quantised"});
   refused(with(llama_json(), "torch_dtype", "int8"), {"torch_dtype", "int8"});
   refused(with(bloom_json(), "num_key_value_heads", 3), {"num_key_value_heads"});
@@ -206,6 +211,200 @@ TEST(ConfigTest, folding_changes_only_what_it_must) {
   EXPECT_FALSE(shapes.contains("transformer.h.0.self_attention.query_key_value.weight"));
   EXPECT_THROW(folded_config(bloom, 2, KvLayout::projected), InputError);
   for (const std::int64_t target : {0, 3, 8, -2}) EXPECT_THROW(folded_config(llama, target, KvLayout::gqa), InputError);
+}
+
+std::map<std::string, std::vector<std::int64_t>> shapes_of(const ModelConfig& config, std::int64_t layer) {
+  std::map<std::string, std::vector<std::int64_t>> shapes;
+  for (const TensorShape& tensor : layer_tensors(config, layer))
+    shapes[tensor.name.substr(tensor.name.find(std::to_string(layer) + ".") + 2)] = tensor.shape;
+  return shapes;
+}
+using Extents = std::vector<std::int64_t>;
+
+/// llama_json() with a feed-forward part that DeciLM can state.
+Json decilm_source() {
+  return with(with(llama_json(), "intermediate_size", 512), "num_key_value_heads", 4);
+}
+
+TEST(ConfigTest, uneven_llama_becomes_decilm_and_comes_back) {
+  const ModelConfig source = parse(decilm_source());
+  const Json json = folded_config(source, {{1, 4, 4}, {4, 4, 4}}, KvLayout::gqa);
+  EXPECT_EQ(json["model_type"], "nemotron-nas");
+  EXPECT_EQ(json["architectures"], Json::array({"DeciLMForCausalLM"}));
+  EXPECT_EQ(json["block_configs"][0]["attention"]["n_heads_in_group"], 4);
+  EXPECT_EQ(json["block_configs"][1]["attention"]["n_heads_in_group"], 1);
+  EXPECT_EQ(json["my_own_key"], source.raw["my_own_key"]);
+  // What engines compute (vLLM nemotron_nas.py, llama.cpp conversion): int(2 mult hidden / 3), next multiple of 256.
+  const double multiplier = json["block_configs"][0]["ffn"]["ffn_mult"];
+  const auto truncated = static_cast<std::int64_t>(2 * multiplier * 16 / 3);
+  EXPECT_EQ((truncated + 255) / 256 * 256, 512);
+
+  const ModelConfig uneven = parse(json);
+  EXPECT_EQ(uneven.layout, KvLayout::gqa);
+  EXPECT_TRUE(uneven.uneven());
+  EXPECT_EQ(uneven.ffn, 512);
+  EXPECT_EQ(uneven.kv_heads, 4);
+  EXPECT_EQ(uneven.kv_heads_text(), "1 to 4");
+  EXPECT_EQ(uneven.source_heads_of(0), 1);
+  EXPECT_EQ(uneven.cache_bytes_per_token(2), (1 + 4) * 8 * 2);
+  EXPECT_EQ(shapes_of(uneven, 0).at("self_attn.k_proj.weight"), (Extents{4, 16}));
+  EXPECT_EQ(shapes_of(uneven, 1).at("self_attn.v_proj.weight"), (Extents{16, 16}));
+  EXPECT_EQ(shapes_of(uneven, 0).at("self_attn.o_proj.weight"), (Extents{16, 16}));
+  EXPECT_EQ(parameter_count(source) - parameter_count(uneven), 2 * 3 * 4 * 16);
+  // Folded on: evenly to a stock file, unevenly to another DeciLM one; never to something finer.
+  const ModelConfig stock = parse(folded_config(uneven, 1, KvLayout::gqa));
+  EXPECT_EQ(stock.raw["model_type"], "llama");
+  EXPECT_EQ(stock.raw["intermediate_size"], 512);
+  EXPECT_TRUE(stock.layer_shapes.empty());
+  EXPECT_EQ(parse(folded_config(uneven, {{1, 4, 4}, {2, 4, 4}}, KvLayout::gqa)).kv_heads, 2);
+  EXPECT_THROW(folded_config(uneven, 2, KvLayout::gqa), InputError);
+  EXPECT_THROW(folded_config(uneven, {{1, 4, 4}, {1, 4, 4}}, KvLayout::latent), InputError);
+  EXPECT_THROW(folded_config(source, {{1, 4, 4}}, KvLayout::gqa), InternalError);
+  EXPECT_THROW(folded_config(source, {{1, 4, 4}, {2, 4, 5}}, KvLayout::gqa), InputError);
+
+  // Real sizes: the multipliers of Llama-3.1-Nemotron-51B (5.25 gives 28672) and LLaMA2 7B (11008 = 43 * 256).
+  for (const auto& [hidden, heads, ffn] : {std::tuple{8192, 64, 28672}, {4096, 32, 11008}, {5120, 40, 13824}}) {
+    Json real = decilm_source();
+    real["hidden_size"] = hidden, real["intermediate_size"] = ffn;
+    real["num_attention_heads"] = real["num_key_value_heads"] = heads;
+    const Json written = folded_config(parse(real), {{heads, 128, 128}, {2, 128, 128}}, KvLayout::gqa);
+    EXPECT_EQ(parse(written).ffn, ffn);
+    if (hidden == 8192) {
+      EXPECT_EQ(written["block_configs"][0]["ffn"]["ffn_mult"], 5.25);
+    }
+  }
+}
+
+TEST(ConfigTest, sizes_decilm_cannot_state_get_headfolds_own_config) {
+  const ModelConfig narrow = parse(with(llama_json(), "num_key_value_heads", 4));  // 24 is no multiple of 256
+  EXPECT_THAT(decilm_obstacle(narrow), testing::HasSubstr("256"));
+  EXPECT_THAT(decilm_obstacle(parse(with(decilm_source(), "head_dim", 8))), testing::HasSubstr("hidden_size"));
+  EXPECT_THAT(decilm_obstacle(parse(bloom_json())), testing::HasSubstr("LLaMA"));
+  EXPECT_EQ(decilm_obstacle(parse(decilm_source())), "");
+  const ModelConfig own = parse(folded_config(narrow, {{2, 4, 4}, {1, 4, 4}}, KvLayout::gqa));
+  EXPECT_EQ(own.raw["model_type"], "headfold_llama");
+  EXPECT_EQ(own.layout, KvLayout::gqa);
+  EXPECT_EQ(own.shape_of(1), (LayerShape{1, 4, 4}));
+  EXPECT_EQ(own.source_kv_heads, 2);
+  const ModelConfig bloom = parse(folded_config(parse(bloom_json()), {{6, 4, 4}, {3, 4, 4}}, KvLayout::gqa));
+  EXPECT_EQ(bloom.raw["model_type"], "headfold_bloom");
+  EXPECT_EQ(bloom.shape_of(1), (LayerShape{3, 4, 4}));
+  EXPECT_EQ(shapes_of(bloom, 1).at("self_attention.key.weight"), (Extents{12, 24}));
+  EXPECT_EQ(shapes_of(bloom, 0).at("self_attention.key.bias"), (Extents{24}));
+}
+
+TEST(ConfigTest, published_decilm_files_are_read_as_llama) {
+  Json deci = without(without(llama_json(), "num_key_value_heads"), "my_own_key");
+  deci["model_type"] = "deci", deci["architectures"] = {"DeciLMForCausalLM"};
+  deci["num_key_value_heads_per_layer"] = {4, 2};
+  const ModelConfig config = parse(deci);
+  EXPECT_EQ(config.family, Family::llama);
+  EXPECT_EQ(config.ffn, 24);
+  EXPECT_EQ(config.shape_of(0), (LayerShape{4, 4, 4}));
+  EXPECT_EQ(config.shape_of(1), (LayerShape{2, 4, 4}));
+  EXPECT_FALSE(parse(with(deci, "num_key_value_heads_per_layer", {2, 2})).uneven());
+
+  Json nas = folded_config(parse(decilm_source()), {{1, 4, 4}, {4, 4, 4}}, KvLayout::gqa);
+  // Newer files state the numbers themselves.
+  nas["block_configs"][0] = {{"attention", {{"num_key_value_heads", 2}, {"no_op", false}}},
+                             {"ffn", {{"intermediate_size", 512}, {"no_op", false}, {"hidden_act", "silu"}}}};
+  EXPECT_EQ(parse(nas).shape_of(0).kv_heads, 2);
+  const auto refused = [&](const Json& json, const std::vector<std::string>& parts) {
+    std::vector<std::string> all = parts;
+    all.emplace_back("here/config.json");
+    expect_error<InputError>([&] { parse(json); }, all);
+  };
+  const auto block = [&](const char* part, const char* key, const Json& value) {
+    Json json = nas;
+    json["block_configs"][1][part][key] = value;
+    return json;
+  };
+  refused(block("attention", "no_op", true), {"block_configs[1].attention", "no_op"});
+  refused(block("attention", "replace_with_linear", true), {"block_configs[1].attention", "replace_with_linear"});
+  refused(block("ffn", "no_op", true), {"block_configs[1].ffn", "no_op"});
+  refused(block("ffn", "replace_with_linear", true), {"block_configs[1].ffn", "replace_with_linear"});
+  refused(block("attention", "window_length", 64), {"window_length"});
+  refused(block("attention", "sparsify", {"0.5"}), {"sparsify"});
+  refused(block("ffn", "moe", Json::object()), {"moe"});
+  refused(block("ffn", "ffn_mult", 1e9), {"ffn_mult"});
+  refused(block("ffn", "ffn_mult", 25.0), {"inner width"});
+  refused(block("ffn", "ffn_mult", -1.0), {"ffn_mult"});
+  for (const Json& value : {Json(3), Json(0), Json("4"), Json(2.5), Json(nullptr), Json(INT64_MAX)})
+    refused(block("attention", "n_heads_in_group", value), {"n_heads_in_group"});
+  refused(with(nas, "block_configs", Json::array()), {"block_configs", "2 entries"});
+  refused(with(nas, "block_configs", 7), {"block_configs", "2 entries"});
+  refused(with(nas, "block_configs", {1, 2}), {"block_configs[0]"});
+  refused(without(nas, "block_configs"), {"block_configs", "num_key_value_heads_per_layer"});
+  refused(with(nas, "o_proj_bias", true), {"o_proj_bias"});
+  refused(with(deci, "num_key_value_heads_per_layer", {4, 3}), {"layer 1", "3 KV heads"});
+  refused(with(deci, "num_key_value_heads_per_layer", {4, 0}), {"num_key_value_heads_per_layer[1]"});
+  refused(with(deci, "num_key_value_heads_per_layer", {4, "2"}), {"num_key_value_heads_per_layer"});
+  refused(with(deci, "num_key_value_heads_per_layer", {4, 2, 2}), {"2 entries"});
+  refused(without(deci, "intermediate_size"), {"intermediate_size"});
+}
+
+TEST(ConfigTest, latent_layers_have_their_own_widths) {
+  const ModelConfig source = parse(llama_json());  // 4 query heads on 2 KV heads of 4
+  const Json json = folded_config(source, {{2, 3, 4}, {1, 7, 9}}, KvLayout::latent);
+  EXPECT_EQ(json["model_type"], "headfold_llama");
+  const ModelConfig llama = parse(json);
+  EXPECT_EQ(llama.layout, KvLayout::latent);
+  EXPECT_EQ(llama.kv_heads, 2);
+  EXPECT_EQ(llama.source_kv_heads, 2);
+  EXPECT_EQ(llama.cache_bytes_per_token(4), (2 * 7 + 16) * 4);
+  auto shapes = shapes_of(llama, 0);
+  EXPECT_EQ(shapes.at("self_attn.q_proj.weight"), (Extents{16, 16}));
+  EXPECT_EQ(shapes.at("self_attn.k_proj.weight"), (Extents{6, 16}));
+  EXPECT_EQ(shapes.at("self_attn.key_up.weight"), (Extents{2, 4, 3}));
+  EXPECT_EQ(shapes.at("self_attn.v_proj.weight"), (Extents{8, 16}));
+  EXPECT_EQ(shapes.at("self_attn.o_proj.weight"), (Extents{16, 16}));
+  EXPECT_FALSE(shapes.contains("self_attn.value_up.weight"));
+  shapes = shapes_of(llama, 1);
+  EXPECT_EQ(shapes.at("self_attn.key_up.weight"), (Extents{2, 4, 7}));
+  EXPECT_EQ(shapes.at("self_attn.value_up.weight"), (Extents{2, 4, 9}));
+  EXPECT_EQ(shapes.at("self_attn.o_proj.weight"), (Extents{16, 16}));
+  // Small values shrink the output projection.
+  EXPECT_EQ(shapes_of(parse(folded_config(source, {{1, 2, 3}, {1, 2, 3}}, KvLayout::latent)), 1)
+                .at("self_attn.o_proj.weight"),
+            (Extents{16, 12}));
+
+  const ModelConfig bloom = parse(folded_config(parse(bloom_json()), {{3, 2, 1}, {2, 5, 6}}, KvLayout::latent));
+  shapes = shapes_of(bloom, 0);
+  EXPECT_EQ(shapes.at("self_attention.query.weight"), (Extents{12, 24}));
+  EXPECT_EQ(shapes.at("self_attention.key.bias"), (Extents{6}));
+  EXPECT_EQ(shapes.at("self_attention.dense.weight"), (Extents{24, 6}));
+  EXPECT_FALSE(shapes.contains("self_attention.key_up.weight"));
+  shapes = shapes_of(bloom, 1);
+  EXPECT_EQ(shapes.at("self_attention.query.weight"), (Extents{24, 24}));
+  EXPECT_EQ(shapes.at("self_attention.key_up.weight"), (Extents{6, 4, 5}));
+  EXPECT_EQ(shapes.at("self_attention.value_up.weight"), (Extents{6, 4, 6}));
+
+  EXPECT_THROW(folded_config(llama, 1, KvLayout::gqa), InputError);
+  EXPECT_THROW(folded_config(source, {{2, 0, 4}, {1, 7, 9}}, KvLayout::latent), InputError);
+  EXPECT_THROW(folded_config(source, {{4, 3, 4}, {1, 7, 9}}, KvLayout::latent), InputError);
+  const auto refused = [&](const std::function<void(Json&)>& change, const std::vector<std::string>& parts) {
+    Json changed = json;
+    change(changed);
+    expect_error<InputError>([&] { parse(changed); }, parts);
+  };
+  refused([](Json& j) { j.erase("headfold"); }, {"headfold"});
+  refused([](Json& j) { j["headfold"] = 3; }, {"headfold"});
+  refused([](Json& j) { j["headfold"]["layout"] = "woven"; }, {"woven", "latent"});
+  refused([](Json& j) { j["headfold"].erase("layers"); }, {"headfold.layers"});
+  refused([](Json& j) { j["headfold"]["layers"].erase(0); }, {"headfold.layers", "2 entries"});
+  refused([](Json& j) { j["headfold"]["layers"][0] = "x"; }, {"headfold.layers[0]"});
+  refused([](Json& j) { j["headfold"].erase("source_kv_heads"); }, {"source_kv_heads"});
+  refused([](Json& j) { j["headfold"]["source_kv_heads"] = 3; }, {"KV heads"});
+  refused([](Json& j) { j["headfold"]["layers"][1]["kv_heads"] = 3; }, {"num_key_value_heads"});
+  refused([](Json& j) { j["headfold"]["layers"][0].erase("key_width"); }, {"headfold.layers[0]", "key_width"});
+  for (const char* key : {"kv_heads", "key_width", "value_width"})
+    for (const Json& value : {Json(0), Json(-1), Json(2.5), Json("2"), Json(INT64_MAX), Json(nullptr)})
+      refused([&](Json& j) { j["headfold"]["layers"][1][key] = value; }, {"headfold.layers[1]", key});
+  refused([](Json& j) { j["headfold"]["layers"][0]["value_width"] = 1 << 24; }, {"layer 0", "wider"});
+  refused([](Json& j) { j["headfold"]["layout"] = "gqa"; }, {"key_width", "head_dim"});
+  Json woven = folded_config(parse(bloom_json()), {{3, 2, 1}, {2, 5, 6}}, KvLayout::latent);
+  woven["headfold"]["layout"] = "projected";
+  expect_error<InputError>([&] { parse(woven); }, {"BLOOM", "rotation"});
 }
 
 TEST(ConfigTest, parameter_count_of_llama2_7b) {

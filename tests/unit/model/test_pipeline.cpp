@@ -1,5 +1,6 @@
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
+#include <headfold/checkpoint/expanded.h>
 #include <headfold/model/pipeline.h>
 
 #include <set>
@@ -87,6 +88,100 @@ TEST_F(PipelineTest, every_grid_gives_the_decoders_numbers_and_calls_its_hooks) 
       pipeline.run({}, hooks);
     }
   }
+}
+
+/// Five layers that cache different things, wide and narrow.
+std::vector<std::pair<std::string, Json>> uneven_forms() {
+  using checkpoint::KvLayout;
+  Json decilm = llama_json(64, 4, 4, 5);
+  decilm["intermediate_size"] = 256;
+  Json biased = llama_json(64, 8, 4, 5);
+  biased["attention_bias"] = true;
+  return {{"decilm", testing_models::folded(decilm, {{4, 16, 16}, {1, 16, 16}, {2, 16, 16}, {4, 16, 16}, {1, 16, 16}},
+                                            KvLayout::gqa)},
+          {"latent",
+           testing_models::folded(biased, {{4, 3, 8}, {1, 30, 20}, {2, 7, 5}, {2, 9, 9}, {1, 1, 1}}, KvLayout::latent)},
+          {"bloom",
+           testing_models::folded(bloom_json(64, 4, 5), {{4, 16, 4}, {1, 40, 5}, {2, 20, 33}, {2, 3, 16}, {1, 16, 60}},
+                                  KvLayout::latent)},
+          {"bloom_gqa", testing_models::folded(bloom_json(64, 4, 5), 2, KvLayout::gqa)}};
+}
+
+TEST_F(PipelineTest, layers_of_different_shapes_give_the_decoders_numbers) {
+  for (const auto& [name, json] : uneven_forms()) {
+    SCOPED_TRACE(name);
+    const auto folder = scratch_ / name;
+    if (world().root()) make_model(json, 3).write(folder);
+    world().barrier("model written");
+    const checkpoint::Reader reader(folder);
+    const Decoder decoder(reader, at::kFloat);
+    at::manual_seed(17);
+    const std::vector<at::Tensor> batches = {at::randint(97, {2, 21}, at::kLong), at::randint(97, {1, 3}, at::kLong)};
+    const comm::Grid grid = comm::make_grid(world(), world().size());
+    const Pipeline pipeline(reader, grid, {});
+    std::int64_t outputs = 0;
+    PipelineHooks hooks;
+    hooks.output = [&](std::int64_t index, const at::Tensor& hidden) {
+      ++outputs;
+      EXPECT_TRUE(at::equal(pipeline.head().logits(hidden), decoder.logits(batches[static_cast<std::size_t>(index)])));
+    };
+    pipeline.run(batches, hooks);
+    EXPECT_EQ(outputs, grid.last_stage() ? 2 : 0);
+    // Bytes of all stages are those of the model; the table of a tied model stands on two ranks.
+    std::int64_t bytes = 0;
+    for (int stage = 0; stage < world().size(); ++stage)
+      bytes += stage_weight_bytes(reader.config(), world().size(), stage, at::kFloat);
+    const std::int64_t twice = reader.config().tied_embeddings ? 97 * 64 : 0;
+    EXPECT_NEAR(static_cast<double>(bytes),
+                static_cast<double>((checkpoint::parameter_count(reader.config()) + twice) * 4), 64.0);
+  }
+}
+
+TEST_F(PipelineTest, expanded_models_have_the_same_logits_and_bytes_at_any_rank_count) {
+  for (const auto& [name, json] : uneven_forms()) {
+    SCOPED_TRACE(name);
+    const auto folder = scratch_ / ("folded-" + name);
+    const auto together = scratch_ / ("expanded-" + name);
+    const auto alone = scratch_ / ("alone-" + name);
+    if (world().root()) make_model(json, 5).write(folder);
+    world().barrier("model written");
+    const checkpoint::Reader reader(folder);
+    checkpoint::write_expanded(world(), reader, together, "float32", 100000);
+    if (world().root()) {
+      checkpoint::write_expanded(comm::Communicator::self(), reader, alone, "float32", 100000);
+      const checkpoint::Reader expanded(together);
+      EXPECT_EQ(expanded.fingerprint(), checkpoint::Reader(alone).fingerprint());
+      EXPECT_TRUE(checkpoint::layout_problems(expanded).empty());
+      const ModelConfig& config = expanded.config();
+      EXPECT_EQ(config.raw["model_type"], checkpoint::name_of(config.family));
+      EXPECT_EQ(config.layout, checkpoint::KvLayout::gqa);
+      EXPECT_FALSE(config.uneven());
+      EXPECT_GE(config.cache_bytes_per_token(4), reader.config().cache_bytes_per_token(4));
+      const at::Tensor ids = at::randint(97, {2, 31}, at::kLong);
+      EXPECT_LE(testing_models::relative_difference(Decoder(expanded, at::kFloat).logits(ids),
+                                                    Decoder(reader, at::kFloat).logits(ids)),
+                1e-5);
+      const Json record = read_json(together / "headfold.json");
+      EXPECT_EQ(record["format"], "headfold-expanded");
+      EXPECT_NE(record["note"].get<std::string>().find("not smaller"), std::string::npos);
+      EXPECT_EQ(record["source"]["fingerprint"], reader.fingerprint());
+    }
+    world().barrier("compared");
+  }
+  // What cannot be expanded, or need not.
+  const auto refused = [&](const Json& json, const char* part) {
+    try {
+      checkpoint::expanded_config(checkpoint::parse_config(json, "here"), "float32");
+      ADD_FAILURE() << "no error";
+    } catch (const InputError& error) {
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+    }
+  };
+  refused(testing_models::folded(llama_json(64, 4, 4), 2, checkpoint::KvLayout::projected), "after the rotation");
+  refused(llama_json(64, 4, 2), "nothing to expand");
+  refused(bloom_json(64, 4), "nothing to expand");
+  EXPECT_THROW(checkpoint::write_expanded(world(), *reader_, scratch_ / "none", "float32", 1000), InputError);
+  EXPECT_FALSE(std::filesystem::exists(scratch_ / "none"));
 }
 
 TEST_F(PipelineTest, streaming_keeps_one_layer_in_memory) {
