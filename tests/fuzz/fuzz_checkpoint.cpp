@@ -79,7 +79,7 @@ TEST(CheckpointFuzz, config) {
   Mutator mutator(7);
   Outcomes outcomes("config.json");
   std::int64_t parameters = 0;
-  for (std::uint64_t i = 0; i < 6000; ++i) {
+  for (std::uint64_t i = 0; i < 10000; ++i) {
     const std::string text = i < std::size(kConfigs) ? kConfigs[i] : mutator.mutate(kConfigs[i % std::size(kConfigs)]);
     outcomes.run(fmt::format("iteration {}: {}", i, text), [&] {
       const ModelConfig config = parse_config(parse_json(text, "config.json"), "config.json");
