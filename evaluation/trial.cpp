@@ -57,26 +57,31 @@ struct Trial::State {
 };
 
 Trial::Trial(const comm::Communicator& world, const checkpoint::Reader& reader, std::vector<Window> windows,
-             at::ScalarType dtype, std::int64_t resident_bytes) {
+             at::ScalarType dtype, std::int64_t resident_bytes, Keep keep) {
   if (windows.empty()) throw InternalError("a trial without windows");
   const at::NoGradGuard no_grad;
   state_ = std::make_unique<State>(world, reader, std::move(windows), dtype);
   State& state = *state_;
-  const model::Embedding embedding(reader, dtype);
-  const std::int64_t layers = reader.config().layers;
-  state.layers.resize(static_cast<std::size_t>(layers));
-  state.before.resize(static_cast<std::size_t>(layers) + 1);
+  const auto layers = static_cast<std::size_t>(reader.config().layers);
+  state.layers.resize(layers);
+  state.before.resize(layers + 1);
   for (std::size_t w = static_cast<std::size_t>(world.rank()); w < state.windows.size();
-       w += static_cast<std::size_t>(world.size())) {
+       w += static_cast<std::size_t>(world.size()))
     state.own.push_back(w);
-    std::vector<std::int64_t>& inputs = state.windows[w].inputs;
-    const at::Tensor ids = at::from_blob(inputs.data(), {1, static_cast<std::int64_t>(inputs.size())}, at::kLong);
-    state.before[0].push_back(embedding.forward(ids));
+  {
+    const model::Embedding embedding(reader, dtype);
+    for (const std::size_t w : state.own) {
+      std::vector<std::int64_t>& inputs = state.windows[w].inputs;
+      const at::Tensor ids = at::from_blob(inputs.data(), {1, static_cast<std::int64_t>(inputs.size())}, at::kLong);
+      state.before[0].push_back(embedding.forward(ids));
+    }
   }
   std::int64_t held = 0;
-  for (std::size_t l = 0; l < state.layers.size(); ++l) {
+  for (std::size_t l = 0; l < layers; ++l) {
     std::unique_ptr<model::Layer> layer = model::load_layer(reader, static_cast<std::int64_t>(l), dtype);
+    state.before[l + 1].reserve(state.own.size());
     for (const at::Tensor& hidden : state.before[l]) state.before[l + 1].push_back(layer->forward(hidden));
+    if (keep == Keep::ends && l > 0) state.before[l] = {};
     if (held + layer->bytes() <= resident_bytes) {
       held += layer->bytes();
       state.layers[l] = std::move(layer);
@@ -94,32 +99,58 @@ const Totals& Trial::original() const {
   return state_->original;
 }
 
-Totals Trial::score(std::int64_t first_layer, const std::function<ReplacedLayer(std::int64_t layer)>& replaced) const {
-  const State& state = *state_;
-  const auto layers = static_cast<std::int64_t>(state.layers.size());
+Trial::Run::Run(const Trial& trial, std::int64_t first_layer) : trial_(&trial), next_(first_layer) {
+  const State& state = *trial.state_;
+  const std::int64_t layers = std::ssize(state.layers);
   if (first_layer < 0 || first_layer > layers)
     throw InternalError(fmt::format("a trial from layer {} of {}", first_layer, layers));
+  hidden_ = state.before[static_cast<std::size_t>(first_layer)];
+  if (hidden_.size() != state.own.size())
+    throw InternalError(fmt::format("a trial from layer {}, whose hidden states were not kept", first_layer));
+}
+
+void Trial::Run::advance(const ReplacedLayer& change) {
+  const State& state = *trial_->state_;
+  if (next_ >= std::ssize(state.layers)) throw InternalError("a trial beyond its last layer");
   const at::NoGradGuard no_grad;
-  std::vector<at::Tensor> hidden = state.before[static_cast<std::size_t>(first_layer)];
-  for (std::int64_t l = first_layer; l < layers; ++l) {
-    const ReplacedLayer change = replaced(l);
-    std::unique_ptr<model::Layer> fresh;
-    if (change.tensors != nullptr) {
-      const model::TensorGetter get = [&](const std::string& name, const std::vector<std::int64_t>& shape) {
-        const auto found = change.tensors->find(tail_of(name));
-        return found != change.tensors->end() ? found->second : state.reader.load(name, shape, at::kFloat);
-      };
-      fresh = model::load_layer(*change.config, l, state.dtype, get);
-    } else if (state.layers[static_cast<std::size_t>(l)] == nullptr) {
-      fresh = model::load_layer(state.reader, l, state.dtype);
-    }
-    const model::Layer& layer = fresh ? *fresh : *state.layers[static_cast<std::size_t>(l)];
-    for (at::Tensor& states : hidden) states = layer.forward(states);
+  const auto index = static_cast<std::size_t>(next_);
+  std::unique_ptr<model::Layer> fresh;
+  if (!hidden_.empty() && change.tensors != nullptr) {
+    const model::TensorGetter get = [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+      const auto found = change.tensors->find(tail_of(name));
+      if (found == change.tensors->end()) return state.reader.load(name, shape, at::kFloat);
+      if (found->second.sizes() != at::IntArrayRef(shape))
+        throw InternalError(fmt::format("{} of a trial has the shape [{}], expected [{}]", name,
+                                        fmt::join(found->second.sizes(), ", "), fmt::join(shape, ", ")));
+      return found->second;
+    };
+    fresh = model::load_layer(*change.config, next_, state.dtype, get);
+  } else if (!hidden_.empty() && state.layers[index] == nullptr) {
+    fresh = model::load_layer(state.reader, next_, state.dtype);
   }
+  const model::Layer* layer = fresh ? fresh.get() : state.layers[index].get();
+  for (at::Tensor& states : hidden_) states = layer->forward(states);
+  ++next_;
+}
+
+Totals Trial::Run::finish() {
+  const State& state = *trial_->state_;
+  while (next_ < std::ssize(state.layers)) advance({});
+  const at::NoGradGuard no_grad;
   return state.gather([&](std::size_t i) {
-    return score_window(state.windows[state.own[i]], hidden[i].select(0, 0), state.head,
+    return score_window(state.windows[state.own[i]], hidden_[i].select(0, 0), state.head,
                         state.before.back()[i].select(0, 0), &state.head, kLogitsBytes);
   });
+}
+
+Trial::Run Trial::begin(std::int64_t first_layer) const {
+  return {*this, first_layer};
+}
+
+Totals Trial::score(std::int64_t first_layer, const std::function<ReplacedLayer(std::int64_t layer)>& replaced) const {
+  Run run = begin(first_layer);
+  for (std::int64_t layer = first_layer; layer < std::ssize(state_->layers); ++layer) run.advance(replaced(layer));
+  return run.finish();
 }
 
 }  // namespace headfold::evaluation
