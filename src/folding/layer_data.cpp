@@ -124,6 +124,15 @@ LayerMoments moments_of(const calibration::LayerStatistics& statistics, const La
     moments.rotated_keys = gram / (statistics.count + sink_weight * statistics.count_0);
   }
   if (statistics.has_attention()) {
+    if (statistics.rotated_queries.size(0) != weights.heads || statistics.rotated_queries.size(1) != weights.head_dim ||
+        weights.kv_heads % statistics.attended_heads != 0)
+      throw InputError(
+          fmt::format(
+              "the attention statistics are of {} heads of {} with values in blocks of {}; the model has {} heads "
+              "of {} and {} KV heads",
+              statistics.rotated_queries.size(0), statistics.rotated_queries.size(1), statistics.attended_heads,
+              weights.heads, weights.head_dim, weights.kv_heads),
+          "calibrate this model");
     moments.rotated_queries = statistics.rotated_queries / statistics.attention_count;
     const at::Tensor mass = statistics.distance_mass.sum(0);
     moments.distance_law = mass / mass.sum();

@@ -1,10 +1,12 @@
 #include "meanpool.h"
-#include "values_problem.h"
 
 namespace headfold::folding {
 
-Basis fold_values_meanpool(const GroupWeights& group, const LayerMoments* moments, Metric metric, bool centred) {
-  return mean_basis(value_problem(group, moments, metric, centred), group.size, group.head_dim);
+Basis fold_values_meanpool(const ValueProblem& problem) {
+  Basis basis = mean_basis(problem, problem.size, problem.head_dim);
+  basis.loss = loss_of(problem, basis);
+  basis.total = total_of(problem);
+  return basis;
 }
 
 }  // namespace headfold::folding

@@ -1,27 +1,18 @@
-#include <headfold/base/error.h>
-
-#include "values_problem.h"
+#include <headfold/folding/folds.h>
 
 namespace headfold::folding {
 
-Problem value_problem(const GroupWeights& group, const LayerMoments* moments, Metric metric, bool centred) {
-  Problem problem;
-  if (metric == Metric::weights) {
-    const at::Tensor weight = group.value.slice(1, 0, group.value.size(1) - 1);
-    problem.sigma = at::matmul(weight, weight.t());
-    return problem;
+Basis fold_values_svd(const ValueProblem& problem, std::int64_t width, std::int64_t sweeps) {
+  Basis basis = linalg::weighted_low_rank(problem.sigma, problem.lambda, width);
+  if (problem.lambda.empty()) return basis;
+  if (!problem.attended.empty()) {
+    // The kernel's loss is that of one mean attention; the real one knows every head's.
+    if (sweeps > 0) polish_values(problem, basis, sweeps);
+    basis.loss = loss_of(problem, basis);
+    basis.total = total_of(problem);
   }
-  if (moments == nullptr)
-    throw InternalError("a value fold with metric act was asked for without calibration statistics");
-  const at::Tensor product =
-      at::matmul(at::matmul(group.value, centred ? moments->centred : moments->input), group.value.t());
-  problem.sigma = 0.5 * (product + product.t());
-  return problem;
-}
-
-Basis fold_values_svd(const GroupWeights& group, const LayerMoments* moments, Metric metric, bool centred) {
-  const Problem problem = value_problem(group, moments, metric, centred);
-  return linalg::weighted_low_rank(problem.sigma, problem.lambda, group.head_dim);
+  normalise_scale(basis, problem.sigma, problem.head_dim);
+  return basis;
 }
 
 }  // namespace headfold::folding

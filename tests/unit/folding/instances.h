@@ -88,6 +88,20 @@ inline LayerMoments white_moments(std::int64_t hidden) {
   return moments;
 }
 
+/// Values of a whole layer as one group.
+inline ValueProblem values_of(const LayerWeights& w, const LayerMoments* moments, Metric metric, bool centred = false) {
+  LayerProblem problem;
+  problem.weights = w;
+  problem.centred_values = centred;
+  problem.has_moments = moments != nullptr;
+  if (moments != nullptr) problem.moments = *moments;
+  FoldOptions options;
+  options.value_metric = metric;
+  std::vector<std::int64_t> heads;
+  for (std::int64_t k = 0; k < w.kv_heads; ++k) heads.push_back(k);
+  return value_problem(problem, heads, options);
+}
+
 inline double relative(double found, double expected) {
   return std::abs(found - expected) / std::max(std::abs(expected), 1e-300);
 }
