@@ -1,11 +1,12 @@
 // What share of the matrix-product rate calibration reaches at the layer shapes of LLaMA2-7B (docs/performance.md,
 // section "Calibration").
 //
-//   bench_calibrate [--model DIR] [--tokens 2048] [--repeat 5] [--threads N] [--gram-only]
+//   bench_calibrate [--model DIR] [--tokens 2048] [--repeat 5] [--threads N] [--gram-only] [--all-statistics]
 //
 // Without --model, a checkpoint of one layer of random weights is written to a temporary folder. The rate is that of
 // bare products on the layer's own shapes, the better of at::linear and the product kernel of src/model (libtorch's
-// BLAS may have picked slow kernels). Every repetition measures products and calibration right after one another, so
+// BLAS may have picked slow kernels). --all-statistics also measures what half-sample sums and attention statistics
+// cost. Every repetition measures products and calibration right after one another, so
 // that a busy machine slows both; medians are printed. With one thread, CPU time is measured instead of wall time:
 // other processes then cost only what they take of the caches.
 
@@ -108,7 +109,7 @@ void bench_gram(std::int64_t n, std::int64_t tokens, int repeat) {
   }
 }
 
-void bench_layer(const checkpoint::Reader& reader, std::int64_t tokens, int repeat) {
+void bench_layer(const checkpoint::Reader& reader, std::int64_t tokens, int repeat, bool all_statistics) {
   const auto& config = reader.config();
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
     const auto layer = model::load_layer(reader, 0, dtype);
@@ -167,6 +168,31 @@ void bench_layer(const checkpoint::Reader& reader, std::int64_t tokens, int repe
                c10::toString(dtype), tokens, median(rates) / 1e9, median(peaks) / 1e9, median(linears) / 1e9,
                median(shares), median(plain))
         << std::flush;
+    if (!all_statistics) continue;
+    calibration::CollectOptions options;
+    options.half_samples = true;
+    calibration::LayerAccumulator halves(calibration::collected_shape(config, options, tokens));
+    options.attention_statistics = true;
+    const calibration::StatisticsShape shape = calibration::collected_shape(config, options, tokens);
+    calibration::LayerAccumulator everything(shape);
+    std::vector<double> without, with_halves, with_all;
+    for (int i = -1; i < repeat; ++i) {
+      const double base = seconds([&] { layer->forward(hidden, nullptr, &accumulator); });
+      const double half = seconds([&] { layer->forward(hidden, nullptr, &halves); });
+      const double all = seconds([&] { layer->forward(hidden, nullptr, &everything); });
+      if (i < 0) continue;
+      without.push_back(base);
+      with_halves.push_back(half / base);
+      with_all.push_back(all / base);
+    }
+    std::cout << fmt::format(
+                     "layer {:<9} {} tokens: {:.0f} ms with base statistics; with half-sample sums x {:.3f}; with "
+                     "attention statistics (blocks of {} KV heads) as well x {:.3f}, of arithmetic alone x {:.3f}\n",
+                     c10::toString(dtype), tokens, 1e3 * median(without), median(with_halves), shape.attended_heads,
+                     median(with_all),
+                     1 + calibration::attention_statistics_share(config, tokens, shape.attended_heads) *
+                             (linear_flops + attention_flops) / all_flops)
+              << std::flush;
   }
 }
 
@@ -178,10 +204,15 @@ int main(int argc, char** argv) {
   std::int64_t tokens = 2048;
   int repeat = 5;
   bool gram_only = false;
+  bool all_statistics = false;
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
     if (name == "--gram-only") {
       gram_only = true;
+      continue;
+    }
+    if (name == "--all-statistics") {
+      all_statistics = true;
       continue;
     }
     if (i + 1 == argc) {
@@ -212,7 +243,7 @@ int main(int argc, char** argv) {
       write_model(made->path());
       folder = made->path().string();
     }
-    bench_layer(checkpoint::Reader(folder), tokens, repeat);
+    bench_layer(checkpoint::Reader(folder), tokens, repeat, all_statistics);
   } catch (const std::exception& error) {
     std::cerr << describe(error) << '\n';
     return 70;

@@ -6,15 +6,19 @@
 #include <headfold/model/model.h>
 #include <headfold/model/product.h>
 
+#include <bit>
+
 namespace headfold::calibration {
 namespace {
 
 namespace kernels = model::kernels;
 using model::Matrix;
 
-/// Rows of scores that are formed together: enough for the pace of the products. No sum runs over rows, so that
-/// results do not depend on it.
-constexpr std::int64_t kRows = 256;
+/// Rows of scores that are formed together: enough for the pace of the products, few enough that the causal half is
+/// most of what is computed. No sum runs over rows, so that results do not depend on it.
+std::int64_t rows_of(std::int64_t tokens) {
+  return std::clamp<std::int64_t>((tokens + 3) / 4, 32, 256);
+}
 
 void* at_byte(const at::Tensor& tensor, std::int64_t elements) {
   return static_cast<char*>(tensor.data_ptr()) + elements * static_cast<std::int64_t>(tensor.element_size());
@@ -32,6 +36,25 @@ void add_distances(const float* probabilities, std::int64_t position, double* ma
     mass[distance] += static_cast<double>(probabilities[position - distance]);
 }
 
+double wide(float value) {
+  return static_cast<double>(value);
+}
+double wide(c10::BFloat16 value) {
+  return static_cast<double>(std::bit_cast<float>(static_cast<std::uint32_t>(value.x) << 16U));
+}
+
+/// sum[j] += sum over rows of x [rows, n], in float64 and in row order.
+template <class T>
+void add_column_sums(double* sum, const T* x, std::int64_t rows, std::int64_t n) {
+  at::parallel_for(0, n, 512, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const T* row = x + i * n;
+#pragma omp simd
+      for (std::int64_t j = begin; j < end; ++j) sum[j] += wide(row[j]);
+    }
+  });
+}
+
 at::Tensor joined(std::vector<linalg::GramAccumulator>& grams) {
   std::vector<at::Tensor> parts;
   for (linalg::GramAccumulator& gram : grams) parts.push_back(gram.packed());
@@ -41,6 +64,16 @@ at::Tensor joined(std::vector<linalg::GramAccumulator>& grams) {
 }
 
 }  // namespace
+
+void add_column_sums(at::Tensor& sum, const at::Tensor& rows) {
+  const at::Tensor x = rows.contiguous();
+  if (x.scalar_type() == at::kFloat)
+    add_column_sums(sum.data_ptr<double>(), x.data_ptr<float>(), x.size(0), x.size(1));
+  else if (x.scalar_type() == at::kBFloat16)
+    add_column_sums(sum.data_ptr<double>(), x.data_ptr<at::BFloat16>(), x.size(0), x.size(1));
+  else
+    sum.add_(x.to(at::kDouble).sum(0));
+}
 
 AttentionAccumulator::AttentionAccumulator(const StatisticsShape& shape, const at::Tensor& slopes)
     : shape_(shape), slopes_(slopes) {
@@ -88,23 +121,22 @@ void AttentionAccumulator::add(const at::Tensor& queries, const at::Tensor& keys
   const float* slopes = slopes_.defined() ? slopes_.data_ptr<float>() : nullptr;
   const std::int64_t by_limit =
       model::attention_block_bytes() / (tokens * (4 + (size == 4 ? 0 : size + 4)) * at::get_num_threads());
-  const std::int64_t rows = std::clamp<std::int64_t>(std::min(kRows, by_limit), 1, tokens);
+  const std::int64_t rows = std::clamp<std::int64_t>(std::min(rows_of(tokens), by_limit), 1, tokens);
 
   at::parallel_for(0, heads, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t head = begin; head < end; ++head) queries_[static_cast<std::size_t>(head)].add(q.select(0, head));
   });
   at::parallel_for(0, heads, 1, [&](std::int64_t begin, std::int64_t end) {
-    thread_local std::vector<float> score_buffer, row_buffer, output_buffer;
+    thread_local std::vector<float> score_buffer, row_buffer;
     thread_local std::vector<char> probability_buffer;
     float* scores = scratch(score_buffer, rows * tokens);
-    float* output = scratch(output_buffer, tokens * block);
     void* probabilities = scores;
     if (size != 4) {
       if (static_cast<std::int64_t>(probability_buffer.size()) < rows * tokens * size)
         probability_buffer.resize(static_cast<std::size_t>(rows * tokens * size));
       probabilities = probability_buffer.data();
     }
-    const at::Tensor y = at::from_blob(output, {tokens, block}, at::kFloat);
+    const at::Tensor y = at::empty({tokens, block}, q.options());
     for (std::int64_t head = begin; head < end; ++head) {
       const std::int64_t kv = head / (heads / kv_heads);
       double* mass = distance_mass_.data_ptr<double>() + head * shape_.sequence_length;
@@ -125,12 +157,11 @@ void AttentionAccumulator::add(const at::Tensor& queries, const at::Tensor& keys
         }
         model::multiply({probabilities, count, visible, visible},
                         {at_byte(v, kv / shape_.attended_heads * tokens * block), visible, block, block}, false, dtype,
-                        output + first * block, block, at::kFloat);
+                        at_byte(y, first * block), block, dtype);
       }
       attended_[static_cast<std::size_t>(head)].add(y);
-      double* sum = attended_sum_.data_ptr<double>() + head * block;
-      for (std::int64_t row = 0; row < tokens; ++row)
-        for (std::int64_t i = 0; i < block; ++i) sum[i] += static_cast<double>(output[row * block + i]);
+      at::Tensor sum = attended_sum_.select(0, head);
+      add_column_sums(sum, y);
     }
   });
   count_ += static_cast<double>(tokens);

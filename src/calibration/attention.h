@@ -9,10 +9,14 @@
 
 namespace headfold::calibration {
 
+/// sum [n] += column sums of rows [tokens, n], in float64 and in row order.
+void add_column_sums(at::Tensor& sum, const at::Tensor& rows);
+
 /// Rotated query Grams, attention mass by distance and attended values of one layer (LayerStatistics has the
-/// definitions), sequence by sequence. Probabilities are those of the model: scores in float32 from the compute dtype's
-/// queries and keys, softmax in float32, rounded to the compute dtype. Products are accumulated in float32 within a
-/// sequence, sums over sequences in float64 in the order of the calls; heads run in parallel.
+/// definitions), sequence by sequence. Probabilities and attended values are those of the model: scores in float32 from
+/// the compute dtype's queries and keys, softmax in float32, both results rounded to the compute dtype. Products are
+/// accumulated in float32 within a sequence, sums over sequences in float64 in the order of the calls; heads run in
+/// parallel.
 class AttentionAccumulator {
  public:
   /// `slopes` [heads] float32 for ALiBi, or undefined. InternalError for a shape that makes no sense.

@@ -2,7 +2,6 @@
 #include <headfold/base/error.h>
 #include <headfold/calibration/collect.h>
 
-#include <bit>
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
@@ -14,35 +13,6 @@ constexpr std::int64_t kFirstRows = 64;
 
 std::span<double> span_of(at::Tensor& tensor) {
   return {tensor.data_ptr<double>(), static_cast<std::size_t>(tensor.numel())};
-}
-
-double wide(float value) {
-  return static_cast<double>(value);
-}
-double wide(c10::BFloat16 value) {
-  return static_cast<double>(std::bit_cast<float>(static_cast<std::uint32_t>(value.x) << 16U));
-}
-
-/// sum[j] += sum over rows of x [rows, n], in float64 and in row order.
-template <class T>
-void add_column_sums(double* sum, const T* x, std::int64_t rows, std::int64_t n) {
-  at::parallel_for(0, n, 512, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = 0; i < rows; ++i) {
-      const T* row = x + i * n;
-#pragma omp simd
-      for (std::int64_t j = begin; j < end; ++j) sum[j] += wide(row[j]);
-    }
-  });
-}
-
-void add_column_sums(at::Tensor& sum, const at::Tensor& rows) {
-  const at::Tensor x = rows.contiguous();
-  if (x.scalar_type() == at::kFloat)
-    add_column_sums(sum.data_ptr<double>(), x.data_ptr<float>(), x.size(0), x.size(1));
-  else if (x.scalar_type() == at::kBFloat16)
-    add_column_sums(sum.data_ptr<double>(), x.data_ptr<at::BFloat16>(), x.size(0), x.size(1));
-  else
-    sum.add_(x.to(at::kDouble).sum(0));
 }
 
 }  // namespace
@@ -186,15 +156,19 @@ const PackedStatistics& LayerAccumulator::statistics() const {
 }
 
 bool collects_rotated_keys(const checkpoint::ModelConfig& config, bool wanted) {
-  return wanted && config.family == checkpoint::Family::llama && config.layout != checkpoint::KvLayout::latent;
+  return wanted && config.family == checkpoint::Family::llama;
 }
 
 StatisticsShape collected_shape(const checkpoint::ModelConfig& config, const CollectOptions& options,
                                 std::int64_t tokens) {
+  if (config.layout == checkpoint::KvLayout::latent)
+    throw InputError(
+        fmt::format("{}: is folded to latents, and statistics are of the keys that heads have", config.file),
+        "calibrate the model that it was folded from");
   for (std::int64_t layer = 1; layer < config.layers; ++layer)
     if (config.shape_of(layer) != config.shape_of(0))
       throw InputError(
-          fmt::format("{}: layers 0 and {} cache different numbers of KV heads; statistics describe models "
+          fmt::format("{}: layers 0 and {} cache different numbers of KV heads, and statistics are of models "
                       "whose layers are alike",
                       config.file, layer),
           "calibrate the model that it was folded from");

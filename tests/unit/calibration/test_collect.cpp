@@ -358,6 +358,10 @@ TEST(CollectShapeTest, blocks_of_attended_values_by_size) {
   config.layers = 2;
   config.layer_shapes = {{6, 16, 16}, {3, 16, 16}};
   EXPECT_THROW(collected_shape(config, options, 64), InputError);
+  config.layer_shapes.clear();
+  EXPECT_EQ(collected_shape(config, options, 64).sequence_length, 64);
+  config.layout = checkpoint::KvLayout::latent;
+  EXPECT_THROW(collected_shape(config, options, 64), InputError);
 }
 
 TEST(CollectShapeTest, share_of_arithmetic_at_7b_shapes) {

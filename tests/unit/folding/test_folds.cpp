@@ -15,7 +15,6 @@ LayerTarget target_of(Groups groups, const LayerProblem& problem) {
   return {std::move(groups), problem.weights.head_dim, problem.weights.head_dim};
 }
 
-
 using namespace testing_support;
 
 constexpr std::int64_t kHeads = 4, kDim = 8, kHidden = 48;
@@ -48,7 +47,8 @@ TEST(MetricTest, act_with_white_inputs_equals_weights) {
       {fold_keys_norope(group, &white, Metric::act, 0), fold_keys_norope(group, nullptr, Metric::weights, 0)},
       {fold_keys_post_rotation(group, &white, gram, Metric::act, 0),
        fold_keys_post_rotation(group, nullptr, {}, Metric::weights, 0)},
-      {fold_values_svd(values_of(w, &white, Metric::act), kDim), fold_values_svd(values_of(w, nullptr, Metric::weights), kDim)},
+      {fold_values_svd(values_of(w, &white, Metric::act), kDim),
+       fold_values_svd(values_of(w, nullptr, Metric::weights), kDim)},
       {fold_keys_meanpool(group, &white, Metric::act, true),
        fold_keys_meanpool(group, nullptr, Metric::weights, true)}};
   for (const auto& [act, weights] : pairs) {
@@ -332,6 +332,26 @@ TEST(MomentsTest, sinks_enter_the_rotated_gram_with_their_weight_and_bias) {
   LayerWeights other = w;
   other.hidden = kHidden + 1;
   EXPECT_THROW(moments_of(s, other, 1.0), InputError);
+
+  EXPECT_FALSE(half.rotated_queries.defined() || half.distance_law.defined() || half.attended.defined());
+  s.attention_count = 23;
+  s.attended_heads = 2;
+  s.rotated_queries = random.normal({w.heads, kDim, kDim});
+  s.attended = random.normal({w.heads, 2 * kDim, 2 * kDim});
+  s.attended_sum = random.normal({w.heads, 2 * kDim});
+  s.distance_mass = random.normal({w.heads, 9}).abs();
+  const LayerMoments all = moments_of(s, w, 0.5);
+  EXPECT_LT(relative(all.rotated_queries, s.rotated_queries / 23.0), 1e-15);
+  EXPECT_LT(relative(all.attended, s.attended / 23.0), 1e-15);
+  EXPECT_LT(relative(all.attended_mean, s.attended_sum / 23.0), 1e-15);
+  EXPECT_EQ(all.attended_heads, 2);
+  EXPECT_NEAR(all.distance_law.sum().item<double>(), 1, 1e-14);
+  EXPECT_LT(relative(all.distance_law * s.distance_mass.sum(), s.distance_mass.sum(0)), 1e-14);
+  s.attended_heads = 3;  // does not divide two KV heads
+  EXPECT_THROW(moments_of(s, w, 0.5), InputError);
+  s.attended_heads = 2;
+  s.rotated_queries = random.normal({w.heads + 1, kDim, kDim});
+  EXPECT_THROW(moments_of(s, w, 0.5), InputError);
 }
 
 // ------------------------------------------------------------------------------------------- values
