@@ -25,8 +25,6 @@ constexpr double kTruncation = 1e-10;
 /// Above this width the normal equations are factorised instead of diagonalised: the ridge bounds their condition, and
 /// an eigen-decomposition would cost minutes.
 constexpr std::int64_t kWidestEigen = 4096;
-/// Query rows per sequence that the Gauss-Newton preconditioner looks at.
-constexpr std::int64_t kSampledRows = 16;
 
 /// What one forward pass shows, one sequence.
 class Capture final : public model::LayerObserver {
@@ -223,16 +221,23 @@ std::string tail_of(const std::string& name) {
 
 /// Names of the matrices that a refit may change, without ".weight", in layer `layer`.
 struct Names {
-  std::string query, output, down;
+  std::string query, key, output, down;
   bool attention_bias = false, down_bias = false;
 };
 Names names_of(const ModelConfig& config, std::int64_t layer) {
   const bool llama = config.family == Family::llama;
   const std::string prefix = llama ? fmt::format("model.layers.{}.", layer) : fmt::format("transformer.h.{}.", layer);
   return {prefix + (llama ? "self_attn.q_proj" : "self_attention.query"),
+          prefix + (llama ? "self_attn.k_proj" : "self_attention.key"),
           prefix + (llama ? "self_attn.o_proj" : "self_attention.dense"),
-          prefix + (llama ? "mlp.down_proj" : "mlp.dense_4h_to_h"), !llama || config.attention_bias,
+          prefix + (llama ? "mlp.down_proj" : "mlp.dense_4h_to_h"),
+          !llama || config.attention_bias,
           !llama || config.mlp_bias};
+}
+
+/// "o_proj" of "model.layers.3.self_attn.o_proj".
+std::string last_part(const std::string& name) {
+  return name.substr(name.rfind('.') + 1);
 }
 
 class Refitter {
@@ -253,7 +258,8 @@ class Refitter {
     own_ = fit_.own();
     own_.insert(own_.end(), held_.own().begin(), held_.own().end());
     const auto n = static_cast<std::size_t>(samples_);
-    for (auto* list : {&original_, &compressed_, &aim_, &input_, &keys_, &original_queries_, &original_keys_})
+    for (auto* list :
+         {&original_, &compressed_, &aim_, &input_, &keys_, &original_queries_, &original_keys_, &row_norms_})
       list->resize(n);
     const model::Embedding embedding(reader, at::kFloat);
     for (const std::int64_t s : own_) {
@@ -286,7 +292,7 @@ class Refitter {
       for_each_item(static_cast<std::int64_t>(own_.size()),
                     [&](std::int64_t i) { open_layer(own_[index(i)], *original, *folded, output); });
     }
-    if (options_.query_steps > 0) report.others.push_back(refit_queries());
+    if (options_.queries) report.others = refit_scores();
     if (options_.output) {
       static_cast<PartRefit&>(report) = refit_output();
     }
@@ -332,21 +338,28 @@ class Refitter {
   /// Original stream through the layer; what the folded attention block should add up to; what the refit of queries
   /// needs.
   void open_layer(std::int64_t s, const model::Layer& original, const model::Layer& folded, const Linear& output) {
-    const bool queries = options_.query_steps > 0;
+    const bool queries = options_.queries;
     Capture seen(queries, true, false);
     const at::Tensor before = original_[index(s)];
     original_[index(s)] = original.forward(before, nullptr, &seen);
     at::Tensor start = base(before, seen);
     if (queries || options_.target == RefitTarget::attention) {
-      Capture own(queries, false, false);
+      Capture own(queries && !refits_keys(), false, false);
       folded.forward(compressed_[index(s)], nullptr, &own);
       if (options_.target == RefitTarget::attention) start = base(compressed_[index(s)], own);
       if (queries) {
         input_[index(s)] = names_.attention_bias ? at::cat({own.input, at::ones({own.input.size(0), 1}, at::kFloat)}, 1)
                                                  : own.input.contiguous();
-        keys_[index(s)] = own.keys.transpose(0, 1).contiguous();
+        if (!refits_keys()) keys_[index(s)] = own.keys.transpose(0, 1).contiguous();
         original_queries_[index(s)] = seen.queries.transpose(0, 1).contiguous();
         original_keys_[index(s)] = seen.keys.transpose(0, 1).contiguous();
+        at::Tensor& norms = row_norms_[index(s)];
+        norms = at::empty({config_.heads, seen.queries.size(0)}, at::kFloat);
+        for (std::int64_t h = 0; h < config_.heads; ++h)
+          norms.select(0, h).copy_(
+              at::logsumexp(masked_scores(original_queries_[index(s)].select(0, h),
+                                          original_keys_[index(s)].select(0, h / original_repeat()), h),
+                            1));
       }
     }
     aim_[index(s)] = start + output.apply(seen.heads);
@@ -372,9 +385,9 @@ class Refitter {
 
   PartRefit refit_output() {
     const std::string name = names_.output;
-    const std::int64_t width = config_.heads * config_.head_dim;
+    const std::int64_t width = config_.heads * checkpoint::attended_width(folded_, layer_);
     Linear map = folded_map(name, config_.hidden, width, names_.attention_bias);
-    warn_of_few_tokens(width, tail_of(name));
+    warn_of_few_tokens(width, last_part(name));
     const Linear single{map.weight.to(at::kFloat), map.bias.defined() ? map.bias.to(at::kFloat) : map.bias};
     const auto folded = load_folded();
     const auto [fit, held] = sums([&] { return empty_moments(width, config_.hidden); },
@@ -384,9 +397,9 @@ class Refitter {
                                     const at::Tensor target = aim_[index(s)] - base(compressed_[index(s)], seen);
                                     add_moments(moments, seen.heads, target - single.apply(seen.heads), target);
                                   });
-    check(fit, tail_of(name)), check(held, tail_of(name));
+    check(fit, last_part(name)), check(held, last_part(name));
     PartRefit report = regress(fit, held, map, options_, stored_dtype());
-    report.part = tail_of(name);
+    report.part = last_part(name);
     put(name, map);
     return report;
   }
@@ -395,7 +408,7 @@ class Refitter {
     const std::string name = names_.down;
     const bool biased = names_.down_bias;
     Linear map = folded_map(name, config_.hidden, config_.ffn, biased);
-    warn_of_few_tokens(config_.ffn, tail_of(name));
+    warn_of_few_tokens(config_.ffn, last_part(name));
     const Linear single{map.weight.to(at::kFloat), map.bias.defined() ? map.bias.to(at::kFloat) : map.bias};
     const auto folded = load_folded();
     const auto [fit, held] = sums([&] { return empty_moments(config_.ffn, config_.hidden); },
@@ -405,9 +418,9 @@ class Refitter {
                                     const at::Tensor missing = (original_[index(s)] - after).select(0, 0);
                                     add_moments(moments, seen.inner, missing, missing + single.apply(seen.inner));
                                   });
-    check(fit, tail_of(name)), check(held, tail_of(name));
+    check(fit, last_part(name)), check(held, last_part(name));
     PartRefit report = regress(fit, held, map, options_, stored_dtype());
-    report.part = tail_of(name);
+    report.part = last_part(name);
     put(name, map);
     return report;
   }
@@ -430,227 +443,271 @@ class Refitter {
     return total > 0 ? error / total : 0;
   }
 
-  // --------------------------------------------------------------------------------------------------- queries
-  // KL(p || p') of attention rows, p original, p' folded, over W_Q: with scores s = (R_t W_Q x_t) . k_s / sqrt d the
-  // gradient in s is p' - p and the Gauss-Newton matrix diag p' - p' p'^T. Query heads do not see each other, so every
-  // head has its own conjugate gradient iteration.
+  // ---------------------------------------------------------------------------------------- queries and keys
+  // Attention rows of head h: p original (keys k, queries q of the original stream), p' folded (k', q' of the folded
+  // stream). Around p the divergence is the p-weighted variance of the scores' error, row by row. With queries
+  // independent of the keys' covariances it is minimal for W_Q' = M1^-1 M2 W_Q,
+  //   M1 = sum_m R_m^T cov_m(k', k') R_m,  M2 = sum_m R_m^T cov_m(k', k) R_m,  cov_m weighted by row m of p;
+  // the same with roles exchanged gives W_K' = N1^-1 sum_h N2 W_K with weights p (1 - p) along columns.
+  // Both are ridge regressions around the present matrices. (Reconstructed here: a distance-aware map measured
+  // exactly.)
 
-  /// Keys of folded query head h as W_Q x sees them, [tokens, head_dim].
-  at::Tensor keys_of(std::int64_t s, std::int64_t h) const {
-    const at::Tensor& keys = keys_[index(s)];
+  /// Folded projections [heads, width, inputs], biases as a last column of inputs, float64. `key` is undefined where
+  /// keys are not to be changed.
+  struct Scores {
+    at::Tensor query, key;
+  };
+
+  std::int64_t original_repeat() const { return config_.heads / config_.kv_heads; }
+  std::int64_t original_head(std::int64_t h) const { return order_.empty() ? h : order_[index(h)]; }
+  /// x W^T of every head, rotated: [heads, tokens, width].
+  at::Tensor project(std::int64_t s, const at::Tensor& weight) const {
+    const at::Tensor& x = input_[index(s)];
+    return turned(at::mm(x, weight.to(at::kFloat).reshape({-1, weight.size(2)}).t())
+                      .view({x.size(0), weight.size(0), weight.size(1)}));
+  }
+  /// [tokens, heads, width] -> rotated, [heads, tokens, width].
+  at::Tensor turned(const at::Tensor& x) const {
+    if (!frequencies_.defined()) return x.transpose(0, 1).contiguous();
+    return model::apply_rope(x.unsqueeze(0), frequencies_, 0).select(0, 0).transpose(0, 1).contiguous();
+  }
+  /// Keys that folded query heads see, [KV heads, tokens, width].
+  at::Tensor folded_keys_of(std::int64_t s, const Scores& scores) const {
+    return scores.key.defined() ? project(s, scores.key) : keys_[index(s)];
+  }
+  /// Those of one query head, as its query before any folding of queries sees them.
+  at::Tensor key_of(const at::Tensor& keys, std::int64_t h) const {
     const at::Tensor own = keys.select(0, h / (config_.heads / keys.size(0)));
     if (!query_fold_.defined()) return own;
     return at::mm(own, query_fold_.select(0, h / (config_.heads / query_fold_.size(0))));
   }
-  at::Tensor rotated(const at::Tensor& x, bool back) const {  // [heads, tokens, head_dim]
-    if (!frequencies_.defined()) return x;
-    return model::apply_rope(x.transpose(0, 1).unsqueeze(0), back ? -frequencies_ : frequencies_, 0)
-        .select(0, 0)
-        .transpose(0, 1);
+  /// Scores of head h, not yet normalised, [tokens, tokens].
+  at::Tensor masked_scores(const at::Tensor& queries, const at::Tensor& keys, std::int64_t h) const {
+    at::Tensor scores = at::mm(queries, keys.t()).mul_(scale()).add_(mask_);
+    if (slopes_.defined()) scores.add_(slopes_[h] * at::arange(keys.size(0), at::kFloat));
+    return scores;
   }
-  /// W x of all heads, rotated and scaled: [heads, tokens, head_dim].
-  at::Tensor queries_of(std::int64_t s, const at::Tensor& weight) const {
-    const std::int64_t tokens = input_[index(s)].size(0);
-    const at::Tensor q = at::mm(input_[index(s)], weight.reshape({-1, weight.size(-1)}).t())
-                             .view({tokens, config_.heads, config_.head_dim})
-                             .transpose(0, 1);
-    return rotated(q, false) * (1.0 / std::sqrt(static_cast<double>(config_.head_dim)));
+  double scale() const { return 1.0 / std::sqrt(static_cast<double>(config_.head_dim)); }
+  at::Tensor original_query(std::int64_t s, std::int64_t h) const {
+    return original_queries_[index(s)].select(0, original_head(h));
   }
-  at::Tensor masked(const at::Tensor& scores, std::int64_t h) const {
-    if (!slopes_.defined()) return scores + mask_;
-    return scores + mask_ + slopes_[h] * at::arange(scores.size(1), at::kFloat);
+  at::Tensor original_key(std::int64_t s, std::int64_t h) const {
+    return original_keys_[index(s)].select(0, original_head(h) / original_repeat());
   }
-  at::Tensor original_log_rows(std::int64_t s, std::int64_t h) const {
-    const std::int64_t source = order_.empty() ? h : order_[index(h)];
-    const at::Tensor& keys = original_keys_[index(s)];
-    const at::Tensor k = keys.select(0, source / (config_.heads / keys.size(0)));
-    const at::Tensor scores = at::mm(original_queries_[index(s)].select(0, source), k.t()) *
-                              (1.0 / std::sqrt(static_cast<double>(config_.head_dim)));
-    return at::log_softmax(masked(scores, source), 1);
+  at::Tensor original_scores(std::int64_t s, std::int64_t h) const {
+    return masked_scores(original_query(s, h), original_key(s, h), original_head(h));
   }
-  /// Sum over heads' rows of g_t x_t^T for g [heads, tokens, head_dim], rotated back: [heads, head_dim, inputs].
-  void add_outer(std::int64_t s, const at::Tensor& g, const at::Tensor& sum) const {
-    const at::Tensor flat = rotated(g, true).transpose(0, 1).reshape({g.size(1), -1});
-    sum.add_(at::mm(flat.t(), input_[index(s)]).view_as(sum));
-  }
-
-  PartRefit refit_queries() {
-    PartRefit report;
-    report.part = tail_of(names_.query);
-    report.divergence = true;
-    const std::int64_t heads = config_.heads, d = config_.head_dim;
-    const bool biased = names_.attention_bias;
-    Linear map = folded_map(names_.query, heads * d, config_.hidden, biased);
-    at::Tensor weight = (biased ? at::cat({map.weight, map.bias.unsqueeze(1)}, 1) : map.weight).view({heads, d, -1});
-    const at::Tensor before = weight;
-    const auto fold = tensors_->find("query_fold.weight");
-    query_fold_ = fold == tensors_->end() ? at::Tensor() : fold->second.to(at::kFloat);
-    order_ = options_.query_heads.empty() ? std::vector<std::int64_t>() : options_.query_heads.at(index(layer_));
-    report.held_out_before = divergence(held_, before);
-    report.error_before = report.error_after = (report.held_out_before * static_cast<double>(held_.count()) +
-                                                divergence(fit_, before) * static_cast<double>(fit_.count())) /
-                                               static_cast<double>(samples_);
-    report.held_out_after = report.held_out_before;
-    if (!std::isfinite(report.error_before))
-      throw InputError(fmt::format("the activations at layer {} contain NaN or Inf", layer_));
-    for (std::int64_t step = 0; step < options_.query_steps && report.held_out_after > kExactDivergence; ++step) {
-      const at::Tensor change = gauss_newton_step(weight);
-      if (!change.defined()) break;
-      // Every head takes the length that serves the held-out sequences best; none is an answer, too.
-      const std::vector<double> lengths = {0, 0.25, 0.5, 1};
-      std::vector<at::Tensor> candidates;
-      for (const double length : lengths) candidates.push_back(stored(weight + length * change));
-      const at::Tensor best = head_divergences(held_, candidates).argmin(0);
-      at::Tensor moved = weight.clone();
-      for (std::int64_t h = 0; h < heads; ++h) moved[h].copy_(candidates[index(best[h].item<std::int64_t>())][h]);
-      if (at::equal(moved, weight)) break;
-      weight = moved;
-      report.held_out_after = divergence(held_, weight);
-      report.kept = true;
+  /// Rows (or, transposed, columns) `picked` of the original attention of folded query head h, [positions, tokens].
+  at::Tensor original_attention(std::int64_t s, std::int64_t h, const at::Tensor& picked, bool columns) const {
+    const at::Tensor q = original_query(s, h), k = original_key(s, h);
+    const at::Tensor norm = row_norms_[index(s)].select(0, original_head(h));
+    at::Tensor scores = columns ? at::mm(k.index_select(0, picked), q.t()) : at::mm(q.index_select(0, picked), k.t());
+    scores.mul_(scale()).add_(columns ? mask_.index_select(1, picked).t() : mask_.index_select(0, picked));
+    if (slopes_.defined()) {
+      const at::Tensor bias = slopes_[original_head(h)] * at::arange(q.size(0), at::kFloat);
+      scores.add_(columns ? bias.index_select(0, picked).unsqueeze(1) : bias);
     }
-    report.ridge = options_.query_damping;
-    if (report.kept) {
-      report.error_after = (report.held_out_after * static_cast<double>(held_.count()) +
-                            divergence(fit_, weight) * static_cast<double>(fit_.count())) /
-                           static_cast<double>(samples_);
-      const at::Tensor rows = weight.reshape({heads * d, -1});
-      if (!at::isfinite(rows).all().item<bool>())
-        throw NumericalError(
-            fmt::format("the refit of the queries of layer {} gives values that the checkpoint's "
-                        "dtype cannot hold",
-                        layer_));
-      map.weight = rows.slice(1, 0, config_.hidden).contiguous();
-      if (biased) map.bias = rows.select(1, config_.hidden).contiguous();
-    }
-    put(names_.query, map);
-    for (auto* list : {&input_, &keys_, &original_queries_, &original_keys_})
-      std::fill(list->begin(), list->end(), at::Tensor());
-    return report;
+    return scores.sub_(columns ? norm : norm.index_select(0, picked).unsqueeze(1)).exp_();
   }
 
-  at::Tensor stored(const at::Tensor& weight) const { return rounded(weight, stored_dtype()); }
-
-  /// KL per row, mean over tokens, of every head under every candidate: [candidates, heads] float64.
-  at::Tensor head_divergences(const DealtSequences& part, const std::vector<at::Tensor>& weights) const {
-    const auto count = static_cast<std::int64_t>(weights.size());
-    std::vector<at::Tensor> single;
-    for (const at::Tensor& weight : weights) single.push_back(weight.to(at::kFloat));
+  /// KL of every head, mean over tokens of a part, under every candidate: [candidates, heads] float64.
+  at::Tensor divergences(const DealtSequences& part, const std::vector<Scores>& candidates) const {
+    const auto count = static_cast<std::int64_t>(candidates.size());
     const Sums sums = part.sum(
         [&] {
           return Sums{at::zeros({count, config_.heads}, at::kDouble)};
         },
         [&](std::int64_t s, Sums& sum) {
-          std::vector<at::Tensor> queries;
-          for (const at::Tensor& weight : single) queries.push_back(queries_of(s, weight));
-          for (std::int64_t h = 0; h < config_.heads; ++h) {
-            const at::Tensor wanted = original_log_rows(s, h), p = wanted.exp();
-            const at::Tensor keys = keys_of(s, h).t();
-            for (std::int64_t i = 0; i < count; ++i) {
-              const at::Tensor rows = at::log_softmax(masked(at::mm(queries[index(i)].select(0, h), keys), h), 1);
-              sum[0][i][h] += (p * at::tril(wanted - rows)).sum(at::kDouble);
+          for (std::int64_t i = 0; i < count; ++i) {
+            const at::Tensor queries = project(s, candidates[index(i)].query);
+            const at::Tensor keys = folded_keys_of(s, candidates[index(i)]);
+            for (std::int64_t h = 0; h < config_.heads; ++h) {
+              const at::Tensor wanted = at::log_softmax(original_scores(s, h), 1);
+              const at::Tensor rows = at::log_softmax(masked_scores(queries.select(0, h), key_of(keys, h), h), 1);
+              // tril: above the diagonal both are -inf.
+              sum[0][i][h].add_((wanted.exp() * at::tril(wanted - rows)).sum(at::kDouble));
             }
           }
         });
-    return sums[0] / (static_cast<double>(part.count()) * tokens_ / static_cast<double>(samples_));
+    return sums[0] / (tokens_ * static_cast<double>(part.count()) / static_cast<double>(samples_));
   }
-  double divergence(const DealtSequences& part, const at::Tensor& weight) const {
-    return head_divergences(part, {weight}).mean().item<double>();
-  }
-
-  /// Change of W_Q [heads, head_dim, inputs] after a few iterations; undefined when there is nothing to gain.
-  at::Tensor gauss_newton_step(const at::Tensor& weight) const {
-    const std::int64_t heads = config_.heads, d = config_.head_dim, inputs = weight.size(2);
-    const at::Tensor single = weight.to(at::kFloat);
-    const double scale = 1.0 / std::sqrt(static_cast<double>(d));
-    // Gradient, E[x x^T], and E[R_t^T Cov_p'(k) R_t] from a few rows of every sequence.
-    const Sums start = fit_.sum(
-        [&] {
-          return Sums{at::zeros({heads, d, inputs}, at::kDouble), at::zeros({inputs, inputs}, at::kDouble),
-                      at::zeros({heads, d, d}, at::kDouble)};
-        },
-        [&](std::int64_t s, Sums& sum) {
-          const at::Tensor queries = queries_of(s, single);
-          const std::int64_t tokens = queries.size(1);
-          const at::Tensor back = at::empty({heads, tokens, d}, at::kFloat);
-          const std::int64_t sampled = std::min(kSampledRows, tokens);
-          const at::Tensor picked = at::arange(1, sampled + 1, at::kLong).mul(tokens).div(sampled, "floor").sub(1);
-          const at::Tensor turns = rotations(tokens).index_select(0, picked);
-          for (std::int64_t h = 0; h < heads; ++h) {
-            const at::Tensor keys = keys_of(s, h);
-            const at::Tensor p = at::softmax(masked(at::mm(queries.select(0, h), keys.t()), h), 1);
-            back.select(0, h).copy_(at::mm(original_log_rows(s, h).exp() - p, keys) * scale);
-            const at::Tensor rows = p.index_select(0, picked);
-            const at::Tensor mean = at::mm(rows, keys);
-            const at::Tensor covariance =
-                at::matmul((rows.unsqueeze(2) * keys).transpose(1, 2), keys) - mean.unsqueeze(2) * mean.unsqueeze(1);
-            sum[2][h].add_(at::matmul(at::matmul(turns, covariance), turns.transpose(1, 2)).sum(0) *
-                           (scale * scale * static_cast<double>(tokens) / static_cast<double>(sampled)));
-          }
-          add_outer(s, back, sum[0]);
-          sum[1].add_(at::mm(input_[index(s)].t(), input_[index(s)]));
-        });
-    const double count = tokens_ * static_cast<double>(fit_.count()) / static_cast<double>(samples_);
-    at::Tensor residual = start[0] / count, right = start[1] / count, left = start[2] / count;
-    const at::Tensor strength = left.diagonal(0, 1, 2).mean(1);
-    const double strongest = strength.max().item<double>();
-    if (!(strongest > 0) || !(right.diagonal().mean().item<double>() > 0)) return {};
-    at::Tensor left_inverse, right_inverse;
-    left = left + at::eye(d, at::kDouble) * (1e-2 * strength + 1e-6 * strongest).view({heads, 1, 1});
-    right = right + at::eye(inputs, at::kDouble) * (0.1 * options_.query_damping * right.diagonal().mean());
-    for_each_item(1, [&](std::int64_t) {
-      left_inverse = at::linalg_inv(left);
-      right_inverse = at::cholesky_inverse(at::linalg_cholesky(right));
-    });
-    const auto per_head = [](const at::Tensor& a, const at::Tensor& b) { return (a * b).sum({1, 2}, true); };
-    const auto ratio = [](const at::Tensor& a, const at::Tensor& b) {
-      return at::where(b > 0, a / at::where(b > 0, b, at::ones_like(b)), at::zeros_like(b));
-    };
-    at::Tensor change = at::zeros_like(residual), direction, shaped;
-    for_each_item(1, [&](std::int64_t) {
-      shaped = at::matmul(at::matmul(left_inverse, residual), right_inverse);
-      direction = shaped;
-    });
-    at::Tensor energy = per_head(residual, shaped);
-    for (std::int64_t iteration = 0; iteration < options_.query_iterations; ++iteration) {
-      at::Tensor curved = curvature(single, direction) / count;
-      for_each_item(1, [&](std::int64_t) {
-        curved = curved + options_.query_damping * at::matmul(at::matmul(left, direction), right);
-        const at::Tensor length = ratio(energy, per_head(direction, curved));
-        change = change + length * direction;
-        residual = residual - length * curved;
-        shaped = at::matmul(at::matmul(left_inverse, residual), right_inverse);
-        const at::Tensor next = per_head(residual, shaped);
-        direction = shaped + ratio(next, energy) * direction;
-        energy = next;
-      });
+  /// Positions to look at in a sequence, with weights that make up for the others: the first, which is unlike all
+  /// others, and evenly spaced ones from a place that depends on the sequence.
+  std::pair<at::Tensor, at::Tensor> positions(std::int64_t s, std::int64_t tokens) const {
+    const std::int64_t count = std::min(options_.score_rows, tokens);
+    const at::Tensor picked = at::zeros({count}, at::kLong), weight = at::ones({count}, at::kFloat);
+    for (std::int64_t i = 1; i < count; ++i) {
+      const double place = static_cast<double>(i - 1) + std::fmod(static_cast<double>(s) * 0.6180339887498949, 1.0);
+      picked[i] =
+          1 + static_cast<std::int64_t>(place / static_cast<double>(count - 1) * static_cast<double>(tokens - 1));
+      weight[i] = static_cast<double>(tokens - 1) / static_cast<double>(count - 1);
     }
-    return at::isfinite(change).all().item<bool>() ? change : at::Tensor();
+    return {picked, weight};
   }
-
-  /// Gauss-Newton matrix times `direction`, sum over the fitted sequences.
-  at::Tensor curvature(const at::Tensor& weight, const at::Tensor& direction) const {
-    const at::Tensor step = direction.to(at::kFloat);
-    const double scale = 1.0 / std::sqrt(static_cast<double>(config_.head_dim));
-    return fit_.sum([&] { return Sums{at::zeros_like(direction)}; },
-                    [&](std::int64_t s, Sums& sum) {
-                      const at::Tensor queries = queries_of(s, weight), steps = queries_of(s, step);
-                      const at::Tensor back = at::empty_like(queries, at::MemoryFormat::Contiguous);
-                      for (std::int64_t h = 0; h < config_.heads; ++h) {
-                        const at::Tensor keys = keys_of(s, h);
-                        const at::Tensor p = at::softmax(masked(at::mm(queries.select(0, h), keys.t()), h), 1);
-                        at::Tensor change = at::mm(steps.select(0, h), keys.t()).mul_(p);
-                        change.sub_(p * change.sum(1, true));
-                        back.select(0, h).copy_(at::mm(change, keys) * scale);
-                      }
-                      add_outer(s, back, sum[0]);
-                    })[0];
-  }
-
-  /// R_t^T of every position, [tokens, head_dim, head_dim]; identity without rotation.
-  at::Tensor rotations(std::int64_t tokens) const {
+  /// R_t^T of the given positions, [positions, width, width]; undefined without rotation.
+  at::Tensor rotations(const at::Tensor& picked, std::int64_t tokens) const {
+    if (!frequencies_.defined()) return {};
     const std::int64_t d = config_.head_dim;
     const at::Tensor units = at::eye(d, at::kFloat).unsqueeze(0).expand({tokens, d, d});
-    return frequencies_.defined() ? model::apply_rope(units.unsqueeze(0), frequencies_, 0).select(0, 0) : units;
+    return model::apply_rope(units.unsqueeze(0), frequencies_, 0).select(0, 0).index_select(0, picked);
+  }
+  /// sum_i w_i R_i^T M_i R_i for M [positions, width, width].
+  static at::Tensor turned_sum(const at::Tensor& moments, const at::Tensor& turns, const at::Tensor& weight) {
+    const at::Tensor back = turns.defined() ? at::matmul(at::matmul(turns, moments), turns.transpose(1, 2)) : moments;
+    return (back * weight.view({-1, 1, 1})).sum(0);
+  }
+  /// sum_n p_in a_n b_n^T for p [positions, tokens], a and b [tokens, width].
+  static at::Tensor moments(const at::Tensor& p, const at::Tensor& a, const at::Tensor& b) {
+    return at::matmul((p.unsqueeze(2) * a).transpose(1, 2), b);
+  }
+  static at::Tensor covariances(const at::Tensor& p, const at::Tensor& a, const at::Tensor& b) {
+    return moments(p, a, b) - at::mm(p, a).unsqueeze(2) * at::mm(p, b).unsqueeze(1);
+  }
+
+  /// W + (G + eps I)^-1 (wanted - G W) for every head; heads without energy stay.
+  at::Tensor regressed(const at::Tensor& weight, const at::Tensor& gram, const at::Tensor& wanted) const {
+    at::Tensor result = weight.clone();
+    for_each_item(1, [&](std::int64_t) {
+      for (std::int64_t h = 0; h < weight.size(0); ++h) {
+        const double mean = gram[h].diagonal().mean().item<double>();
+        if (!(mean > 0) || !std::isfinite(mean)) continue;
+        const linalg::Eigen eigen = linalg::eigh(gram[h]);
+        const at::Tensor values = eigen.values.clamp_min(0) + options_.score_ridge * mean;
+        const at::Tensor missing = wanted[h] - at::mm(gram[h], weight[h]);
+        result[h].add_(at::mm(eigen.vectors, at::mm(eigen.vectors.t(), missing) / values.unsqueeze(1)));
+      }
+    });
+    return rounded(result, stored_dtype());
+  }
+
+  at::Tensor queries_for(const Scores& scores) const {
+    const std::int64_t heads = config_.heads, width = scores.query.size(1), d = config_.head_dim;
+    const Sums sums = fit_.sum(
+        [&] {
+          return Sums{at::zeros({heads, width, width}, at::kDouble), at::zeros({heads, width, d}, at::kDouble)};
+        },
+        [&](std::int64_t s, Sums& sum) {
+          const at::Tensor keys = folded_keys_of(s, scores);
+          const auto [picked, weight] = positions(s, keys.size(1));
+          const at::Tensor turns = rotations(picked, keys.size(1));
+          for (std::int64_t h = 0; h < heads; ++h) {
+            const at::Tensor p = original_attention(s, h, picked, false);
+            // Covariances do not know a common shift; without it float32 keeps its digits.
+            at::Tensor own = key_of(keys, h), source = original_key(s, h);
+            own = own - own.mean(0, true);
+            source = source - source.mean(0, true);
+            sum[0][h].add_(turned_sum(covariances(p, own, own), turns, weight));
+            sum[1][h].add_(turned_sum(covariances(p, own, source), turns, weight));
+          }
+        });
+    return regressed(scores.query, sums[0], at::matmul(sums[1], original_query_));
+  }
+
+  at::Tensor keys_for(const Scores& scores) const {
+    const std::int64_t heads = config_.heads, kv_heads = scores.key.size(0), d = config_.head_dim;
+    const std::int64_t repeat = heads / kv_heads;
+    const Sums sums = fit_.sum(
+        [&] {
+          return Sums{at::zeros({kv_heads, d, d}, at::kDouble), at::zeros({heads, d, d}, at::kDouble)};
+        },
+        [&](std::int64_t s, Sums& sum) {
+          const at::Tensor queries = project(s, scores.query);
+          const auto [picked, weight] = positions(s, queries.size(1));
+          const at::Tensor turns = rotations(picked, queries.size(1));
+          for (std::int64_t h = 0; h < heads; ++h) {
+            const at::Tensor p = original_attention(s, h, picked, true);
+            const at::Tensor spread = p * (1 - p), own = queries.select(0, h);
+            sum[0][h / repeat].add_(turned_sum(moments(spread, own, own), turns, weight));
+            sum[1][h].add_(turned_sum(moments(spread, own, original_query(s, h)), turns, weight));
+          }
+        });
+    const at::Tensor wanted =
+        at::matmul(sums[1], original_key_).view({kv_heads, repeat, d, original_key_.size(2)}).sum(1);
+    return regressed(scores.key, sums[0], wanted);
+  }
+
+  /// A projection with its bias as a last column, [heads, rows / heads, inputs].
+  static at::Tensor stacked(const Linear& map, std::int64_t heads) {
+    const at::Tensor all = map.bias.defined() ? at::cat({map.weight, map.bias.unsqueeze(1)}, 1) : map.weight;
+    return all.reshape({heads, -1, all.size(1)});
+  }
+  void put_stacked(const std::string& name, const at::Tensor& weight) const {
+    const at::Tensor rows = weight.reshape({-1, weight.size(2)});
+    if (!at::isfinite(rows).all().item<bool>())
+      throw NumericalError(fmt::format("the refit of {} gives values that the checkpoint's dtype cannot hold", name));
+    put(name, {rows.slice(1, 0, config_.hidden).contiguous(),
+               names_.attention_bias ? rows.select(1, config_.hidden).contiguous() : at::Tensor()});
+  }
+
+  /// Takes a candidate where it lowers the held-out divergence; heads that share keys decide together when keys
+  /// change. `now`: divergences of all heads, held-out.
+  PartRefit step(const std::string& part, Scores& scores, at::Tensor& now, const std::function<Scores()>& propose) {
+    PartRefit report;
+    report.part = part;
+    report.divergence = true;
+    report.held_out_before = report.held_out_after = now.mean().item<double>();
+    if (!std::isfinite(report.held_out_before))
+      throw InputError(fmt::format("the activations at layer {} contain NaN or Inf", layer_));
+    if (report.held_out_before > kExactDivergence) {
+      const Scores candidate = propose();
+      const bool both = candidate.key.defined() && !candidate.key.is_same(scores.key);
+      const std::int64_t blocks = both ? candidate.key.size(0) : config_.heads;
+      const at::Tensor then = divergences(held_, {candidate})[0];
+      const at::Tensor better = (now - then).view({blocks, -1}).sum(1) > 0;  // NaN is not
+      const at::Tensor heads = better.repeat_interleave(config_.heads / blocks);
+      report.kept = better.any().item<bool>();
+      scores.query = at::where(heads.view({-1, 1, 1}), candidate.query, scores.query);
+      if (both) scores.key = at::where(better.view({-1, 1, 1}), candidate.key, scores.key);
+      now = at::where(heads, then, now);
+      report.ridge = report.kept ? options_.score_ridge : 0;
+      report.held_out_after = now.mean().item<double>();
+    }
+    report.error_before = report.held_out_before;
+    report.error_after = report.held_out_after;
+    return report;
+  }
+
+  std::vector<PartRefit> refit_scores() {
+    const std::int64_t heads = config_.heads, d = config_.head_dim;
+    const bool biased = names_.attention_bias;
+    order_ = options_.query_heads.empty() ? std::vector<std::int64_t>() : options_.query_heads.at(index(layer_));
+    const auto fold = tensors_->find("query_fold.weight");
+    query_fold_ = fold == tensors_->end() ? at::Tensor() : fold->second.to(at::kFloat);
+    const LayerWeights source = load_layer_weights(reader_, layer_, Part::keys);
+    const at::Tensor head_order = order_.empty() ? at::arange(heads, at::kLong) : at::tensor(order_, at::kLong);
+    original_query_ = stacked({source.query, source.query_bias}, heads).index_select(0, head_order);
+    original_key_ = stacked({source.key, source.key_bias}, config_.kv_heads)
+                        .index_select(0, head_order.div(original_repeat(), "floor"));
+    const std::int64_t width = query_width();
+    Scores scores;
+    scores.query = stacked(folded_map(names_.query, heads * width, config_.hidden, biased), heads);
+    if (refits_keys()) {
+      const std::int64_t kv_heads = folded_.shape_of(layer_).kv_heads;
+      scores.key = stacked(folded_map(names_.key, kv_heads * d, config_.hidden, biased), kv_heads);
+    }
+    std::vector<PartRefit> reports;
+    at::Tensor now = divergences(held_, {scores})[0];
+    reports.push_back(step(last_part(names_.query), scores, now, [&] {
+      return Scores{queries_for(scores), scores.key};
+    }));
+    for (std::int64_t sweep = 0; refits_keys() && sweep < options_.key_sweeps; ++sweep) {
+      reports.push_back(step(last_part(names_.key) + " + " + last_part(names_.query), scores, now, [&] {
+        Scores candidate{scores.query, keys_for(scores)};
+        candidate.query = queries_for(candidate);
+        return candidate;
+      }));
+      if (!reports.back().kept) break;
+    }
+    put_stacked(names_.query, scores.query);
+    if (refits_keys()) put_stacked(names_.key, scores.key);
+    for (auto* list : {&input_, &keys_, &original_queries_, &original_keys_, &row_norms_})
+      std::fill(list->begin(), list->end(), at::Tensor());
+    return reports;
+  }
+
+  bool refits_keys() const { return options_.key_sweeps > 0 && folded_.layout == checkpoint::KvLayout::gqa; }
+  std::int64_t query_width() const {
+    return checkpoint::keys_absorbed(folded_, layer_) ? folded_.shape_of(layer_).key_width : config_.head_dim;
   }
 
   const comm::Communicator& world_;
@@ -663,15 +720,17 @@ class Refitter {
   std::vector<std::int64_t> own_;
   // By number of sequence; undefined for those of other ranks. Both streams [1, tokens, hidden]; aim: what the folded
   // attention block should add up to [tokens, hidden]; the rest for the refit of queries, [heads, tokens, head_dim].
-  std::vector<at::Tensor> original_, compressed_, aim_, input_, keys_, original_queries_, original_keys_;
+  std::vector<at::Tensor> original_, compressed_, aim_, input_, keys_, original_queries_, original_keys_, row_norms_;
   double tokens_ = 0;
-  at::Tensor mask_, frequencies_, slopes_, query_fold_;
-  std::vector<std::int64_t> order_;
+  at::Tensor mask_, frequencies_, slopes_;
   Progress progress_;
   // The layer at hand.
   std::int64_t layer_ = 0;
   LayerTensors* tensors_ = nullptr;
   Names names_;
+  std::vector<std::int64_t> order_;           // original query head of each folded one; empty: the same
+  at::Tensor query_fold_;                     // `projected`
+  at::Tensor original_query_, original_key_;  // of each folded query head, biases as a last column
 };
 
 void check(const RefitOptions& options, const ModelConfig& config, const ModelConfig& folded,
@@ -682,8 +741,8 @@ void check(const RefitOptions& options, const ModelConfig& config, const ModelCo
   if (!(options.held_out_share > 0 && options.held_out_share < 1))
     throw UsageError(fmt::format("share of held-out sequences {}: not between 0 and 1", options.held_out_share));
   if (options.chunks < 1) throw UsageError(fmt::format("refit in {} chunks: at least 1 is needed", options.chunks));
-  if (options.query_steps < 0 || options.query_iterations < 1 || !(options.query_damping > 0))
-    throw UsageError("the refit of queries needs steps of at least 0, iterations of at least 1 and positive damping");
+  if (options.key_sweeps < 0 || options.score_rows < 2 || !(options.score_ridge > 0))
+    throw UsageError("the refit of queries and keys needs at least 0 sweeps, 2 rows and a ridge above 0");
   if (!options.query_heads.empty() && static_cast<std::int64_t>(options.query_heads.size()) != config.layers)
     throw InternalError("query heads are given for another number of layers");
   if (folded.layers != config.layers || folded.hidden != config.hidden || folded.heads != config.heads ||
@@ -709,7 +768,9 @@ std::vector<std::string> refitted_tensors(const ModelConfig& folded_config, cons
     tails.push_back(tail_of(name + ".weight"));
     if (biased) tails.push_back(tail_of(name + ".bias"));
   };
-  if (options.query_steps > 0) add(names.query, names.attention_bias);
+  if (options.queries) add(names.query, names.attention_bias);
+  if (options.queries && options.key_sweeps > 0 && folded_config.layout == checkpoint::KvLayout::gqa)
+    add(names.key, names.attention_bias);
   if (options.output) add(names.output, names.attention_bias);
   if (options.down) add(names.down, names.down_bias);
   return tails;
@@ -720,9 +781,10 @@ OrderedJson to_json(const RefitOptions& options) {
   json["target"] = options.target == RefitTarget::stream ? "stream" : "attention";
   json["output"] = options.output;
   json["down"] = options.down;
-  json["query_steps"] = options.query_steps;
-  json["query_iterations"] = options.query_iterations;
-  json["query_damping"] = options.query_damping;
+  json["queries"] = options.queries;
+  json["key_sweeps"] = options.key_sweeps;
+  json["score_ridge"] = options.score_ridge;
+  json["score_rows"] = options.score_rows;
   json["ridges"] = options.ridges;
   json["held_out_share"] = options.held_out_share;
   return json;

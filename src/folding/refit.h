@@ -27,23 +27,26 @@ struct RefitOptions {
   RefitTarget target = RefitTarget::stream;
   bool output = true;  ///< refit W_O (and its bias, where the model has one)
   bool down = false;   ///< refit the MLP's down projection to the original stream after the layer
-  /// Gauss-Newton steps on W_Q (and its bias) against KL(original attention rows || folded ones), before W_O; 0: none.
-  std::int64_t query_steps = 1;
-  std::int64_t query_iterations = 6;  ///< conjugate gradient iterations per step
-  double query_damping = 0.02;        ///< of the Gauss-Newton matrix, as a share of its Kronecker approximation
+  /// Refit W_Q (and its bias) so that attention rows stay as they were, before W_O.
+  bool queries = true;
+  /// Then so many times W_K and W_Q again (layout gqa only; needs `queries`).
+  std::int64_t key_sweeps = 2;
+  double score_ridge = 0.02;     ///< of the queries' and keys' normal equations, as a share of their mean eigenvalue
+  std::int64_t score_rows = 32;  ///< attention rows (and columns) of every sequence and head that these look at
   /// Per layer: the original query head that each folded query head stands for; empty where grouping moved none.
   std::vector<std::vector<std::int64_t>> query_heads;
 };
 
-/// What the refit of one matrix did. Errors are shares of the target's energy; for queries they are KL(original ||
-/// folded) of attention rows in nats, mean over tokens and heads.
+/// What the refit of one matrix did. Errors are shares of the target's energy; for queries and keys they are
+/// KL(original || folded) of attention rows in nats, mean over the held-out sequences' tokens and all heads.
 struct PartRefit {
-  std::string part;                          ///< last part of the matrix's name: "o_proj", "dense", "down_proj", …
+  std::string part;                          ///< last part of the name: "o_proj", "dense", "down_proj", "q_proj", …;
+                                             ///< "k_proj + q_proj": one sweep over both
   double error_before = 0, error_after = 0;  ///< over all sequences; after: with the matrix that was kept
   /// Over the held-out sequences; after: with a matrix fitted to the others alone (kept matrices are then fitted to all
   /// sequences).
   double held_out_before = 0, held_out_after = 0;
-  bool divergence = false;  ///< errors are divergences in nats (queries), not shares of energy
+  bool divergence = false;  ///< errors are divergences in nats (queries, keys), not shares of energy
   bool kept = false;        ///< whether the held-out error fell
   double ridge = 0;         ///< chosen candidate
   double condition = 0;     ///< of E[y' y'^T] + eps I
@@ -74,8 +77,8 @@ using LayerTensors = NewTensors;
 /// matrices (also those the fold itself left alone: "o_proj.weight", "down_proj.weight", …; they hold values of the
 /// stored dtype), in order of layers, the same on every rank, bit by bit the same at any rank and thread count.
 /// Activations are float32; every rank keeps three hidden states per token of its sequences (original and folded
-/// stream, target): samples / ranks * tokens * hidden * 12 bytes; the refit of queries adds the layer's input, both
-/// streams' keys and the original queries, at most four more. Works for every KV layout. Collective. UsageError for
+/// stream, target): samples / ranks * tokens * hidden * 12 bytes; the refit of queries adds the folded layer's
+/// input and the original queries and keys: two to three more. Works for every KV layout. Collective. UsageError for
 /// options out of range; InputError for too few sequences and activations that are not finite; warns when there are
 /// fewer than four tokens per unknown of a row.
 void refit_layers(const comm::Communicator& world, const checkpoint::Reader& reader,
