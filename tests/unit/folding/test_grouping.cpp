@@ -287,6 +287,29 @@ TEST(SearchAllLayers, RandomModelsNeverGetWorseAtAnyThreadCount) {
   EXPECT_THROW(search_all_layers(world(), reader, nullptr, weights_only(6), grouping, -1.0), UsageError);
 }
 
+TEST(SearchAllLayers, TheDemoModelNeverGetsWorse) {
+  const checkpoint::Reader reader(headfold::testing_support::source_folder() / "demo/models/prose-llama");
+  for (const std::int64_t kv_heads : {4, 2}) {
+    const auto found = search_all_layers(world(), reader, nullptr, weights_only(kv_heads), {});
+    const Plan contiguous = make_plan(world(), reader, nullptr, weights_only(kv_heads));
+    const Plan searched = make_plan(world(), reader, nullptr, weights_only(kv_heads), [&] {
+      auto targets = targets_of(contiguous);
+      for (std::size_t l = 0; l < targets.size(); ++l) targets[l].groups = found[l].groups;
+      return targets;
+    }());
+    double before = 0, after = 0;
+    for (std::size_t l = 0; l < found.size(); ++l) {
+      EXPECT_TRUE(found[l].exhaustive);
+      const LayerPlan &old = contiguous.layers[l], &now = searched.layers[l];
+      before += old.key_relative_loss() + old.value_relative_loss();
+      after += now.key_relative_loss() + now.value_relative_loss();
+      EXPECT_NEAR(now.key_relative_loss() + now.value_relative_loss(), found[l].cost, 1e-9);
+      EXPECT_LE(found[l].cost, found[l].contiguous_cost);
+    }
+    EXPECT_LT(after, 0.999 * before);
+  }
+}
+
 TEST(SearchAllLayers, RefusesAlibiAndMissingStatistics) {
   const ScratchFolder folder;
   const Json config = testing_support::small_bloom(4, 8, 1);
