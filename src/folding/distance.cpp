@@ -32,8 +32,9 @@ Twist Twist::of_constants(const at::Tensor& frequencies, const at::Tensor& law, 
   const std::int64_t half = frequencies.size(0);
   at::Tensor z = multipliers(frequencies, law.size(0));
   const at::Tensor mean = at::matmul(z, law.to(at::kComplexDouble)).unsqueeze(1);
-  z = at::cat(
-      {z.slice(0, 0, half - band) * std::sqrt(mean_weight), z.slice(0, half - band) - mean.slice(0, half - band)}, 0);
+  at::Tensor dropped = at::full({half, 1}, 1.0 - std::sqrt(mean_weight), at::kDouble);
+  dropped.slice(0, half - band).fill_(1.0);
+  z = z - dropped * mean;
   const at::Tensor weighted = z * law;
   Twist twist;
   twist.same_ = at::matmul(weighted, z.conj().resolve_conj().t());

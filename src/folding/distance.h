@@ -19,9 +19,9 @@ class Twist {
  public:
   /// `frequencies` [d/2], `law` p(tau) [T] summing to one; both float64.
   static Twist rotation(const at::Tensor& frequencies, const at::Tensor& law);
-  /// The same for the part of a key that is equal in all tokens. The `band` slowest pairs count only by how the
-  /// rotation makes them vary (z_l less its mean over distances): a number added to all scores of a query changes
-  /// nothing. The others are weighted by sqrt(mean_weight).
+  /// The same for the part of a key that is equal in all tokens. A number added to all scores of a query changes
+  /// nothing, so what this part adds on average over distances need not count: the `band` slowest pairs have z_l less
+  /// its mean over distances, the others z_l less (1 - sqrt(mean_weight)) of it.
   static Twist of_constants(const at::Tensor& frequencies, const at::Tensor& law, std::int64_t band,
                             double mean_weight);
   at::Tensor forward(const at::Tensor& y) const { return apply(y, same_, opposite_); }

@@ -37,7 +37,8 @@ struct Problem {
 struct KeyContext {
   at::Tensor frequencies;    ///< RoPE inverse frequencies [head_dim / 2]
   at::Tensor distance_law;   ///< p(tau) [T] summing to one: how far queries look back (act+query+dist)
-  double mean_weight = 1.0;  ///< rho: Sigma = (Cx - mu mu^T) + rho mu mu^T outside the slow band
+  double mean_weight = 1.0;  ///< rho: Sigma = (Cx - mu mu^T) + rho mu mu^T outside the slow band; rope-commuting with
+                             ///< act+query+dist: Twist::of_constants()
   std::int64_t band = 0;     ///< slowest pairs that rope-commuting folds without rotation
   std::int64_t polish = 0;   ///< sweeps of alternating least squares (rope-commuting with act+query+dist)
   at::Tensor rotated_keys;   ///< the group's block of the rotated-key Gram [g d, g d]
@@ -52,7 +53,7 @@ std::vector<std::int64_t> band_rows(std::int64_t head_dim, std::int64_t band);
 /// with `rows`, of these rows of each head only.
 at::Tensor key_gram(const GroupWeights& group, const LayerMoments& moments);  ///< [g d, g d]
 at::Tensor centred_key_gram(const GroupWeights& group, const LayerMoments& moments,
-                            const std::vector<std::int64_t>& rows = {});         ///< [g d, g d]
+                            const std::vector<std::int64_t>& rows = {});      ///< [g d, g d]
 at::Tensor key_mean(const GroupWeights& group, const LayerMoments& moments);  ///< W~_K E[x~] [g d]
 /// W_K W_K^T without the biases: a metric on weights knows no input and so no constant.
 at::Tensor key_weight_gram(const GroupWeights& group);
@@ -94,8 +95,7 @@ Basis fold_keys_norope(const GroupWeights& group, const LayerMoments* moments, M
 /// methods.md 6.2, in rotated_key_problem(). `rotated_keys` is the group's block of the rotated-key Gram, [g d, g d]
 /// (null for weights); `rotated_queries` as in KeyContext.
 Basis fold_keys_post_rotation(const GroupWeights& group, const LayerMoments* moments, const at::Tensor& rotated_keys,
-                              Metric metric, double weight_ridge,
-                              const std::vector<at::Tensor>& rotated_queries = {});
+                              Metric metric, double weight_ridge, const std::vector<at::Tensor>& rotated_queries = {});
 /// methods.md 6.1: one complex component per frequency, gauge (largest coefficient real positive) and scale (mean
 /// energy of the source keys) fixed; the `context.band` slowest pairs as one real block (6.1.3). act+query reads Grams
 /// and energies from `context`.rotated_keys and rotated_queries when both are there: within one frequency they do not
@@ -112,13 +112,13 @@ double rope_commuting_loss(const GroupWeights& group, const LayerMoments* moment
 struct ValueProblem : Problem {
   std::int64_t size = 0, head_dim = 0;  ///< source KV heads, their channels
   std::int64_t repeat = 1;              ///< query heads per source KV head
-  std::vector<at::Tensor> outputs;  ///< P_h^T P_h of every query head, [head_dim, head_dim]; act+out and attn+out only
+  std::vector<at::Tensor> outputs;   ///< P_h^T P_h of every query head, [head_dim, head_dim]; act+out and attn+out only
   std::vector<at::Tensor> attended;  ///< attn+out: E[y_h y_h^T] of every query head, mean treated as Sigma's; Sigma is
                                      ///< their mean
   bool has_own_decoders() const { return !outputs.empty(); }
 };
-/// Error of a value fold in the problem's metric: sum_h tr(P_h^T P_h R_h Y_h R_h^T), R_h = E_kv(h) - B_h A, with Y_h the
-/// attended moment (attn+out) or Sigma (act+out); tr((I - BA) Sigma (I - BA)^T) for weights and act.
+/// Error of a value fold in the problem's metric: sum_h tr(P_h^T P_h R_h Y_h R_h^T), R_h = E_kv(h) - B_h A, with Y_h
+/// the attended moment (attn+out) or Sigma (act+out); tr((I - BA) Sigma (I - BA)^T) for weights and act.
 double loss_of(const ValueProblem& problem, const Basis& basis);
 /// The same for keeping nothing.
 double total_of(const ValueProblem& problem);
@@ -132,14 +132,14 @@ Basis fold_values_procrustes(const ValueProblem& problem);
 /// alternating least squares (polish_values), which gives every query head its own decoder. loss and total are
 /// loss_of() and total_of(); energies are the kernel's, which for attn+out weighs all heads' attention alike.
 Basis fold_values_svd(const ValueProblem& problem, std::int64_t width, std::int64_t sweeps = 0);
-/// methods.md 4.3, tier 2b, from `basis`. Decoders in closed form, encoder by preconditioned conjugate gradients; a step
-/// that does not lower the loss is not taken. Ends early when a sweep gains less than 1e-7 of the loss. Returns the
-/// losses after each half step, the first one before all.
+/// methods.md 4.3, tier 2b, from `basis`. Decoders in closed form, encoder by preconditioned conjugate gradients; a
+/// step that does not lower the loss is not taken. Ends early when a sweep gains less than 1e-7 of the loss. Returns
+/// the losses after each half step, the first one before all.
 std::vector<double> polish_values(const ValueProblem& problem, Basis& basis, std::int64_t sweeps);
 
 /// Multiplies the encoder by one positive number and divides the decoder by it so that merged channels carry the mean
-/// energy of the source channels in `sigma`: 16-bit ranges stay healthy (methods.md 12.9). Products BA, and so scores, do
-/// not change. Per-query-head decoders are divided too.
+/// energy of the source channels in `sigma`: 16-bit ranges stay healthy (methods.md 12.9). Products BA, and so scores,
+/// do not change. Per-query-head decoders are divided too.
 void normalise_scale(Basis& basis, const at::Tensor& sigma, std::int64_t head_dim);
 
 }  // namespace headfold::folding

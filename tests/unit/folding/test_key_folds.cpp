@@ -59,7 +59,8 @@ at::Tensor with_ones(const at::Tensor& weight, const at::Tensor& bias) {
 }
 
 /// Mean squared score error over distances, written down as the definition says: every distance with its own rotations,
-/// keys and queries independent. Outside the band constants of keys count mean_weight, inside it only by how they vary.
+/// keys and queries independent. Constants of keys count in the band by how they vary with the distance; outside it
+/// 1 - sqrt(mean_weight) of their mean over distances is left out.
 double brute_force(const LayerProblem& problem, const Basis& basis, const at::Tensor& law, std::int64_t band,
                    double mean_weight = 1.0) {
   const LayerWeights& w = problem.weights;
@@ -68,7 +69,8 @@ double brute_force(const LayerProblem& problem, const Basis& basis, const at::Te
   const at::Tensor sigma = at::matmul(at::matmul(key, problem.moments.centred), key.t());
   const at::Tensor in_band = (at::arange(d, at::kLong).remainder(half) >= half - band).to(at::kDouble);
   const at::Tensor mean = at::mv(key, problem.moments.mean);
-  const at::Tensor slow = mean * in_band.repeat({g}), fast = (mean - slow) * std::sqrt(mean_weight);
+  const at::Tensor slow = mean * in_band.repeat({g}), fast = mean - slow;
+  const double dropped = 1 - std::sqrt(mean_weight);
   double loss = 0;
   for (std::int64_t k = 0; k < g; ++k) {
     at::Tensor weight = at::zeros({d, d}, at::kDouble);
@@ -90,7 +92,7 @@ double brute_force(const LayerProblem& problem, const Basis& basis, const at::Te
     }
     for (std::int64_t tau = 0; tau < law.size(0); ++tau) {
       const at::Tensor& x = errors[static_cast<std::size_t>(tau)];
-      const at::Tensor constant = at::mv(x, fast) + at::mv(x - average, slow);
+      const at::Tensor constant = at::mv(x - dropped * average, fast) + at::mv(x - average, slow);
       const at::Tensor error = at::matmul(at::matmul(x, sigma), x.t()) + at::outer(constant, constant);
       loss += (law[tau] * (weight * error).sum()).item<double>();
     }
@@ -300,13 +302,13 @@ TEST(OrderTest, better_metrics_give_smaller_score_errors) {
 }
 
 TEST(PolishTest, no_sweep_raises_the_loss_and_a_band_never_hurts) {
-  for (std::uint64_t seed = 30; seed < 33; ++seed) {
+  for (std::uint64_t seed = 30; seed < 32; ++seed) {
     const LayerProblem problem = problem_of(seed, kHeads, kHeads, true);
     const auto heads = heads_of(problem);
     std::vector<double> without;
     for (const std::int64_t band : {0, 1, 2, 4}) {
       double last = std::numeric_limits<double>::infinity();
-      for (std::int64_t sweeps = 0; sweeps < 6; ++sweeps) {
+      for (std::int64_t sweeps = 0; sweeps < 4; ++sweeps) {
         const double loss =
             key_basis(problem, heads, options_of(KeyFold::rope_commuting, Metric::act_query_dist, band, sweeps)).loss;
         EXPECT_LE(loss, last) << band << " " << sweeps;
@@ -323,7 +325,7 @@ TEST(PolishTest, no_sweep_raises_the_loss_and_a_band_never_hurts) {
     double last = std::numeric_limits<double>::infinity();
     for (const std::int64_t band : {0, 1, 2, 4}) {
       const double loss =
-          key_basis(centred, heads, options_of(KeyFold::rope_commuting, Metric::act_query_dist, band, 20)).loss;
+          key_basis(centred, heads, options_of(KeyFold::rope_commuting, Metric::act_query_dist, band, 10)).loss;
       EXPECT_LT(loss, last * (1 + 1e-3)) << band;
       last = loss;
     }
