@@ -36,8 +36,10 @@ void report(const Context& context, const std::vector<std::string>& arguments) {
     for (const std::string& sentence : section.missing) spdlog::info("  {}", sentence);
   }
   if (values.count("dry-run") > 0) {
-    std::cout << fmt::format("would write index.html, report.md, quality.csv, layers.csv and timing.csv into {}\n",
-                             out.string());
+    std::cout << fmt::format(
+        "would write index.html, report.md, quality.csv, layers.csv, timing.csv, refit.csv and compare.csv "
+        "into {}\n",
+        out.string());
     return;
   }
   const fs::path page = report::write_report(out, report::make_page(data, values["title"].as<std::string>()));

@@ -17,6 +17,10 @@ std::string co(double value) {
   return text == "-0" ? "0" : text;
 }
 
+constexpr double kLabelGap = 15, kLineGap = 13;
+/// Longest line of a label behind a curve, in glyphs.
+constexpr std::size_t kLabelGlyphs = 20;
+
 std::size_t glyphs(const std::string& text) {
   return static_cast<std::size_t>(
       std::count_if(text.begin(), text.end(), [](unsigned char c) { return (c & 0xC0) != 0x80; }));
@@ -117,9 +121,9 @@ std::string with_unit(std::string number, const std::string& unit) {
   return number + (unit == "×" ? "" : "\xC2\xA0") + unit;
 }
 
-/// Moves label positions apart to `gap` at least, keeping their order and the range [low, high] where it is wide
-/// enough.
-void spread(std::vector<double>& positions, double gap, double low, double high) {
+/// Moves label positions apart to `gaps` (behind each) at least, keeping their order and the range [low, high] where it
+/// is wide enough.
+void spread(std::vector<double>& positions, const std::vector<double>& gaps, double low, double high) {
   std::vector<std::size_t> order(positions.size());
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
   std::stable_sort(order.begin(), order.end(),
@@ -127,13 +131,32 @@ void spread(std::vector<double>& positions, double gap, double low, double high)
   double next = low;
   for (const std::size_t i : order) {
     positions[i] = std::max(positions[i], next);
-    next = positions[i] + gap;
+    next = positions[i] + gaps[i];
   }
   next = high;
   for (auto i = order.rbegin(); i != order.rend(); ++i) {
+    // `high` is for the last line of a label, positions are of first lines.
+    if (i == order.rbegin()) next = high - gaps[*i] + kLabelGap;
     positions[*i] = std::min(positions[*i], next);
-    next = positions[*i] - gap;
+    if (i + 1 != order.rend()) next = positions[*i] - gaps[*(i + 1)];
   }
+}
+
+/// A label in lines of about `most` glyphs, broken at spaces; a "+" begins a line rather than ending one.
+std::vector<std::string> wrapped(const std::string& label, std::size_t most) {
+  std::vector<std::string> lines;
+  const std::string text = clean_text(label);
+  for (std::size_t at = 0; at < text.size();) {
+    std::size_t end = std::min(text.find(' ', at), text.size());
+    if (text.substr(at, end - at) == "+" && end < text.size()) end = std::min(text.find(' ', end + 1), text.size());
+    const std::string word = text.substr(at, end - at);
+    at = end + 1;
+    if (lines.empty() || glyphs(lines.back()) + 1 + glyphs(word) > most)
+      lines.push_back(word);
+    else
+      lines.back() += " " + word;
+  }
+  return lines;
 }
 
 }  // namespace
@@ -238,7 +261,9 @@ std::string Chart::svg() const {
   double tick_width = 0;
   for (const auto& [value, label] : y.ticks) tick_width = std::max(tick_width, text_width(label, 11));
   double label_width = 0;
-  for (const Series& one : series) label_width = std::max(label_width, text_width(one.label, 12));
+  for (const Series& one : series)
+    for (const std::string& line : wrapped(one.label, kLabelGlyphs))
+      label_width = std::max(label_width, text_width(line, 12));
   const double left = tick_width + 12 + (y.title.empty() ? 0 : 18);
   // The last tick's label is centred on the end of the axis.
   double overhang = 0;
@@ -298,21 +323,27 @@ std::string Chart::svg() const {
                    point.hint.empty() ? one.name : point.hint);
   }
 
-  std::vector<double> label_y;
+  std::vector<double> label_y, gaps;
   std::vector<const Series*> labelled;
+  std::vector<std::vector<std::string>> label_lines;
   for (const Series& one : series) {
     if (one.label.empty() || one.points.empty()) continue;
     labelled.push_back(&one);
-    label_y.push_back(py(one.points.back().y) + 4);
+    label_lines.push_back(wrapped(one.label, kLabelGlyphs));
+    const double further = kLineGap * (static_cast<double>(label_lines.back().size()) - 1);
+    gaps.push_back(kLabelGap + further);
+    label_y.push_back(py(one.points.back().y) + 4 - further / 2);
   }
-  spread(label_y, 15, top + 8, top + plot_height);
+  spread(label_y, gaps, top + 8, top + plot_height);
   for (std::size_t i = 0; i < labelled.size(); ++i) {
     const double end_x = px(labelled[i]->points.back().x), end_y = py(labelled[i]->points.back().y);
     const double label_x = left + plot_width + 12;
     // A thin line leads to a label that had to move away from its point, or whose line ends early.
-    if (std::abs(label_y[i] - 4 - end_y) > 3 || label_x - end_x > 24)
-      out.line(end_x + 7, end_y, label_x - 3, label_y[i] - 4, "lead");
-    out.text(label_x, label_y[i], labelled[i]->label, "lab " + colour_class(labelled[i]->colour, labelled[i]->shade));
+    const double middle = label_y[i] - 4 + (gaps[i] - kLabelGap) / 2;
+    if (std::abs(middle - end_y) > 3 || label_x - end_x > 24) out.line(end_x + 7, end_y, label_x - 3, middle, "lead");
+    for (std::size_t line = 0; line < label_lines[i].size(); ++line)
+      out.text(label_x, label_y[i] + kLineGap * static_cast<double>(line), label_lines[i][line],
+               "lab " + colour_class(labelled[i]->colour, labelled[i]->shade));
   }
 
   if (shade_labels.size() == 2) {

@@ -2,8 +2,10 @@
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
 #include <headfold/base/table.h>
+#include <headfold/report/cells.h>
 #include <headfold/report/document.h>
 #include <headfold/report/figure.h>
+#include <headfold/report/fold_sections.h>
 #include <headfold/report/page.h>
 #include <headfold/report/style.h>
 #include <headfold/report/text.h>
@@ -19,33 +21,9 @@ namespace {
 
 constexpr const char* kMarkdownMark = "<!-- headfold report -->";
 constexpr const char* kHtmlMark = "<meta name=\"generator\" content=\"headfold report\">";
-constexpr const char* kNbsp = "\xC2\xA0";
 /// Above this many layers one curve each is a tangle; a heat map shows them.
 constexpr std::size_t kMostCurves = 12;
 
-using Maybe = std::optional<double>;
-
-template <class F>
-std::string shown(const std::optional<double>& value, F format) {
-  return value ? format(*value) : std::string(kNone);
-}
-template <class F>
-std::string shown(const std::optional<Maybe>& value, F format) {
-  if (!value) return kNone;
-  return *value ? format(**value) : std::string(kNotFinite);
-}
-std::string count(const std::optional<std::int64_t>& value) {
-  return value ? format_count(*value) : std::string(kNone);
-}
-std::string loss_percent(double loss) {
-  return format_significant(loss * 100, 3) + kNbsp + "%";
-}
-std::string seconds_text(const Maybe& value) {
-  return value && *value >= 0 ? human_seconds(*value) : std::string(kNone);
-}
-std::string bytes_text(std::int64_t bytes) {
-  return human_bytes(static_cast<double>(bytes));
-}
 /// "7.85 M" for parameters.
 std::string short_count(std::int64_t value) {
   const auto number = static_cast<double>(value);
@@ -53,37 +31,9 @@ std::string short_count(std::int64_t value) {
   if (number >= 1e6) return format_significant(number / 1e6, 3) + kNbsp + "M";
   return format_count(value);
 }
-/// A number for a CSV cell: enough digits to read it back exactly; empty when there is none.
-std::string raw(const Maybe& value) {
-  return value && std::isfinite(*value) ? fmt::format("{}", *value) : std::string();
-}
-std::string raw(const std::optional<Maybe>& value) {
-  return value ? raw(*value) : std::string();
-}
-std::string raw(const std::optional<std::int64_t>& value) {
-  return value ? fmt::format("{}", *value) : std::string();
-}
-
-std::string with_metric(const std::string& fold, const std::string& metric) {
-  // An average is the same by any metric.
-  return metric.empty() || fold == "meanpool" ? fold : fmt::format("{} ({})", fold, metric);
-}
 
 std::string short_hash(const std::string& hash) {
   return hash.empty() ? std::string(kNone) : hash.size() > 16 ? hash.substr(0, 16) + "…" : hash;
-}
-
-std::string joined(const std::vector<std::string>& parts, const std::string& separator) {
-  std::string text;
-  for (const std::string& part : parts) text += (text.empty() ? "" : separator) + part;
-  return text;
-}
-
-Maybe mean(const std::vector<double>& values) {
-  if (values.empty()) return std::nullopt;
-  double sum = 0;
-  for (const double value : values) sum += value;
-  return sum / static_cast<double>(values.size());
 }
 
 /// Predicted and measured loss of one side (keys or values), by layer.
@@ -220,8 +170,8 @@ Words headline_words(const Section& section) {
   std::string named;
   // Names the fold where it is another than the one named last.
   const auto by_fold = [&](const ModelRow& row) {
-    if (row.conversion->keys == named) return std::string();
-    named = row.conversion->keys;
+    if (row.fold == named) return std::string();
+    named = row.fold;
     return fmt::format(" ({})", named);
   };
   for (const Best& best : bests) {
@@ -275,6 +225,8 @@ class Builder {
     page.quality_csv = quality_csv();
     page.layers_csv = layers_csv();
     page.timing_csv = timing_csv();
+    page.refit_csv = refit_csv(run_);
+    page.compare_csv = compare_csv(run_);
     return page;
   }
 
@@ -327,9 +279,15 @@ class Builder {
       cache_figure(one);
       quality_figure(one);
       document_.html("</div>\n");
+      const auto new_id = [this](const std::string& name) { return id(name); };
       loss_figures(one);
+      held_out_losses(document_, one, new_id);
+      refit_tables(document_, one, new_id);
+      layer_budgets(document_, one, new_id);
+      frequency_maps(document_, one, new_id);
       energy_figure(one);
     }
+    compared_plans(document_, one);
     if (folded || evaluated) budget(one);
     done(one);
     document_.html("</section>\n");
@@ -346,14 +304,6 @@ class Builder {
     if (one.parameters) parts.push_back(short_count(*one.parameters) + " parameters");
     if (one.cache_bytes) parts.push_back(bytes_text(*one.cache_bytes) + " of KV cache per token");
     if (!parts.empty()) document_.paragraph(joined(parts, " · "), "sub");
-  }
-
-  static Cell name_cell(const ModelRow& row) {
-    Cell cell;
-    cell.text = row.name;
-    cell.key = row.original ? -1 : row.series;
-    if (row.original) cell.small = "original";
-    return cell;
   }
 
   static Cell stock_cell(const ModelRow& row) {
@@ -394,9 +344,13 @@ class Builder {
         const Conversion& c = *row.conversion;
         if (c.keys != "meanpool" && !c.key_metric.empty()) cells[1].small = c.key_metric + "; ";
         cells[1].small += "values " + with_metric(c.values, c.value_metric);
+        if (const std::string extras = words_of(c.extras); !extras.empty()) cells[1].small += "; " + extras;
       }
       cells[2].text = row.kv_heads ? fmt::format("{}", *row.kv_heads) : std::string(kNone);
       if (row.kv_heads && one.kv_heads && !row.original) cells[2].small = fmt::format("of {}", *one.kv_heads);
+      if (row.conversion && row.conversion->extras.latents.empty())
+        if (const auto [least, most] = row.conversion->kv_heads_range(); least != most)
+          cells[2].small = fmt::format("{} to {} by layer", least, most);
       cells[3] = stock_cell(row);
       cells[3].small = row.layout;
       cells[4].text = row.cache_bytes ? bytes_text(*row.cache_bytes) : std::string(kNone);
@@ -695,18 +649,13 @@ class Builder {
               fmt::format("{} layers. {}", std::max(loss.all_predicted.size(), loss.all_measured.size()),
                           rho ? fmt::format("Spearman correlation {:.2f}.", *rho)
                               : std::string("No correlation: fewer than three pairs."));
-          chart.heading = fmt::format("{}, {} KV head{}{}", side, row->conversion->kv_heads_after,
-                                      row->conversion->kv_heads_after == 1 ? "" : "s",
+          chart.heading = fmt::format("{}, {} KV head{}{}", side, heads_text(*row->conversion),
+                                      heads_text(*row->conversion) == "1" ? "" : "s",
                                       rho ? fmt::format(" · ρ = {:.2f}", *rho) : std::string());
           chart.width = many ? 480 : 250;
           chart.height = many ? 220 : 200;
           chart.y = y;
-          chart.x.low = first - 0.5;
-          chart.x.high = last + 0.5;
-          chart.x.title = "layer";
-          const auto step = std::max(1.0, std::ceil((last - first + 1) / (many ? 12 : 8)));
-          for (double layer = first; layer <= last; layer += step)
-            chart.x.ticks.emplace_back(layer, fmt::format("{:.0f}", layer));
+          chart.x = layer_axis(first, last, many ? 12 : 8);
           for (std::size_t i = 0; i < loss.layers.size(); ++i)
             chart.stems.push_back(
                 {{loss.layers[i], loss.predicted[i] * 100, {}}, {loss.layers[i], loss.measured[i] * 100, {}}});
@@ -751,6 +700,16 @@ class Builder {
                     {"Value loss", "measured", true},
                     {"Score error", "", true},
                     {"Output error", "of attention", true}};
+    const auto& folds = row.conversion->layers;
+    const bool held_out = std::any_of(
+        folds.begin(), folds.end(), [](const LayerFold& layer) { return layer.key_held_out || layer.value_held_out; });
+    if (held_out) {
+      grid.columns.push_back({"Keys held out", "(fitted)", true});
+      grid.columns.push_back({"Values held out", "(fitted)", true});
+    }
+    const auto pair = [](const Maybe& unseen, const Maybe& fitted) {
+      return Cell{shown(unseen, loss_percent), fitted ? fmt::format("({})", loss_percent(*fitted)) : std::string()};
+    };
     for (const Layer& layer : layers_of(*row.conversion)) {
       const LayerCheck& check = layer.check;
       grid.rows.push_back({{fmt::format("{}", check.layer)},
@@ -760,6 +719,9 @@ class Builder {
                            {shown(check.value_measured, loss_percent)},
                            {shown(check.score_error, loss_percent)},
                            {shown(check.output_error, loss_percent)}});
+      if (!held_out) continue;
+      grid.rows.back().push_back(pair(layer.fold.key_held_out, layer.fold.key_fitted));
+      grid.rows.back().push_back(pair(layer.fold.value_held_out, layer.fold.value_fitted));
     }
     document_.folded("Every layer of " + row.name, grid);
   }
@@ -768,8 +730,8 @@ class Builder {
     struct Panel {
       bool keys;
       std::string title;
-      std::int64_t heads;
-      double kept;
+      std::string heads;
+      double kept;  ///< share of the channels; negative: layers differ
       std::vector<std::pair<std::int64_t, std::vector<double>>> layers;
     };
     std::vector<Panel> panels;
@@ -783,8 +745,10 @@ class Builder {
         Panel panel{keys,
                     keys ? with_metric(conversion.keys, conversion.key_metric)
                          : with_metric(conversion.values, conversion.value_metric),
-                    conversion.kv_heads_after,
-                    static_cast<double>(conversion.kv_heads_after) / static_cast<double>(conversion.kv_heads_before),
+                    heads_text(conversion),
+                    conversion.uneven() ? -1.0
+                                        : static_cast<double>(conversion.kv_heads_after) /
+                                              static_cast<double>(conversion.kv_heads_before),
                     {}};
         for (const LayerFold& layer : conversion.layers) {
           const auto& energy = keys ? layer.key_energy : layer.value_energy;
@@ -803,7 +767,7 @@ class Builder {
     }
     if (panels.empty()) return;
     std::stable_sort(panels.begin(), panels.end(), [](const Panel& a, const Panel& b) {
-      return std::tuple(!a.keys, a.title, -a.heads) < std::tuple(!b.keys, b.title, -b.heads);
+      return std::tuple(!a.keys, a.title, -a.kept) < std::tuple(!b.keys, b.title, -b.kept);
     });
     document_.heading(3, "Singular-value energy");
     bool curves = true;
@@ -818,10 +782,12 @@ class Builder {
           return p.keys == keys && p.title != panel.title && p.title.starts_with(bare + " (");
         });
         const std::string heading =
-            fmt::format("{}, {} KV head{}", alone ? bare : panel.title, panel.heads, panel.heads == 1 ? "" : "s");
+            fmt::format("{}, {} KV head{}", alone ? bare : panel.title, panel.heads, panel.heads == "1" ? "" : "s");
         const std::string title = fmt::format("Singular-value energy of the {}, {}", keys ? "keys" : "values", heading);
         const std::string description =
-            fmt::format("{} layers; the fold keeps {} of the channels.", panel.layers.size(), format_share(panel.kept));
+            panel.kept < 0 ? fmt::format("{} layers, which keep different shares of the channels.", panel.layers.size())
+                           : fmt::format("{} layers; the fold keeps {} of the channels.", panel.layers.size(),
+                                         format_share(panel.kept));
         drawn.push_back(curves ? energy_curves(panel.layers, panel.kept, least, heading, title, description)
                                : energy_map(panel.layers, panel.kept, heading, title, description));
       }
@@ -876,7 +842,7 @@ class Builder {
             {100.0 * static_cast<double>(i + 1) / static_cast<double>(energy.size()), energy[i] * 100, {}});
       chart.series.push_back(std::move(series));
     }
-    chart.rules = {{kept * 100, ""}};
+    if (kept >= 0) chart.rules = {{kept * 100, ""}};
     if (layers.size() > 1)
       chart.shade_labels = {fmt::format("layer {}", layers.front().first), fmt::format("{}", layers.back().first)};
     return chart.svg();
@@ -1057,6 +1023,8 @@ class Builder {
     for (const Section& one : run_.sections) {
       for (const Calibration& calibration : one.calibrations)
         visit(one, "calibrate", calibration.file, calibration.record, calibration.tokens_per_second);
+      for (const Comparison& comparison : one.comparisons)
+        visit(one, "compare", comparison.file, comparison.record, Maybe());
       for (const ModelRow& row : one.models) {
         if (row.conversion) {
           if (row.conversion->record) visit(one, "convert", row.conversion->folder, *row.conversion->record, Maybe());
@@ -1121,10 +1089,27 @@ class Builder {
          {"rope-commuting",
           "Merges keys with one complex number per head and rotary frequency, which commutes with the rotation. Gives "
           "a stock GQA checkpoint."},
+         {"latent",
+          "Caches fewer numbers per token than any head has, from which each head's keys and values are rebuilt. Needs "
+          "headfold's own runtime."},
+         {"procrustes", "Turns the heads of a group towards each other before it averages them."},
          {"svd", "The best low-rank subspace of a group's values."},
-         {"weights, act, act+query",
+         {"weights, act, act+query, act+query+dist, act+out, attn+out",
           "What “best” is measured by: the weights alone, the activations of the calibration text, or activations "
-          "weighted by what the queries look for."},
+          "weighted by what the queries look for, at the distances at which they look (dist), by what the output "
+          "projection makes of values (out), after attention has averaged them (attn)."},
+         {"Slow band",
+          "The slowest rotary frequencies, which hardly turn over the context: rope-commuting may fold them together, "
+          "as "
+          "if they did not rotate."},
+         {"Searched groups", "Which heads share a KV head was searched for, instead of taking neighbours."},
+         {"Budget",
+          "How KV heads or channels are spread over layers: the same everywhere (uniform), or more where folding costs "
+          "more (greedy, dp, lorc-progressive)."},
+         {"Polish", "Sweeps of alternating least squares behind the closed form."},
+         {"Refit",
+          "Projections fitted once more, in closed form, to the folded model's own inputs so that it does what the "
+          "original did. No training."},
          {"Stock",
           "A checkpoint that any engine with grouped-query attention loads as it is. “headfold only” checkpoints need "
           "this program."},
@@ -1143,7 +1128,8 @@ class Builder {
     document_.html("<section>\n");
     document_.heading(2, "Files", "files");
     document_.paragraph(
-        "The numbers of this page as tables: quality.csv, layers.csv and timing.csv beside it; the same text without "
+        "The numbers of this page as tables: quality.csv, layers.csv, timing.csv, refit.csv and compare.csv beside it; "
+        "the same text without "
         "figures: report.md. It was made from these files of the run folder:");
     std::string list;
     for (const std::string& file : run_.files) list += (list.empty() ? "" : "\n") + clean_text(file);
@@ -1167,6 +1153,8 @@ class Builder {
                  "value_metric",
                  "kv_heads",
                  "kv_heads_original",
+                 "options",
+                 "refit",
                  "layout",
                  "stock",
                  "cache_bytes_per_token",
@@ -1206,6 +1194,8 @@ class Builder {
                    c ? c->value_metric : "",
                    raw(row.kv_heads),
                    raw(one.kv_heads),
+                   c ? words_of(c->extras) : "",
+                   c ? c->extras.refit ? "true" : "false" : "",
                    row.layout,
                    row.stock ? *row.stock ? "true" : "false" : "",
                    raw(row.cache_bytes),
@@ -1229,23 +1219,63 @@ class Builder {
   }
 
   std::string layers_csv() const {
-    Table table({"base_model", "model", "kv_heads", "layer", "groups", "key_loss_predicted", "key_loss_measured",
-                 "value_loss_predicted", "value_loss_measured", "score_error", "output_error", "key_energy",
-                 "value_energy"});
-    const auto list = [](const std::vector<double>& values) {
-      std::string text;
-      for (const double value : values) text += (text.empty() ? "" : " ") + fmt::format("{:.6g}", value);
-      return text;
-    };
+    Table table({"base_model",
+                 "model",
+                 "kv_heads",
+                 "layer",
+                 "groups",
+                 "key_loss_predicted",
+                 "key_loss_measured",
+                 "value_loss_predicted",
+                 "value_loss_measured",
+                 "score_error",
+                 "output_error",
+                 "key_energy",
+                 "value_energy",
+                 "layer_kv_heads",
+                 "key_width",
+                 "value_width",
+                 "key_loss_fitted_half",
+                 "key_loss_held_out_half",
+                 "value_loss_fitted_half",
+                 "value_loss_held_out_half",
+                 "leading_share",
+                 "imaginary_share",
+                 "kl_per_key_loss",
+                 "kl_per_value_loss"});
     for (const Section& one : run_.sections) {
       for (const ModelRow& row : one.models) {
         if (!row.conversion) continue;
         for (const Layer& layer : layers_of(*row.conversion)) {
           const LayerCheck& check = layer.check;
-          table.add({one.name, row.name, raw(row.kv_heads), fmt::format("{}", check.layer),
-                     fmt::format("{}", layer.fold.groups), raw(check.key_predicted), raw(check.key_measured),
-                     raw(check.value_predicted), raw(check.value_measured), raw(check.score_error),
-                     raw(check.output_error), list(layer.fold.key_energy), list(layer.fold.value_energy)});
+          const LayerFold& fold = layer.fold;
+          BudgetLayer rates;
+          for (const BudgetLayer& rate : row.conversion->decisions.budget)
+            if (rate.layer == check.layer) rates = rate;
+          table.add({one.name,
+                     row.name,
+                     raw(row.kv_heads),
+                     fmt::format("{}", check.layer),
+                     fmt::format("{}", fold.groups),
+                     raw(check.key_predicted),
+                     raw(check.key_measured),
+                     raw(check.value_predicted),
+                     raw(check.value_measured),
+                     raw(check.score_error),
+                     raw(check.output_error),
+                     raw(fold.key_energy),
+                     raw(fold.value_energy),
+                     raw(fold.kv_heads),
+                     raw(fold.key_width),
+                     raw(fold.value_width),
+                     raw(fold.key_fitted),
+                     raw(fold.key_held_out),
+                     raw(fold.value_fitted),
+                     raw(fold.value_held_out),
+                     raw(fold.leading_share),
+                     raw(fold.imaginary_share),
+                     raw(rates.key_rate),
+                     raw(rates.value_rate)});
         }
       }
     }
@@ -1281,11 +1311,10 @@ Page make_page(const RunData& run, const std::string& title) {
 }
 
 std::filesystem::path write_report(const std::filesystem::path& folder, const Page& page) {
-  const std::vector<std::pair<std::string, const std::string*>> files = {{"report.md", &page.markdown},
-                                                                         {"quality.csv", &page.quality_csv},
-                                                                         {"layers.csv", &page.layers_csv},
-                                                                         {"timing.csv", &page.timing_csv},
-                                                                         {"index.html", &page.html}};
+  const std::vector<std::pair<std::string, const std::string*>> files = {
+      {"report.md", &page.markdown},    {"quality.csv", &page.quality_csv}, {"layers.csv", &page.layers_csv},
+      {"timing.csv", &page.timing_csv}, {"refit.csv", &page.refit_csv},     {"compare.csv", &page.compare_csv},
+      {"index.html", &page.html}};
   std::error_code code;
   if (fs::exists(folder, code) && !fs::is_directory(folder, code))
     throw UsageError(fmt::format("{} exists and is not a folder", folder.string()), "choose another --out");

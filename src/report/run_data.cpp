@@ -64,6 +64,64 @@ std::vector<double> energy_at(const Json& layer, const std::string& key, const s
   return energy;
 }
 
+/// Layer numbers place marks on axes: a number that no model has is a broken file.
+constexpr std::int64_t kMostLayers = 100000;
+std::int64_t layer_at(const Json& entry, const std::string& file) {
+  const auto layer = required<std::int64_t>(entry, "layer", file);
+  if (layer < 0 || layer >= kMostLayers)
+    throw InputError(fmt::format("{}: \"layer\" is {}, expected 0 to {}", file, layer, kMostLayers - 1));
+  return layer;
+}
+
+/// A share or loss; what is negative is "unknown" in the files.
+std::optional<double> share_at(const Json& object, const std::string& key) {
+  const auto number = number_at(object, key);
+  return number && *number >= 0 ? number : std::nullopt;
+}
+
+std::optional<std::int64_t> count_at(const Json& object, const std::string& key) {
+  const auto number = integer_at(object, key);
+  return number && *number > 0 ? number : std::nullopt;
+}
+
+Json list_at(const Json& parent, const std::string& key, const std::string& file) {
+  auto value = required<Json>(parent, key, file);
+  if (!value.is_array()) throw InputError(fmt::format("{}: \"{}\" is no list", file, key));
+  return value;
+}
+
+/// One option in words, empty for `usual` and for what was not recorded.
+std::string option_words(const Json& fold, const std::string& key, const std::string& usual) {
+  const auto found = fold.find(key);
+  if (found == fold.end()) return {};
+  std::string text;
+  if (found->is_string()) text = found->get<std::string>();
+  if (const auto number = finite_number(*found)) text = fmt::format("{:g}", *number);
+  return text == usual ? std::string() : text;
+}
+
+FoldExtras extras_of(const Json& fold) {
+  FoldExtras extras;
+  const auto worded = [&](const char* key, const char* usual, const std::string& before, const std::string& behind) {
+    const std::string text = option_words(fold, key, usual);
+    return text.empty() ? text : before + text + behind;
+  };
+  extras.slow_band = worded("slow_band", "0", "slow band ", "");
+  extras.polish = worded("polish", "0", "polish ", "");
+  extras.grouping =
+      text_at(fold, "grouping") == "search" ? "searched groups" : worded("grouping", "contiguous", "", " groups");
+  extras.budget = worded("budget", "uniform", "", " budget");
+  extras.latents = worded("latent_groups", "0", "", " per layer");
+  if (!extras.latents.empty()) extras.latents = "latents: " + extras.latents;
+  const std::string least = option_words(fold, "min_width", "0"), most = option_words(fold, "max_width", "0");
+  if (!least.empty() || !most.empty())
+    extras.widths = fmt::format("widths {} to {}", least.empty() ? "…" : least, most.empty() ? "…" : most);
+  extras.mean_weight = worded("mean_weight", "1", "mean weight ", "");
+  const auto refit = fold.find("refit");
+  extras.refit = refit != fold.end() && refit->is_boolean() && refit->get<bool>();
+  return extras;
+}
+
 void check_version(const Json& json, const std::string& file) {
   const auto version = optional<std::int64_t>(json, "format_version", kFormatVersion, file);
   if (version != kFormatVersion)
@@ -100,8 +158,8 @@ class Reader {
         if (entry.is_directory(code) && !entry.is_symlink(code)) {
           folders.push_back(entry.path());
         } else if (entry.is_regular_file(code) &&
-                   (name == "headfold.json" || name == "verification.json" || name.ends_with(".h5.json") ||
-                    (name.starts_with("results_") && name.ends_with(".json")))) {
+                   (name == "headfold.json" || name == "verification.json" || name == "compare.json" ||
+                    name.ends_with(".h5.json") || (name.starts_with("results_") && name.ends_with(".json")))) {
           found.push_back(entry.path());
         }
       }
@@ -119,7 +177,8 @@ class Reader {
   }
 
   bool empty() const {
-    return calibrations_.empty() && conversions_.empty() && results_.empty() && verifications_.empty();
+    return calibrations_.empty() && conversions_.empty() && results_.empty() && verifications_.empty() &&
+           comparisons_.empty();
   }
 
  private:
@@ -161,11 +220,16 @@ class Reader {
     const std::string file = path.string();
     const std::string format = text_at(*json, "format");
     if (name == "headfold.json") {
-      if (format != "headfold-model" && format != "headfold-synthetic") return ignore(path);
+      // Models of random weights and those written out for other engines are no conversions of this run.
+      if (format != "headfold-model" && format != "headfold-synthetic" && format != "headfold-expanded")
+        return ignore(path);
       if (format == "headfold-model") read_conversion(path, *json, file);
     } else if (name == "verification.json") {
       if (format != "headfold-verification") return ignore(path);
       read_verification(path, *json, file);
+    } else if (name == "compare.json") {
+      if (format != "headfold-comparison") return ignore(path);
+      read_comparison(path, *json, file);
     } else if (name.ends_with(".h5.json")) {
       if (format != "headfold-calibration") return ignore(path);
       read_calibration(path, *json, file);
@@ -241,6 +305,7 @@ class Reader {
     conversion.value_metric = text_at(fold, "value_metric");
     conversion.sink_weight = number_at(fold, "sink_weight");
     conversion.weight_ridge = number_at(fold, "weight_ridge");
+    conversion.extras = extras_of(fold);
     conversion.layout = required<std::string>(json, "layout", file);
     conversion.stock = required<bool>(json, "stock", file);
     const Json heads = object_at(json, "kv_heads", file), cache = object_at(json, "cache_bytes_per_token", file),
@@ -253,21 +318,33 @@ class Reader {
     conversion.cache_after = positive(cache, "after", file);
     conversion.parameters_before = positive(parameters, "before", file);
     conversion.parameters_after = positive(parameters, "after", file);
-    const auto layers = required<Json>(json, "layers", file);
-    if (!layers.is_array()) throw InputError(fmt::format("{}: \"layers\" is no list", file));
-    for (const Json& entry : layers) {
+    for (const Json& entry : list_at(json, "layers", file)) {
       LayerFold layer;
-      layer.layer = required<std::int64_t>(entry, "layer", file);
+      layer.layer = layer_at(entry, file);
       if (const auto groups = entry.find("groups"); groups != entry.end())
         layer.groups = static_cast<std::int64_t>(groups->size());
       layer.key_loss = number_at(entry, "key_relative_loss");
       layer.value_loss = number_at(entry, "value_relative_loss");
       layer.key_energy = energy_at(entry, "key_energy", file);
       layer.value_energy = energy_at(entry, "value_energy", file);
+      layer.kv_heads = count_at(entry, "kv_heads");
+      layer.key_width = count_at(entry, "key_width");
+      layer.value_width = count_at(entry, "value_width");
+      layer.key_fitted = share_at(entry, "key_fitted");
+      layer.key_held_out = share_at(entry, "key_held_out");
+      layer.value_fitted = share_at(entry, "value_fitted");
+      layer.value_held_out = share_at(entry, "value_held_out");
+      layer.imaginary_share = energy_at(entry, "imaginary_share", file);
+      layer.leading_share = energy_at(entry, "leading_share", file);
       conversion.layers.push_back(std::move(layer));
     }
     std::sort(conversion.layers.begin(), conversion.layers.end(),
               [](const auto& a, const auto& b) { return a.layer < b.layer; });
+
+    if (const auto decisions = json.find("decisions"); decisions != json.end() && decisions->is_object())
+      conversion.decisions = decisions_of(*decisions);
+    if (const auto refit = json.find("refit"); refit != json.end() && refit->is_object())
+      conversion.refit = refit_of(*refit, file);
 
     std::error_code code;
     const fs::path convert = path.parent_path() / "convert.json";
@@ -284,6 +361,116 @@ class Reader {
     }
     conversion.shapes = read_shapes(path.parent_path() / "config.json");
     conversions_.push_back(std::move(conversion));
+  }
+
+  /// Decisions are recorded for people: what is not of the expected form is left out.
+  static Decisions decisions_of(const Json& json) {
+    Decisions decisions;
+    if (const auto budget = json.find("budget"); budget != json.end() && budget->is_object()) {
+      decisions.predicted_kl = share_at(*budget, "predicted_kl");
+      decisions.predicted_kl_uniform = share_at(*budget, "predicted_kl_uniform");
+      if (const auto layers = budget->find("layers"); layers != budget->end() && layers->is_array())
+        for (const Json& entry : *layers) {
+          if (!entry.is_object()) continue;
+          BudgetLayer layer;
+          const auto number = integer_at(entry, "layer");
+          layer.key_rate = number_at(entry, "kl_per_key_loss");
+          layer.value_rate = number_at(entry, "kl_per_value_loss");
+          if (!number || *number < 0 || *number >= kMostLayers || (!layer.key_rate && !layer.value_rate)) continue;
+          layer.layer = *number;
+          decisions.budget.push_back(layer);
+        }
+    }
+    // One report per number of groups; with several, only layers that took that number count, which is not recorded.
+    if (const auto grouping = json.find("grouping");
+        grouping != json.end() && grouping->is_array() && grouping->size() == 1 && grouping->front().is_object()) {
+      decisions.grouping_gain = number_at(grouping->front(), "gain");
+      decisions.grouping_changed = integer_at(grouping->front(), "layers_changed");
+      if (const auto layers = grouping->front().find("layers"); layers != grouping->front().end() && layers->is_array())
+        decisions.grouping_layers = static_cast<std::int64_t>(layers->size());
+    }
+    return decisions;
+  }
+
+  static Refit refit_of(const Json& json, const std::string& file) {
+    Refit refit;
+    refit.sequences = count_at(json, "sequences");
+    refit.tokens = count_at(json, "tokens");
+    for (const Json& entry : list_at(json, "layers", file)) {
+      RefitLayer layer;
+      layer.layer = layer_at(entry, file);
+      layer.stream_error = share_at(entry, "stream_error");
+      for (const Json& one : list_at(entry, "parts", file)) {
+        RefitPart part;
+        part.part = required<std::string>(one, "part", file);
+        part.divergence = text_at(one, "quantity") == "divergence";
+        part.error_before = share_at(one, "error_before");
+        part.error_after = share_at(one, "error_after");
+        part.held_out_before = share_at(one, "held_out_before");
+        part.held_out_after = share_at(one, "held_out_after");
+        if (const auto kept = one.find("kept"); kept != one.end() && kept->is_boolean()) part.kept = kept->get<bool>();
+        layer.parts.push_back(std::move(part));
+      }
+      refit.layers.push_back(std::move(layer));
+    }
+    std::sort(refit.layers.begin(), refit.layers.end(), [](const auto& a, const auto& b) { return a.layer < b.layer; });
+    return refit;
+  }
+
+  void read_comparison(const fs::path& path, const Json& json, const std::string& file) {
+    check_version(json, file);
+    Comparison comparison;
+    comparison.file = relative(path);
+    comparison.record = record_of(json);
+    const Json model = object_at(json, "model", file);
+    comparison.model = last_part(required<std::string>(model, "folder", file));
+    comparison.fingerprint = required<std::string>(model, "fingerprint", file);
+    comparison.original_perplexity = number_at(json, "original_perplexity");
+    comparison.original_cache_bytes = count_at(json, "original_cache_bytes_per_token");
+    if (const auto text = json.find("text"); text != json.end() && text->is_object()) {
+      comparison.windows = count_at(*text, "windows");
+      comparison.tokens = count_at(*text, "tokens");
+    }
+    for (const Json& entry : list_at(json, "plans", file)) {
+      ComparedPlan plan;
+      const Json fold = object_at(entry, "fold", file);
+      const std::string keys = required<std::string>(fold, "keys", file), values = text_at(fold, "values");
+      const std::string key_metric = text_at(fold, "key_metric"), value_metric = text_at(fold, "value_metric");
+      const std::string extras = words_of(extras_of(fold));
+      const auto with = [](const std::string& name, const std::string& metric) {
+        return metric.empty() || name == "meanpool" ? name : fmt::format("{} ({})", name, metric);
+      };
+      plan.fold = with(keys, key_metric);
+      if (!values.empty()) plan.fold += "; values " + with(values, value_metric);
+      if (!extras.empty()) plan.fold += "; " + extras;
+      plan.name = hide(text_at(entry, "name"));
+      if (plan.name.empty()) plan.name = keys;
+      plan.kv_heads = count_at(entry, "kv_heads");
+      if (plan.kv_heads) plan.kv_heads_text = fmt::format("{}", *plan.kv_heads);
+      if (const auto heads = entry.find("kv_heads_per_layer"); heads != entry.end() && heads->is_array())
+        if (const std::vector<double> list = energy_at(entry, "kv_heads_per_layer", file); !list.empty())
+          if (const auto [least, most] = std::minmax_element(list.begin(), list.end()); *least != *most)
+            plan.kv_heads_text = fmt::format("{:g} to {:g}", *least, *most);
+      plan.cache_bytes = count_at(entry, "cache_bytes_per_token");
+      if (const auto stock = entry.find("stock"); stock != entry.end() && stock->is_boolean())
+        plan.stock = stock->get<bool>();
+      plan.key_loss = number_at(entry, "predicted_key_loss");
+      plan.value_loss = number_at(entry, "predicted_value_loss");
+      plan.perplexity = number_at(entry, "perplexity");
+      plan.kl = number_at(entry, "kl");
+      plan.top1 = number_at(entry, "top1_agreement");
+      plan.seconds = number_at(entry, "seconds");
+      plan.error = hide(text_at(entry, "error"));
+      comparison.plans.push_back(std::move(plan));
+    }
+    std::stable_sort(comparison.plans.begin(), comparison.plans.end(),
+                     [](const ComparedPlan& a, const ComparedPlan& b) {
+                       const auto key = [](const ComparedPlan& plan) {
+                         return std::tuple(plan.kl.value_or(HUGE_VAL), plan.perplexity.value_or(HUGE_VAL));
+                       };
+                       return key(a) < key(b);
+                     });
+    comparisons_.push_back(std::move(comparison));
   }
 
   /// Shapes from a Hugging Face config.json; they adorn the report, so a file that cannot be read is no error here.
@@ -323,11 +510,9 @@ class Reader {
     if (const auto text = json.find("text"); text != json.end() && !text->is_object())
       verification.text = value_text(*text);
     verification.record = record_of(json);
-    const auto layers = required<Json>(json, "layers", file);
-    if (!layers.is_array()) throw InputError(fmt::format("{}: \"layers\" is no list", file));
-    for (const Json& entry : layers) {
+    for (const Json& entry : list_at(json, "layers", file)) {
       LayerCheck layer;
-      layer.layer = required<std::int64_t>(entry, "layer", file);
+      layer.layer = layer_at(entry, file);
       layer.key_predicted = number_at(entry, "key_predicted");
       layer.key_measured = number_at(entry, "key_measured");
       layer.value_predicted = number_at(entry, "value_predicted");
@@ -435,7 +620,10 @@ class Reader {
       const Conversion& conversion = conversions_[c];
       const std::string name = last_part(conversion.folder);
       if (name != last_part(model.folder) && name != model.name) continue;
-      if (model.kv_heads && *model.kv_heads != conversion.kv_heads_after) continue;
+      // An evaluation names the largest number of KV heads (or latents) of a layer.
+      if (model.kv_heads && *model.kv_heads != conversion.kv_heads_after &&
+          *model.kv_heads != conversion.kv_heads_range().second)
+        continue;
       if (!model.layout.empty() && model.layout != conversion.layout) continue;
       const bool same_source =
           !model.reference_fingerprint.empty() && model.reference_fingerprint == conversion.source_fingerprint;
@@ -453,6 +641,7 @@ class Reader {
     std::set<std::string> bases;
     for (const Conversion& conversion : conversions_) bases.insert(conversion.source_fingerprint);
     for (const Calibration& calibration : calibrations_) bases.insert(calibration.fingerprint);
+    for (const Comparison& comparison : comparisons_) bases.insert(comparison.fingerprint);
     // Oldest first, so that newer files overwrite task by task.
     std::stable_sort(results_.begin(), results_.end(), [](const Result& a, const Result& b) {
       return std::tie(a.date, a.file) < std::tie(b.date, b.file);
@@ -507,6 +696,11 @@ class Reader {
       Section& section = section_of(calibration.fingerprint, calibration.model);
       note_date(section, calibration.record.date);
       section.calibrations.push_back(std::move(calibration));
+    }
+    for (Comparison& comparison : comparisons_) {
+      Section& section = section_of(comparison.fingerprint, comparison.model);
+      note_date(section, comparison.record.date);
+      section.comparisons.push_back(std::move(comparison));
     }
     for (std::size_t c = 0; c < conversions_.size(); ++c) {
       Section& section = section_of(conversions_[c].source_fingerprint, conversions_[c].source);
@@ -568,6 +762,8 @@ class Reader {
       if (!section.cache_bytes) section.cache_bytes = evaluation.cache_bytes_per_token;
       if (!section.parameters) section.parameters = evaluation.parameters;
     }
+    for (const Comparison& comparison : section.comparisons)
+      if (!section.cache_bytes) section.cache_bytes = comparison.original_cache_bytes;
     std::stable_partition(section.models.begin(), section.models.end(),
                           [](const ModelRow& row) { return row.original; });
     fill_rows(section);
@@ -695,33 +891,48 @@ class Reader {
   /// Labels folds by the key strategy, and by what else tells two folds of the same key strategy apart.
   static void name_folds(Section& section) {
     const auto parts_of = [](const Conversion& c) {
-      const auto number = [](const std::optional<double>& value) {
-        return value ? fmt::format("{:g}", *value) : std::string();
+      const auto number = [](const char* what, const std::optional<double>& value) {
+        return value ? fmt::format("{} {:g}", what, *value) : std::string();
       };
-      return std::vector<std::pair<std::string, std::string>>{
-          {"", c.keys == "meanpool" ? std::string() : c.key_metric},
-          {"values ", c.values},
-          {"value metric ", c.values == "meanpool" ? std::string() : c.value_metric},
-          {"sink weight ", number(c.sink_weight)},
-          {"ridge ", number(c.weight_ridge)}};
+      const FoldExtras& extras = c.extras;
+      return std::vector<std::string>{c.keys == "meanpool" ? std::string() : c.key_metric,
+                                      c.values,
+                                      c.values == "meanpool" ? std::string() : c.value_metric,
+                                      number("sink weight", c.sink_weight),
+                                      number("ridge", c.weight_ridge),
+                                      extras.mean_weight,
+                                      extras.latents,
+                                      extras.widths,
+                                      extras.slow_band,
+                                      extras.polish,
+                                      extras.grouping,
+                                      extras.budget};
     };
+    constexpr std::size_t kValues = 1, kValueMetric = 2, kFirstExtra = 8;
     std::map<std::string, std::vector<std::set<std::string>>> seen;
     for (const ModelRow& row : section.models) {
       if (!row.conversion) continue;
       const auto parts = parts_of(*row.conversion);
       auto& sets = seen[row.conversion->keys];
       sets.resize(parts.size());
-      for (std::size_t p = 0; p < parts.size(); ++p) sets[p].insert(parts[p].second);
+      for (std::size_t p = 0; p < parts.size(); ++p) sets[p].insert(parts[p]);
     }
     for (ModelRow& row : section.models) {
       if (row.original) {
         row.fold = "original";
       } else if (row.conversion) {
         const auto parts = parts_of(*row.conversion);
+        const auto& sets = seen[row.conversion->keys];
         row.fold = row.conversion->keys;
-        for (std::size_t p = 0; p < parts.size(); ++p)
-          if (seen[row.conversion->keys][p].size() > 1 && !parts[p].second.empty())
-            row.fold += ", " + parts[p].first + parts[p].second;
+        for (std::size_t p = 0; p < parts.size(); ++p) {
+          if (sets[p].size() <= 1 || parts[p].empty()) continue;
+          // "values svd act+out" where both fold and metric of values differ, "values act+out" where only the metric.
+          const bool behind_values = p == kValueMetric && sets[kValues].size() > 1;
+          row.fold += behind_values ? " " : p < kFirstExtra ? ", " : " + ";
+          if (p == kValues || (p == kValueMetric && !behind_values)) row.fold += "values ";
+          row.fold += parts[p];
+        }
+        if (row.conversion->extras.refit) row.fold += " + refit";
       } else {
         row.fold = row.name;
       }
@@ -810,6 +1021,7 @@ class Reader {
   std::vector<std::string> roots_;
   RunData data_;
   std::vector<Calibration> calibrations_;
+  std::vector<Comparison> comparisons_;
   std::vector<Conversion> conversions_;
   std::vector<std::pair<std::string, Verification>> verifications_;
   std::vector<Result> results_;
@@ -817,6 +1029,32 @@ class Reader {
 };
 
 }  // namespace
+
+bool Conversion::uneven() const {
+  const auto differs = [&](auto LayerFold::*member) {
+    return std::any_of(layers.begin(), layers.end(),
+                       [&](const LayerFold& layer) { return layer.*member != layers.front().*member; });
+  };
+  return differs(&LayerFold::kv_heads) || differs(&LayerFold::key_width) || differs(&LayerFold::value_width);
+}
+
+std::pair<std::int64_t, std::int64_t> Conversion::kv_heads_range() const {
+  std::optional<std::int64_t> least, most;
+  for (const LayerFold& layer : layers) {
+    if (!layer.kv_heads) continue;
+    least = std::min(least.value_or(*layer.kv_heads), *layer.kv_heads);
+    most = std::max(most.value_or(*layer.kv_heads), *layer.kv_heads);
+  }
+  return {least.value_or(kv_heads_after), most.value_or(kv_heads_after)};
+}
+
+std::string words_of(const FoldExtras& extras) {
+  std::string text;
+  for (const std::string& part : {extras.mean_weight, extras.latents, extras.widths, extras.slow_band, extras.polish,
+                                  extras.grouping, extras.budget, std::string(extras.refit ? "refit" : "")})
+    if (!part.empty()) text += (text.empty() ? "" : "; ") + part;
+  return text;
+}
 
 RunData read_run(const std::filesystem::path& run, const std::filesystem::path& skip) {
   std::error_code code;
@@ -830,7 +1068,7 @@ RunData read_run(const std::filesystem::path& run, const std::filesystem::path& 
     throw InputError(fmt::format("{}: nothing to report. Looked in all its folders for calibrations (*.h5.json), "
                                  "converted models (headfold.json with "
                                  "format headfold-model), verifications (verification.json) and evaluations "
-                                 "(results_*.json with format headfold-results)",
+                                 "(results_*.json with format headfold-results) and comparisons (compare.json)",
                                  run.string()),
                      "run headfold calibrate, convert or evaluate with --out inside this folder first");
   return reader.take();

@@ -38,6 +38,46 @@ struct LayerFold {
   std::int64_t groups = 0;
   std::optional<double> key_loss, value_loss;
   std::vector<double> key_energy, value_energy;  ///< cumulative share kept, by channel count; empty when not recorded
+  std::optional<std::int64_t> kv_heads, key_width, value_width;  ///< groups cached, channels of each
+  /// Losses of bases fitted to one half of the calibration sequences: on that half, and on the other.
+  std::optional<double> key_fitted, key_held_out, value_fitted, value_held_out;
+  std::vector<double> imaginary_share, leading_share;  ///< per RoPE frequency, fastest first; empty when not recorded
+};
+
+/// What the refit did to one matrix of a layer (folding/refit.h). Errors are shares of the target's energy, or with
+/// `divergence` nats per token. The held-out ones are of a matrix fitted to the other sequences.
+struct RefitPart {
+  std::string part;
+  bool divergence = false;
+  std::optional<double> error_before, error_after, held_out_before, held_out_after;
+  std::optional<bool> kept;
+};
+struct RefitLayer {
+  std::int64_t layer = 0;
+  std::optional<double> stream_error;  ///< share of the residual stream's energy that is off behind the layer
+  std::vector<RefitPart> parts;        ///< in the order in which they were fitted
+};
+struct Refit {
+  std::optional<std::int64_t> sequences, tokens;  ///< tokens of each sequence
+  std::vector<RefitLayer> layers;
+};
+
+/// How a budget over layers was chosen: KL per relative loss, measured layer by layer.
+struct BudgetLayer {
+  std::int64_t layer = 0;
+  std::optional<double> key_rate, value_rate;
+};
+struct Decisions {
+  std::optional<double> predicted_kl, predicted_kl_uniform;
+  std::vector<BudgetLayer> budget;
+  std::optional<double> grouping_gain;  ///< share of contiguous groups' cost that searched ones save
+  std::optional<std::int64_t> grouping_changed, grouping_layers;  ///< layers whose groups are not contiguous, of all
+};
+
+/// A fold's options beyond folds and metrics; empty texts: not recorded, or the default that needs no word.
+struct FoldExtras {
+  std::string slow_band, polish, grouping, budget, latents, widths, mean_weight;
+  bool refit = false;
 };
 
 /// One layer of a verification.
@@ -62,18 +102,43 @@ struct Conversion {
   std::string source, source_fingerprint, statistics_file, statistics_hash;
   std::string keys, key_metric, values, value_metric;
   std::optional<double> sink_weight, weight_ridge;
+  FoldExtras extras;
   std::string layout;
   bool stock = false;
   std::int64_t kv_heads_before = 0, kv_heads_after = 0, heads = 0, layers_total = 0;
   std::int64_t cache_before = 0, cache_after = 0;  ///< bytes per token
   std::int64_t parameters_before = 0, parameters_after = 0;
   std::vector<LayerFold> layers;
+  Decisions decisions;
+  std::optional<Refit> refit;
   std::optional<Shapes> shapes;  ///< from config.json beside it, when that can be read
   std::optional<Record> record;  ///< convert.json
   std::optional<double> seconds_plan, seconds_apply;
   std::optional<Verification> verification;
 
   double share() const { return static_cast<double>(cache_after) / static_cast<double>(cache_before); }
+  /// Whether layers differ in what they keep.
+  bool uneven() const;
+  /// Fewest and most KV heads (latents) of a layer; both kv_heads_after when layers do not say.
+  std::pair<std::int64_t, std::int64_t> kv_heads_range() const;
+};
+
+/// One line of `convert --compare`.
+struct ComparedPlan {
+  std::string name;           ///< as compare gave it; made from the fold where it gave none
+  std::string fold;           ///< options in words
+  std::string kv_heads_text;  ///< "4", or "2 to 8" where layers differ; may be empty
+  std::optional<std::int64_t> kv_heads, cache_bytes;
+  std::optional<bool> stock;
+  std::optional<double> key_loss, value_loss, perplexity, kl, top1, seconds;
+  std::string error;  ///< why this plan could not be tried; usually empty
+};
+struct Comparison {
+  std::string file, model, fingerprint;
+  Record record;
+  std::optional<double> original_perplexity;
+  std::optional<std::int64_t> windows, tokens, original_cache_bytes;
+  std::vector<ComparedPlan> plans;  ///< best first: by KL, then perplexity; those without either last
 };
 
 /// One task of a results file. A metric that was recorded but is no finite number has an empty value.
@@ -120,6 +185,7 @@ struct Section {
   std::optional<std::int64_t> heads, kv_heads, layers, cache_bytes, parameters;
   std::optional<Shapes> shapes;
   std::vector<Calibration> calibrations;
+  std::vector<Comparison> comparisons;
   std::vector<ModelRow> models;    ///< the original first, then by KV heads and quality
   std::vector<std::string> folds;  ///< labels, index = ModelRow::series
   std::string perplexity_task;  ///< the task of ModelRow::perplexity, e.g. "ppl_blocks@256"; empty when there is none
@@ -133,6 +199,10 @@ struct RunData {
   std::vector<std::string> files;    ///< read, relative to the run folder
   std::vector<std::string> ignored;  ///< had a name we look for but not our content
 };
+
+/// A fold's options beyond key fold, metrics and number of KV heads, in words: "slow band 5; refit". Empty: all
+/// default.
+std::string words_of(const FoldExtras& extras);
 
 /// Reads every agreed file below `run`, `skip` (the report's own folder) excepted. Files are never followed through
 /// links to folders. Throws InputError when `run` is no folder, CorruptFile / InputError naming the file for one that
