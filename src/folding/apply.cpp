@@ -371,6 +371,7 @@ OrderedJson headfold_record(const Reader& reader, const calibration::StatisticsF
   }
   json["heads"] = before.heads;
   json["layers_total"] = before.layers;
+  if (!plan.decisions.is_null()) json["decisions"] = plan.decisions;
   json["cache_bytes_per_token"] =
       OrderedJson{{"before", before.cache_bytes_per_token(element)}, {"after", after.cache_bytes_per_token(element)}};
   json["parameters"] =
