@@ -26,20 +26,15 @@ LayerProblem load_problem(const checkpoint::Reader& reader, const calibration::S
 }
 
 void for_each_item(std::int64_t count, const std::function<void(std::int64_t)>& work) {
-  struct Threads {
-    int before = at::get_num_threads();
-    ~Threads() { at::set_num_threads(before); }
-  };
-  const Threads restore;
-  if (count <= 1 || restore.before <= 1) {
-    at::set_num_threads(1);
+  if (at::get_num_threads() <= 1 || at::in_parallel_region()) {
     for (std::int64_t i = 0; i < count; ++i) work(i);
     return;
   }
-  // Inside a parallel region libtorch and an OpenMP BLAS run on the calling thread alone.
-  at::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
+  // Inside a parallel region libtorch and an OpenMP BLAS run on the calling thread alone; two items at least make one.
+  // Setting the number of threads to one instead would build libtorch's other thread pool anew, every time.
+  at::parallel_for(0, std::max<std::int64_t>(count, 2), 1, [&](std::int64_t begin, std::int64_t end) {
     const at::NoGradGuard no_grad;
-    for (std::int64_t i = begin; i < end; ++i) work(i);
+    for (std::int64_t i = begin; i < std::min(end, count); ++i) work(i);
   });
 }
 

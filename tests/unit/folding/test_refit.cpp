@@ -341,6 +341,7 @@ TEST(RefitTest, results_do_not_depend_on_ranks_or_threads) {
     options.target = bloom ? RefitTarget::attention : RefitTarget::stream;
     options.down = true;
     options.chunks = bloom ? 5 : 64;
+    options.score_rows = 8;
     const at::Tensor text = sequences(23);
     const Result together = refit(world(), reader, fold, options, text);
     const int threads = at::get_num_threads();
