@@ -11,6 +11,7 @@
 #include <cmath>
 #include <iostream>
 
+#include "convert_compare.h"
 #include "convert_options.h"
 #include "convert_plan.h"
 
@@ -200,7 +201,9 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   const po::variables_map values =
       parse(context, "convert",
             "headfold convert --model DIR --calibration F.h5 --kv-heads N --out DIR\n"
-            "       headfold convert --model DIR --calibration F.h5 --plan plan.json --out DIR",
+            "       headfold convert --model DIR --calibration F.h5 --plan plan.json --out DIR\n"
+            "       headfold convert --model DIR --calibration F.h5 --kv-heads N --compare FOLD,FOLD,... --probe-data "
+            "FILE --out DIR",
             convert_options(), arguments);
   const Progress clock("convert", "", 1, false);
   const fs::path out = values["out"].as<std::string>();
@@ -215,6 +218,10 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
                      "weights and config.json do not belong together; headfold inspect lists every fault");
   if (fs::exists(out) && fs::equivalent(out, reader.folder()))
     throw UsageError("--out is the model folder itself", "choose another --out");
+  if (values.count("compare") > 0) {
+    compare(context, reader, values, arguments);
+    return;
+  }
 
   folding::Plan given;
   const bool from_plan = values.count("plan") > 0;

@@ -5,6 +5,8 @@
 #include <spdlog/spdlog.h>
 
 #include <cmath>
+#include <set>
+#include <sstream>
 
 namespace headfold::jobs {
 
@@ -95,6 +97,9 @@ po::options_description convert_options() {
       "refit-samples", po::value<std::int64_t>()->default_value(128), "sequences of the refit")(
       "refit-sweeps", po::value<std::int64_t>(),
       "rounds of keys and queries after the first fit of the queries (default 2; stock layout only)")(
+      "refit-parts", po::value<std::string>(),
+      "what is fitted again, joined by '+': queries, keys (with queries; stock layout only), output, down (the MLP's "
+      "last matrix); default queries+keys+output")(
       "refit-ridge", po::value<double>(),
       "pull towards the folded weights, as a share of the mean input energy (default: the best of several, by "
       "held-out error)")("field", po::value<std::string>()->default_value("text"), "field of .jsonl lines")(
@@ -103,7 +108,11 @@ po::options_description convert_options() {
       "tokens of a sequence (default 0: as in calibration, at most 2048)");
 
   po::options_description run("run");
-  run.add_options()("plan-only", "write OUT/plan.json and stop")(
+  run.add_options()(
+      "compare", po::value<std::string>(),
+      "FOLD,FOLD,...: score several folds on --probe-data instead of writing one; a FOLD is "
+      "KEYS[:METRIC][/VALUES[:METRIC]][@option=value...], a name (meanpool, weights, query, paper, latent, "
+      "...), or all; writes OUT/compare.json and OUT/compare.md")("plan-only", "write OUT/plan.json and stop")(
       "plan", po::value<std::string>(), "apply this plan (its groups may have been edited) instead of planning")(
       "held-out", po::value<std::string>()->default_value("on"),
       "on or off: price bases fitted to one half of the calibration sequences on the other half")(
@@ -188,9 +197,23 @@ folding::RefitOptions refit_options(const po::variables_map& values) {
   if (values.count("refit-sweeps") > 0) options.key_sweeps = at_least(values, "refit-sweeps", 0);
   if (values.count("refit-ridge") > 0) {
     const double ridge = values["refit-ridge"].as<double>();
-    if (!(ridge >= 0 && std::isfinite(ridge)))
-      throw UsageError(fmt::format("--refit-ridge {}: must be 0 or more", ridge));
+    if (!(ridge > 0 && std::isfinite(ridge))) throw UsageError(fmt::format("--refit-ridge {}: must be above 0", ridge));
     options.ridges = {ridge};
+  }
+  if (values.count("refit-parts") > 0) {
+    const std::string text = values["refit-parts"].as<std::string>();
+    std::set<std::string> parts;
+    std::string part;
+    for (std::istringstream stream(text + "+"); std::getline(stream, part, '+');)
+      if (!parts.insert(part).second || (part != "queries" && part != "keys" && part != "output" && part != "down"))
+        throw UsageError(fmt::format("--refit-parts {}: join one or more of queries, keys, output, down by '+'", text));
+    if (parts.contains("keys") && !parts.contains("queries"))
+      throw UsageError(fmt::format("--refit-parts {}: keys are fitted together with queries", text),
+                       "write queries+keys");
+    options.queries = parts.contains("queries");
+    if (!parts.contains("keys")) options.key_sweeps = 0;
+    options.output = parts.contains("output");
+    options.down = parts.contains("down");
   }
   return options;
 }
@@ -213,7 +236,10 @@ at::Tensor read_sequences(const comm::Communicator& world, const std::filesystem
     const auto tokenizer = tokenizer::load_tokenizer(model_folder);
     const std::vector<std::int64_t> stream =
         calibration::token_stream(*tokenizer, calibration::read_documents(text.files, text.field));
-    sequences = calibration::draw_sequences(stream, text.samples, length, static_cast<std::uint64_t>(text.seed));
+    sequences =
+        calibration::draw_sequences(stream, text.skip + text.samples, length, static_cast<std::uint64_t>(text.seed))
+            .slice(0, text.skip)
+            .contiguous();
     const auto largest = sequences.max().item<std::int64_t>();
     if (largest >= config.vocab)
       throw InputError(fmt::format("{}: the tokenizer gives id {}, but the model's vocabulary has {} entries",

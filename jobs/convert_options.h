@@ -26,6 +26,7 @@ struct TextOptions {
   std::int64_t samples = 0;
   std::int64_t length = 0;  ///< 0: as long as the calibration sequences
   std::int64_t seed = 0;
+  std::int64_t skip = 0;  ///< sequences drawn before these: another part of the same text
 };
 TextOptions refit_text(const po::variables_map& values);
 TextOptions held_out_text(const po::variables_map& values);
