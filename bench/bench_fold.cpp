@@ -1,10 +1,11 @@
 // Seconds that folding one layer takes, part by part, without a checkpoint: random weights and moments of the given
-// shape. Prints what a plan needs (bases of all groups, held-out losses apart) and what applying it needs (bases again,
-// and the new tensors), then the share of each part.
-// usage: bench_fold [threads] [group size] [hidden] [heads] [kv_heads] [polish sweeps]
+// shape. One thread is timed by its CPU time, so that other work on the machine does not count; several by the clock on
+// the wall. Prints what a plan needs (bases of all groups; not the held-out losses) and what applying it needs (bases
+// again, and the new tensors). usage: bench_fold [threads] [group size] [hidden] [heads] [kv_heads] [polish sweeps]
 
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
+#include <headfold/device/device.h>
 #include <headfold/folding/apply.h>
 
 #include <cstdlib>
@@ -63,6 +64,8 @@ LayerProblem layer(std::int64_t hidden, std::int64_t heads, std::int64_t kv_head
 }  // namespace
 
 int main(int argc, char** argv) {
+  headfold::device::restart_with_fast_blas(argv);
+  headfold::device::keep_freed_memory();
   const auto option = [&](int index, std::int64_t fallback) {
     return argc > index ? std::atoll(argv[index]) : fallback;
   };
@@ -75,7 +78,8 @@ int main(int argc, char** argv) {
   const std::int64_t d = problem.weights.head_dim;
   const Groups groups = contiguous_groups(kv_heads, kv_heads / size);
   const LayerTarget target{groups, d, d};
-  fmt::print("hidden {}, {} heads, {} KV heads to {}, {} threads\n", hidden, heads, kv_heads, groups.size(), threads);
+  fmt::print("hidden {}, {} heads, {} KV heads to {}, {} threads, {} {}\n", hidden, heads, kv_heads, groups.size(),
+             threads, headfold::device::blas_library(), headfold::device::blas_kernels());
   const auto timed = [&](const std::string& what, const auto& work) {
     const double start = now();
     work();
