@@ -23,13 +23,12 @@ class KlProbe {
       : reader_(reader),
         statistics_(statistics),
         options_(options),
-        target_(folding::uniform_targets(options, reader.config()).at(0)),
         trial_(world, reader, probe_windows(world, reader, text), at::kFloat) {}
 
-  double operator()(std::int64_t layer, folding::Part part) const {
+  double operator()(std::int64_t layer, folding::Part part, std::int64_t heads) const {
     // Folded heads repeated in the source's own shapes: the other part stays as it is.
-    const std::map<std::string, at::Tensor> tensors =
-        folding::expanded_part(reader_, statistics_, target_, layer, part, options_);
+    const std::map<std::string, at::Tensor> tensors = folding::expanded_part(
+        reader_, statistics_, folding::targets_for({heads}, reader_.config()).at(0), layer, part, options_);
     return trial_
         .score(
             layer,
@@ -43,7 +42,6 @@ class KlProbe {
   const checkpoint::Reader& reader_;
   const calibration::StatisticsFile* statistics_;
   FoldOptions options_;
-  LayerTarget target_;
   evaluation::Trial trial_;
 };
 
@@ -52,7 +50,10 @@ std::vector<folding::Groups> searched_groups(const comm::Communicator& world, co
                                              folding::GroupingOptions grouping, std::int64_t kv_heads,
                                              OrderedJson& report) {
   grouping.kv_heads = kv_heads;
-  const auto results = folding::search_all_layers(world, reader, statistics, options, grouping);
+  // Sweeps of polish would cost a search more than they change its order of groups.
+  FoldOptions plain = options;
+  plain.polish = 0;
+  const auto results = folding::search_all_layers(world, reader, statistics, plain, grouping);
   report.push_back(folding::grouping_report(results, grouping));
   return folding::groups_of(results);
 }
@@ -87,7 +88,8 @@ Decision decide_targets(const comm::Communicator& world, const checkpoint::Reade
   } else if (options.allocation != Allocation::uniform) {
     const folding::LossTable table = folding::loss_table(world, reader, statistics, options);
     const KlProbe kl(world, reader, statistics, options, probe);
-    const auto rates = folding::exchange_rates(world, table, options.kv_heads, std::cref(kl));
+    // A probe deals its windows to the ranks: it is collective, and all ranks run the same ones.
+    const auto rates = folding::exchange_rates_by_choice(comm::Communicator::self(), table, std::cref(kl));
     const auto list = folding::choices(table, rates);
     const std::int64_t total = options.kv_heads * config.layers;
     const auto heads = options.allocation == Allocation::dp ? folding::allocate_exactly(list, total)

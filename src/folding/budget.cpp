@@ -428,9 +428,42 @@ std::vector<LayerTarget> targets_for(const std::vector<std::int64_t>& heads, con
   return targets;
 }
 
-OrderedJson budget_report(const LossTable& table, const std::vector<std::array<double, 2>>& rates,
-                          const std::vector<std::int64_t>& heads, Allocation allocation) {
-  const std::vector<LayerChoices> layers = choices(table, rates);
+std::vector<std::vector<std::array<double, 2>>> exchange_rates_by_choice(const comm::Communicator& world,
+                                                                         const LossTable& table,
+                                                                         const ChoiceProbe& probe) {
+  std::vector<std::vector<std::array<double, 2>>> rates;
+  rates.reserve(table.heads.size());
+  for (const std::int64_t heads : table.heads) {
+    if (heads == table.heads.back()) {  // loses nothing
+      rates.emplace_back(table.loss.size(), std::array<double, 2>{0.0, 0.0});
+      continue;
+    }
+    rates.push_back(
+        exchange_rates(world, table, heads, [&](std::int64_t layer, Part part) { return probe(layer, part, heads); }));
+  }
+  return rates;
+}
+
+std::vector<LayerChoices> choices(const LossTable& table,
+                                  const std::vector<std::vector<std::array<double, 2>>>& rates_by_choice) {
+  if (rates_by_choice.size() != table.heads.size())
+    throw InternalError(
+        fmt::format("rates of {} choices for a table of {}", rates_by_choice.size(), table.heads.size()));
+  std::vector<LayerChoices> layers(table.loss.size());
+  for (std::size_t c = 0; c < rates_by_choice.size(); ++c) {
+    const std::vector<LayerChoices> at_choice = choices(table, rates_by_choice[c]);
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      layers[l].heads.push_back(at_choice[l].heads[c]);
+      layers[l].cost.push_back(at_choice[l].cost[c]);
+    }
+  }
+  return layers;
+}
+
+namespace {
+
+OrderedJson report_of(const LossTable& table, const std::vector<LayerChoices>& layers,
+                      const std::vector<std::int64_t>& heads, Allocation allocation) {
   OrderedJson report;
   report["method"] = name_of(allocation);
   report["cost_is"] =
@@ -444,6 +477,15 @@ OrderedJson budget_report(const LossTable& table, const std::vector<std::array<d
       std::find(table.heads.begin(), table.heads.end(), sum / count) != table.heads.end())
     report["predicted_kl_uniform"] = cost_of(layers, std::vector<std::int64_t>(layers.size(), sum / count));
   report["choices"] = table.heads;
+  return report;
+}
+
+}  // namespace
+
+OrderedJson budget_report(const LossTable& table, const std::vector<std::array<double, 2>>& rates,
+                          const std::vector<std::int64_t>& heads, Allocation allocation) {
+  const std::vector<LayerChoices> layers = choices(table, rates);
+  OrderedJson report = report_of(table, layers, heads, allocation);
   OrderedJson list = OrderedJson::array();
   for (std::size_t l = 0; l < layers.size(); ++l)
     list.push_back({{"layer", l},
@@ -455,12 +497,33 @@ OrderedJson budget_report(const LossTable& table, const std::vector<std::array<d
   return report;
 }
 
+OrderedJson budget_report(const LossTable& table,
+                          const std::vector<std::vector<std::array<double, 2>>>& rates_by_choice,
+                          const std::vector<std::int64_t>& heads, Allocation allocation) {
+  const std::vector<LayerChoices> layers = choices(table, rates_by_choice);
+  OrderedJson report = report_of(table, layers, heads, allocation);
+  OrderedJson list = OrderedJson::array();
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    // Rates at the number of heads that was chosen; of a layer left whole, at the number next to it.
+    std::size_t chosen =
+        static_cast<std::size_t>(std::find(table.heads.begin(), table.heads.end(), heads[l]) - table.heads.begin());
+    if (chosen + 1 >= rates_by_choice.size() && rates_by_choice.size() > 1) chosen = rates_by_choice.size() - 2;
+    list.push_back({{"layer", l},
+                    {"kv_heads", heads[l]},
+                    {"kl_per_key_loss", rates_by_choice[chosen][l][0]},
+                    {"kl_per_value_loss", rates_by_choice[chosen][l][1]},
+                    {"predicted_kl_by_choice", layers[l].cost}});
+  }
+  report["layers"] = std::move(list);
+  return report;
+}
+
 void check_even_budget(const std::vector<std::int64_t>& heads) {
   if (heads.empty() || std::all_of(heads.begin(), heads.end(), [&](std::int64_t n) { return n == heads[0]; })) return;
   throw UsageError(
       fmt::format("a stock configuration knows one number of KV heads for all layers, this plan keeps {} per layer",
                   fmt::join(heads, ", ")),
-      "use --allocation uniform, or let convert write the DeciLM (Nemotron-NAS) form");
+      "use --budget uniform, or let convert write the DeciLM (Nemotron-NAS) form");
 }
 
 }  // namespace headfold::folding

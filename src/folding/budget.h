@@ -62,6 +62,16 @@ using Probe = std::function<double(std::int64_t layer, Part part)>;
 /// Collective; the same on every rank. NumericalError when a probe is not finite.
 std::vector<std::array<double, 2>> exchange_rates(const comm::Communicator& world, const LossTable& table,
                                                   std::int64_t reference, const Probe& probe);
+/// Rates at every choice: KL is not proportional to the predicted loss (a layer folded to one head costs more than its
+/// loss at half the heads suggests), so each choice is probed at its own number of heads. probe(layer, part, heads);
+/// the source's own number of heads costs nothing and is not probed. [choice][layer]. Otherwise as exchange_rates().
+using ChoiceProbe = std::function<double(std::int64_t layer, Part part, std::int64_t heads)>;
+std::vector<std::vector<std::array<double, 2>>> exchange_rates_by_choice(const comm::Communicator& world,
+                                                                         const LossTable& table,
+                                                                         const ChoiceProbe& probe);
+/// Cost of a layer at n heads with that choice's rates.
+std::vector<LayerChoices> choices(const LossTable& table,
+                                  const std::vector<std::vector<std::array<double, 2>>>& rates_by_choice);
 /// Cost of a layer at n heads: rates[layer][0] * key loss + rates[layer][1] * value loss, a prediction of the KL.
 std::vector<LayerChoices> choices(const LossTable& table, const std::vector<std::array<double, 2>>& rates);
 
@@ -69,6 +79,9 @@ std::vector<LayerChoices> choices(const LossTable& table, const std::vector<std:
 std::vector<LayerTarget> targets_for(const std::vector<std::int64_t>& heads, const checkpoint::ModelConfig& config);
 /// How heads were dealt, for Plan::decisions: rates, heads, predicted KL of this allocation and of the uniform one.
 OrderedJson budget_report(const LossTable& table, const std::vector<std::array<double, 2>>& rates,
+                          const std::vector<std::int64_t>& heads, Allocation allocation);
+OrderedJson budget_report(const LossTable& table,
+                          const std::vector<std::vector<std::array<double, 2>>>& rates_by_choice,
                           const std::vector<std::int64_t>& heads, Allocation allocation);
 /// Refusal for configurations that know one number of KV heads: UsageError naming the layers that differ.
 void check_even_budget(const std::vector<std::int64_t>& heads);
