@@ -348,10 +348,12 @@ void frequency_maps(Document& document, const Section& section, const NewId& id)
   if (all.empty()) return;
   document.heading(3, "RoPE frequencies");
   document.paragraph(
-      "rope-commuting gives every group one complex number per head and rotary frequency. The leading share is what "
-      "that keeps of a frequency's energy: 100 % means that nothing is lost there, one divided by the heads of a group "
-      "that the heads have nothing in common. The imaginary share says how far the heads are turned against each "
-      "other: near 0 an average with real weights would do as well, the higher it is, the more the complex numbers "
+      "rope-commuting gives every group one complex number per head and rotary frequency. The leading share is the "
+      "part "
+      "of a frequency's energy that this keeps: at 100 % nothing is lost there, at one divided by the number of heads "
+      "in "
+      "a group the heads have nothing in common. The imaginary share says how far the heads are turned against each "
+      "other: near 0 an average with real weights would do as well; the higher it is, the more the complex numbers "
       "save.",
       "say");
   for (const FrequencyMaps& maps : all) {
@@ -380,7 +382,6 @@ void held_out_losses(Document& document, const Section& section, const NewId& id
   struct Panel {
     std::string title;
     std::string heads;
-    int series;
     HeldOut loss;
   };
   struct Worst {
@@ -410,7 +411,7 @@ void held_out_losses(Document& document, const Section& section, const NewId& id
       if (loss.worst && *loss.worst > worst.ratio)
         worst = {*loss.worst,
                  fmt::format("{} of layer {} of {}", keys ? "keys" : "values", loss.worst_layer, row->name)};
-      Panel panel{keys ? conversion.keys : conversion.values, kv_heads_words(conversion), row->series, loss};
+      Panel panel{keys ? conversion.keys : conversion.values, kv_heads_words(conversion), loss};
       auto& list = panels[keys];
       if (std::none_of(list.begin(), list.end(), [&](const Panel& other) {
             return other.title == panel.title && other.heads == panel.heads && other.loss.fitted == loss.fitted &&
@@ -428,12 +429,13 @@ void held_out_losses(Document& document, const Section& section, const NewId& id
       "seen. ");
   if (worst.ratio > kGap)
     words.strong("More calibration tokens would matter:")
-        .add(fmt::format(" on the other half the loss is up to {} ({}), more than a different draw of the same text "
-                         "would explain.",
-                         format_change(worst.ratio), worst.where));
+        .add(
+            fmt::format(" on the other half the loss differs by up to {} ({}), more than another draw of the same text "
+                        "would explain.",
+                        format_change(worst.ratio), worst.where));
   else
     words.strong("More calibration tokens would hardly matter:")
-        .add(worst.ratio > 0 ? fmt::format(" at worst the loss on the other half is {} ({}).",
+        .add(worst.ratio > 0 ? fmt::format(" at worst the loss on the other half differs by {} ({}).",
                                            format_change(worst.ratio), worst.where)
                              : std::string(" nothing is lost on the other half."));
   document.paragraph(words, "say");
@@ -456,7 +458,7 @@ void held_out_losses(Document& document, const Section& section, const NewId& id
       Series fitted, held_out;
       fitted.name = "fitted half";
       held_out.name = "held-out half";
-      fitted.colour = held_out.colour = panel.series;
+      fitted.colour = held_out.colour = -1;  // conversions of several folds may share a panel
       fitted.line = held_out.line = false;
       fitted.marker = Marker::hollow;
       held_out.marker_size = 3.2;
@@ -471,7 +473,7 @@ void held_out_losses(Document& document, const Section& section, const NewId& id
         held_out.points.push_back(point(loss.held_out[i], held_out.name));
         chart.stems.push_back({fitted.points.back(), held_out.points.back()});
       }
-      chart.stem_colour = panel.series;
+      chart.stem_colour = -1;
       chart.y = make_axis(values, "loss", "%", false, true, 5);
       chart.series = {fitted, held_out};
       drawn.push_back(chart.svg());

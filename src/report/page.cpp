@@ -417,23 +417,27 @@ class Builder {
     std::sort(keys.begin(), keys.end(), [&](const auto& a, const auto& b) { return order(a) < order(b); });
     Grid grid;
     grid.name = "Further metrics of " + one.name;
-    grid.mark_first = true;
     grid.columns.push_back({"Model", "", false});
     for (const auto& [task, metric] : keys) grid.columns.push_back({metric_name(metric), task, true});
     for (const ModelRow& row : one.models) {
       std::vector<Cell> cells = {name_cell(row)};
       cells[0].small.clear();
+      bool any = false;
       for (const auto& [task, metric] : keys) {
         Cell cell{kNone};
         if (row.evaluation)
           if (const auto found = row.evaluation->tasks.find(task); found != row.evaluation->tasks.end())
-            if (const auto value = found->second.metrics.find(metric); value != found->second.metrics.end())
+            if (const auto value = found->second.metrics.find(metric); value != found->second.metrics.end()) {
+              any = true;
               cell.text = !value->second ? std::string(kNotFinite)
                           : metric.starts_with("top1_agreement,")
                               ? fmt::format("{:.1f}{}%", *value->second * 100, kNbsp)
                               : format_significant(*value->second, 4);
+            }
         cells.push_back(std::move(cell));
       }
+      if (!any) continue;
+      grid.mark_first = grid.mark_first || row.original;
       grid.rows.push_back(std::move(cells));
     }
     document_.heading(3, "Further metrics");
@@ -532,7 +536,7 @@ class Builder {
     series.push_back(original);
     const bool log = *std::max_element(ratios.begin(), ratios.end()) /
                          std::max(1e-12, *std::min_element(ratios.begin(), ratios.end())) >
-                     3;
+                     2;
     Chart chart;
     chart.id = id("quality");
     chart.title = "Perplexity ratio against KV bytes, " + one.name;
@@ -680,6 +684,10 @@ class Builder {
       caption.add(both ? " Loss by layer, % of energy. Hollow markers: predicted; filled: measured; a stem joins the "
                          "two of one layer."
                        : " Predicted loss by layer, % of energy; not verified.");
+      if (std::any_of(rows.begin(), rows.end(), [](const ModelRow* row) {
+            return row->conversion->extras.refit && row->conversion->verification;
+          }))
+        caption.add(" The prediction is of the fold alone; what was measured includes the refit.");
       if (log) caption.add(" Logarithmic scale.");
       document_.figure(panels, many ? "panels wide" : "panels", caption);
     }
