@@ -367,7 +367,7 @@ void frequency_maps(Document& document, const Section& section, const NewId& id)
     caption.strong(joined(maps.names, ", ") + ".");
     caption.add(
         " Each row is a layer, each column a frequency, averaged over groups; darker (in dark mode: lighter) is more. "
-        "Light columns in the left map are where this fold loses keys.");
+        "Where the leading share is low, this fold loses keys.");
     const std::string& band = maps.row->conversion->extras.slow_band;
     if (!band.empty())
       caption.add(
