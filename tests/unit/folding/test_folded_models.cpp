@@ -274,7 +274,15 @@ TEST(FoldedModelTest, stock_form_equals_the_dense_equivalent) {
         const std::string prefix = fmt::format("model.layers.{}.self_attn.", l);
         rebuild(prefix + "k_proj.weight", keys);
         rebuild(prefix + "v_proj.weight", values);
-        if (biased) rebuild(prefix + "k_proj.bias", keys), rebuild(prefix + "v_proj.bias", values);
+        if (!biased) continue;
+        rebuild(prefix + "k_proj.bias", keys);
+        // The output projection has a bias, so values are folded less their mean: v^ = B A (v - m) + m.
+        const at::Tensor mean = at::matmul(problem.weights.value.index_select(0, rows),
+                                           problem.moments.mean.slice(0, 0, problem.weights.hidden)) +
+                                problem.weights.value_bias.index_select(0, rows);
+        rebuild(prefix + "v_proj.bias", values);
+        const at::Tensor left_out = mean - at::matmul(values.decoder, at::matmul(values.encoder, mean));
+        tensors.at(prefix + "v_proj.bias").index_add_(0, rows, left_out.to(at::kFloat));
       }
     }
     write_model(scratch / ("dense" + tag), config, tensors);

@@ -31,13 +31,18 @@ std::string message_of(const Work& work) {
 }
 
 TEST(FoldNamesTest, round_trip_and_unknown_names_list_the_known) {
-  for (const char* name : {"meanpool", "norope", "post-rotation", "rope-commuting"})
+  for (const char* name : {"meanpool", "procrustes", "norope", "post-rotation", "rope-commuting", "latent"})
     EXPECT_EQ(name_of(parse_key_fold(name)), name);
-  for (const char* name : {"meanpool", "svd"}) EXPECT_EQ(name_of(parse_value_fold(name)), name);
-  for (const char* name : {"weights", "act", "act+query"}) EXPECT_EQ(name_of(parse_metric(name)), name);
-  EXPECT_NE(
-      message_of<UsageError>([] { parse_key_fold("rope"); }).find("meanpool, norope, post-rotation, rope-commuting"),
-      std::string::npos);
+  for (const char* name : {"meanpool", "procrustes", "svd"}) EXPECT_EQ(name_of(parse_value_fold(name)), name);
+  for (const char* name : {"weights", "act", "act+query", "act+query+dist", "act+out", "attn+out"})
+    EXPECT_EQ(name_of(parse_metric(name)), name);
+  for (const char* name : {"contiguous", "search"}) EXPECT_EQ(name_of(parse_grouping(name)), name);
+  for (const char* name : {"uniform", "lorc-progressive", "greedy", "dp"})
+    EXPECT_EQ(name_of(parse_allocation(name)), name);
+  EXPECT_NE(message_of<UsageError>([] {
+              parse_key_fold("rope");
+            }).find("meanpool, procrustes, norope, post-rotation, rope-commuting, latent"),
+            std::string::npos);
   EXPECT_NE(message_of<UsageError>([] { parse_metric(""); }).find("weights, act, act+query"), std::string::npos);
 }
 
@@ -56,17 +61,21 @@ TEST(CheckOptionsTest, refuses_what_makes_no_sense_and_names_the_choices) {
   FoldOptions options;
   options.kv_heads = 4;
   EXPECT_NO_THROW(check_options(options, llama));
-  EXPECT_NE(message_of<UsageError>([&] { check_options(options, bloom); }).find("meanpool, norope"), std::string::npos);
+  EXPECT_NE(message_of<UsageError>([&] { check_options(options, bloom); }).find("meanpool, procrustes, norope, latent"),
+            std::string::npos);
   options.keys = KeyFold::norope;
   EXPECT_NO_THROW(check_options(options, bloom));
-  EXPECT_NE(
-      message_of<UsageError>([&] { check_options(options, llama); }).find("meanpool, post-rotation, rope-commuting"),
-      std::string::npos);
+  EXPECT_NE(message_of<UsageError>([&] {
+              check_options(options, llama);
+            }).find("meanpool, procrustes, post-rotation, rope-commuting, latent"),
+            std::string::npos);
   options.keys = KeyFold::post_rotation;
   EXPECT_NO_THROW(check_options(options, llama));
-  EXPECT_NE(message_of<UsageError>([&] { check_options(options, bloom); }).find("meanpool, norope"), std::string::npos);
+  EXPECT_NE(message_of<UsageError>([&] { check_options(options, bloom); }).find("meanpool, procrustes, norope, latent"),
+            std::string::npos);
   options.value_metric = Metric::act_query;
-  EXPECT_NE(message_of<UsageError>([&] { check_options(options, llama); }).find("weights or act"), std::string::npos);
+  EXPECT_NE(message_of<UsageError>([&] { check_options(options, llama); }).find("weights, act, act+out, attn+out"),
+            std::string::npos);
   options.value_metric = Metric::act;
   for (const std::int64_t heads : {3, 0, -4, 16}) {
     options.kv_heads = heads;
@@ -120,8 +129,24 @@ Plan example() {
   for (std::int64_t l = 0; l < 2; ++l) {
     LayerPlan layer;
     layer.layer = l;
-    layer.groups = {{{0, 2}, 1.0 / 3.0, 2.0, 0.1, 0.7, {0.5, 1.0}, {0.25, 1.0}},
-                    {{3, 1}, 1e-300, 1.0, 0.2, 0.3, {1.0}, {1.0}}};
+    layer.key_width = layer.value_width = 16;
+    GroupPlan first, second;
+    first.kv_heads = {0, 2};
+    first.key_loss = 1.0 / 3.0;
+    first.key_total = 2.0;
+    first.value_loss = 0.1;
+    first.value_total = 0.7;
+    first.key_energy = {0.5, 1.0};
+    first.value_energy = {0.25, 1.0};
+    first.key_held_out = 0.2;
+    first.imaginary_share = {0.1, 0.9};
+    second.kv_heads = {3, 1};
+    second.key_loss = 1e-300;
+    second.key_total = 1.0;
+    second.value_loss = 0.2;
+    second.value_total = 0.3;
+    second.key_energy = second.value_energy = {1.0};
+    layer.groups = {first, second};
     plan.layers.push_back(layer);
   }
   return plan;
