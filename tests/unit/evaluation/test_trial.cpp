@@ -26,8 +26,18 @@ using testing::HasSubstr;
 using testing_support::ScratchFolder;
 using testing_support::world;
 
-std::vector<Window> few_windows(const checkpoint::Reader& reader, std::int64_t count = 3, std::int64_t length = 48) {
-  return blocks_task(*tokenizer::load_tokenizer(reader.folder()), heldout(), length, count).windows;
+/// Windows of arbitrary ids; the last one scores only its second half.
+std::vector<Window> few_windows(const checkpoint::Reader& reader, std::int64_t count = 3, std::int64_t length = 24) {
+  std::vector<Window> windows;
+  for (std::int64_t w = 0; w < count; ++w) {
+    Window window{w, {}, {}};
+    for (std::int64_t i = 0; i < length; ++i) {
+      window.inputs.push_back((31 * i * i + 17 * i + 7 * w) % reader.config().vocab);
+      if (w + 1 < count || i >= length / 2) window.targets.push_back((13 * i + 5 * w) % reader.config().vocab);
+    }
+    windows.push_back(std::move(window));
+  }
+  return windows;
 }
 
 Totals scored(const checkpoint::Reader& model, const checkpoint::Reader* reference,
@@ -46,7 +56,7 @@ void expect_equal_bits(const Totals& a, const Totals& b) {
 class TrialOn : public testing::TestWithParam<const char*> {
  protected:
   void SetUp() override { at::set_num_threads(1); }
-  const checkpoint::Reader reader_{demo_model(GetParam())};
+  const checkpoint::Reader reader_{testing_support::golden_folder() / GetParam()};
   bool llama() const { return reader_.config().family == checkpoint::Family::llama; }
   std::string down() const { return llama() ? "down_proj.weight" : "dense_4h_to_h.weight"; }
   std::string down_of(std::int64_t layer) const {
@@ -64,7 +74,7 @@ TEST_P(TrialOn, with_nothing_replaced_is_the_original) {
   const Trial trial(world(), reader_, windows, at::kFloat);
   const Totals expected = scored(reader_, nullptr, windows);
   expect_equal_bits(trial.original(), expected);
-  for (const std::int64_t first : {std::int64_t{0}, std::int64_t{3}, reader_.config().layers}) {
+  for (const std::int64_t first : {std::int64_t{0}, std::int64_t{1}, reader_.config().layers}) {
     std::int64_t asked = 0;
     const Totals same = trial.score(first, [&](std::int64_t layer) {
       EXPECT_EQ(layer, first + asked++);
@@ -94,23 +104,23 @@ TEST_P(TrialOn, replaced_tensors_score_like_the_written_checkpoint) {
   const Trial lean(world(), reader_, windows, at::kFloat, 0, Trial::Keep::ends);
   for (FoldOptions& options : list) {
     options.key_metric = options.value_metric = Metric::weights;
-    options.kv_heads = 4;
+    options.kv_heads = reader_.config().kv_heads / 2;
     std::vector<LayerTarget> targets = folding::uniform_targets(options, reader_.config());
     // Heads that a grouping moves take their queries along.
-    if (options.keys == KeyFold::rope_commuting) targets[2].groups = {{0, 5}, {1, 3}, {2, 7}, {4, 6}};
+    if (options.keys == KeyFold::rope_commuting) targets[1].groups = {{0, 3}, {1, 2}};
     const folding::Plan plan = make_plan(world(), reader_, nullptr, options, targets);
     const std::string name = name_of(options.keys);
     folding::apply_plan(world(), reader_, nullptr, plan, scratch / name);
     const checkpoint::Reader written(scratch / name);
     const Totals expected = scored(written, &reader_, windows);
-    EXPECT_GT(expected.divergence, 1e-3 * static_cast<double>(expected.tokens)) << name;  // the fold does change it
+    EXPECT_GT(expected.divergence, 1e-4 * static_cast<double>(expected.tokens)) << name;  // the fold does change it
 
     const checkpoint::ModelConfig folded = checkpoint::parse_config(
         folding::folded_model_config(reader_.config(), targets, folding::layout_of(options)), "folded");
     NewTensors tensors;
     const auto replaced = [&](std::int64_t layer) {
       tensors = folding::folded_layer(reader_, nullptr, targets[static_cast<std::size_t>(layer)], layer, options);
-      for (auto& [tail, tensor] : tensors) tensor = tensor.to(at::kBFloat16);  // as the file holds them
+      for (auto& [tail, tensor] : tensors) tensor = tensor.to(at::kFloat);  // as the file holds them
       return ReplacedLayer{&folded, &tensors};
     };
     expect_equal_bits(trial.score(0, replaced), expected);
@@ -119,24 +129,24 @@ TEST_P(TrialOn, replaced_tensors_score_like_the_written_checkpoint) {
 }
 
 TEST_P(TrialOn, scores_do_not_depend_on_ranks_memory_or_where_it_begins) {
-  const std::vector<Window> windows = few_windows(reader_, 5, 32);
+  const std::vector<Window> windows = few_windows(reader_, 5, 20);
   const Trial all(world(), reader_, windows, at::kFloat);
   const Trial alone(comm::Communicator::self(), reader_, windows, at::kFloat);
   const Trial streamed(world(), reader_, windows, at::kFloat, 0);
   const Trial ends(world(), reader_, windows, at::kFloat, 0, Trial::Keep::ends);
-  const NewTensors changed = {{down(), stored(3).mul(1.4)}};
+  const NewTensors changed = {{down(), stored(1).mul(1.4)}};
   const auto replaced = [&](std::int64_t layer) {
-    return layer == 3 ? ReplacedLayer{&reader_.config(), &changed} : ReplacedLayer{};
+    return layer == 1 ? ReplacedLayer{&reader_.config(), &changed} : ReplacedLayer{};
   };
   const Totals expected = alone.score(0, replaced);
   EXPECT_GT(expected.divergence, 0.0);
   for (const Trial* trial : {&all, &alone, &streamed, &ends}) expect_equal_bits(trial->original(), all.original());
   for (const Trial* trial : {&all, &streamed, &ends}) expect_equal_bits(trial->score(0, replaced), expected);
-  for (const Trial* trial : {&all, &streamed}) expect_equal_bits(trial->score(3, replaced), expected);
-  EXPECT_THROW(ends.score(3, replaced), InternalError);  // these hidden states were not kept
+  for (const Trial* trial : {&all, &streamed}) expect_equal_bits(trial->score(1, replaced), expected);
+  EXPECT_THROW(ends.score(1, replaced), InternalError);  // these hidden states were not kept
   // Layer by layer, the rest left to finish(); two trials at once do not disturb each other.
-  Trial::Run run = all.begin(2), other = all.begin(0);
-  for (const std::int64_t layer : {2, 3}) run.advance(replaced(layer));
+  Trial::Run run = all.begin(0), other = all.begin(0);
+  for (const std::int64_t layer : {0, 1}) run.advance(replaced(layer));
   expect_equal_bits(run.finish(), expected);
   EXPECT_EQ(other.finish().divergence, 0.0);
 }
@@ -146,7 +156,7 @@ TEST_P(TrialOn, divergence_equals_that_of_a_perturbed_copy) {
   const checkpoint::Reader copy(perturbed(reader_.folder(), scratch / "copy", 0.5));
   const std::vector<Window> windows = few_windows(reader_);
   const Trial trial(world(), reader_, windows, at::kFloat);
-  const NewTensors changed = {{down(), stored(0).to(at::kBFloat16).mul(1.5)}};
+  const NewTensors changed = {{down(), stored(0).mul(1.5)}};
   expect_equal_bits(trial.score(0,
                                 [&](std::int64_t layer) {
                                   return layer == 0 ? ReplacedLayer{&reader_.config(), &changed} : ReplacedLayer{};
@@ -189,8 +199,8 @@ TEST_P(TrialOn, refuses_what_makes_no_sense) {
     EXPECT_NO_THROW(misshapen.advance(replaced(1)));
 }
 
-INSTANTIATE_TEST_SUITE_P(Demo, TrialOn, testing::Values("prose-llama", "prose-bloom"),
-                         [](const auto& model) { return std::string(model.param).substr(6); });
+INSTANTIATE_TEST_SUITE_P(Golden, TrialOn, testing::Values("llama-mha", "bloom"),
+                         [](const auto& model) { return std::string(model.param).substr(0, 5); });
 
 }  // namespace
 }  // namespace headfold::evaluation
