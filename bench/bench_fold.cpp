@@ -101,7 +101,7 @@ int main(int argc, char** argv) {
   });
   timed("plan: keys, rope-commuting act+query",
         [&] { each_group([&](const auto& g) { key_basis(problem, g, options); }); });
-  problem.value_rows = make_value_rows(problem);
+  problem.group_grams = make_group_grams(problem);
   options.value_metric = Metric::act_out;
   timed("plan: values, act+out", [&] { each_group([&](const auto& g) { value_basis(problem, g, options); }); });
   timed("  again, products kept", [&] { each_group([&](const auto& g) { value_basis(problem, g, options); }); });

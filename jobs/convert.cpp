@@ -1,5 +1,6 @@
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
+#include <headfold/base/profile.h>
 #include <headfold/base/progress.h>
 #include <headfold/base/table.h>
 #include <headfold/calibration/text.h>
@@ -126,10 +127,14 @@ void warn_about(const folding::Plan& plan) {
 void print_refit(const folding::LayerRefit& layer) {
   std::string text = fmt::format("refit layer {}:", layer.layer);
   const auto add = [&](const folding::PartRefit& part) {
-    text += fmt::format(" {} held-out error {} -> {}{};", part.part, percent(part.held_out_before),
-                        percent(part.held_out_after), part.kept ? "" : " (not kept)");
+    // Queries and keys are judged by the divergence of attention rows, projections by their error.
+    const auto shown = [&](double value) {
+      return part.divergence ? fmt::format("{:.3g} nats", value) : percent(value);
+    };
+    text += fmt::format(" {} held out {} -> {}{};", part.part, shown(part.held_out_before), shown(part.held_out_after),
+                        part.kept ? "" : " (not kept)");
   };
-  add(layer);
+  if (!layer.part.empty()) add(layer);
   for (const folding::PartRefit& part : layer.others) add(part);
   text += fmt::format(" residual stream error {}", percent(layer.stream_error));
   std::cout << text << std::endl;
@@ -340,7 +345,8 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   // again.
   Decision decision{given_targets, from_plan ? given.decisions : OrderedJson()};
   if (!from_plan) decision = decide_targets(world, reader, statistics.get(), options, grouping, probe_source);
-  folding::Plan plan = make_plan(world, reader, statistics.get(), options, decision.targets, held_out == "on");
+  folding::KeptBases bases;
+  folding::Plan plan = make_plan(world, reader, statistics.get(), options, decision.targets, held_out == "on", &bases);
   plan.decisions = decision.report;
   if (values.count("tensor-parallel") > 0) {
     std::vector<std::int64_t> heads;
@@ -376,11 +382,18 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
     refit.sequences = read_sequences(world, reader.folder(), config, text);
     if (speaks) refit.report = print_refit;
   }
-  folding::apply_plan(world, reader, statistics.get(), plan, out, shard, options.refit ? &refit : nullptr);
+  folding::apply_plan(world, reader, statistics.get(), plan, out, shard, options.refit ? &refit : nullptr, &bases);
   const double seconds = clock.seconds();
   OrderedJson record = run_record(context, "convert", arguments, seconds);
   record["seconds_plan"] = seconds_plan;
   record["seconds_apply"] = seconds - seconds_plan;
+  // Seconds of all threads of all ranks by kind of work (base/profile.h).
+  std::vector<std::int64_t> milliseconds;
+  for (const auto& [name, spent] : profile()) milliseconds.push_back(std::lround(spent * 1000));
+  world.all_reduce(std::span(milliseconds));
+  record["profile"] = OrderedJson::object();
+  for (std::size_t i = 0; i < milliseconds.size(); ++i)
+    record["profile"][profile()[i].first] = static_cast<double>(milliseconds[i]) / 1000;
   record["request"] = request;
   world.on_root([&] { write_json(out / "convert.json", record); });
   if (speaks) {

@@ -5,6 +5,7 @@
 #include <headfold/base/hash.h>
 #include <headfold/base/json.h>
 #include <headfold/base/log.h>
+#include <headfold/base/profile.h>
 #include <headfold/calibration/statistics.h>
 #include <headfold/linalg/linalg.h>
 #include <unistd.h>
@@ -431,7 +432,7 @@ LayerStatistics PackedStatistics::full() const {
   all.count_0 = count_0;
   all.sum = sum;
   all.sum_0 = sum_0;
-  all.moment = linalg::unpack_lower(moment, hidden);
+  all.moment = unpack(moment);
   all.moment_0 = linalg::unpack_lower(moment_0, hidden);
   all.rotated_keys = unpack(rotated_keys);
   all.count_even = count_even;
@@ -445,9 +446,11 @@ LayerStatistics PackedStatistics::full() const {
     all.attention_count = attention_count;
     all.rotated_queries = unpack_heads(rotated_queries);
     all.distance_mass = distance_mass.view({heads, -1});
-    all.attended = unpack_heads(attended);
-    all.attended_sum = attended_sum.view({heads, -1});
     all.attended_heads = attended_heads;
+    if (attended.defined()) {
+      all.attended = unpack_heads(attended);
+      all.attended_sum = attended_sum.view({heads, -1});
+    }
   }
   return all;
 }
@@ -514,6 +517,7 @@ StatisticsFile::StatisticsFile(const fs::path& path) : path_(path) {
 StatisticsFile::~StatisticsFile() = default;
 
 LayerStatistics StatisticsFile::layer(std::int64_t index, const Selection& selection) const {
+  const Timed timed(Work::read_statistics);
   if (index < 0 || index >= header_.layers)
     throw InputError(
         fmt::format("{} holds layers 0 to {}; layer {} was asked for", path_.string(), header_.layers - 1, index));
@@ -527,8 +531,11 @@ LayerStatistics StatisticsFile::layer(std::int64_t index, const Selection& selec
   packed.attended_heads = shape.attended_heads;
   at::Tensor traces;
   for (const Dataset& dataset : datasets(shape, header_.format_version)) {
+    const bool attended = dataset.name == "attended" || dataset.name == "attended_sum";
     if ((dataset.part == Part::halves && !selection.halves) ||
-        (dataset.part == Part::attention && !selection.attention))
+        (dataset.part == Part::attention && !selection.attention) || (attended && !selection.attended) ||
+        (dataset.name.starts_with("rotated_keys") && !selection.rotated_keys) ||
+        ((dataset.name == "moment" || dataset.name == "moment_even") && !selection.moment))
       continue;
     const at::Tensor values = input.read(index, dataset);
     const double* value = values.data_ptr<double>();

@@ -46,7 +46,7 @@ struct LayerStatistics {
   at::Tensor attended_sum;          ///< sum y_h, [heads, block]
   std::int64_t attended_heads = 0;  ///< source KV heads of one block; query head h belongs to block kv(h) /
                                     ///< attended_heads
-  bool has_halves() const { return moment_even.defined(); }
+  bool has_halves() const { return sum_even.defined(); }
   bool has_attention() const { return rotated_queries.defined(); }
   /// One half as statistics of its own (which: 0 even, 1 odd), without attention statistics. InternalError without
   /// halves.
@@ -106,7 +106,10 @@ class StatisticsFile {
   /// What to read of a layer: what is left out, or not in the file, stays undefined.
   struct Selection {
     bool halves = true;
-    bool attention = true;
+    bool attention = true;  ///< rotated queries and distances, and with `attended` attended values
+    bool moment = true;     ///< S2 of positions > 0, in a half only with `halves`
+    bool rotated_keys = true;
+    bool attended = true;
   };
   /// InputError for an index outside the file; CorruptFile naming the dataset for NaN, Inf or sums that contradict each
   /// other.

@@ -195,6 +195,13 @@ at::Tensor Reader::load(const std::string& name, const std::vector<std::int64_t>
   return copy.copy_(shard.view(stored));
 }
 
+void Reader::will_need(const std::string& name) const {
+  const std::string stored = stored_name(*this, name);
+  const SafetensorsFile& shard = state_->shard(stored);
+  const TensorInfo& where = shard.info(stored);
+  shard.map().will_need(where.begin, where.end);
+}
+
 void Reader::done_with(const std::string& name) const {
   const std::string stored = stored_name(*this, name);
   const SafetensorsFile& shard = state_->shard(stored);

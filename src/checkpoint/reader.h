@@ -34,6 +34,8 @@ class Reader {
   std::vector<std::filesystem::path> files() const;
   /// A copy in `dtype`, checked against `shape` (InputError naming file, tensor, both shapes).
   at::Tensor load(const std::string& name, const std::vector<std::int64_t>& shape, at::ScalarType dtype) const;
+  /// Tells the kernel that a tensor's pages will be read soon.
+  void will_need(const std::string& name) const;
   /// Tells the kernel that a tensor's pages are no longer needed (streaming through models larger than memory).
   void done_with(const std::string& name) const;
   /// Total bytes of all tensors.

@@ -1,5 +1,6 @@
 #include <headfold/base/error.h>
 #include <headfold/base/log.h>
+#include <headfold/base/profile.h>
 #include <headfold/base/progress.h>
 #include <headfold/base/version.h>
 #include <headfold/checkpoint/layout.h>
@@ -49,7 +50,20 @@ void put(NewTensors& tensors, const std::string& name, const at::Tensor& weight,
 }
 
 at::Tensor rows_of(const at::Tensor& tensor, const at::Tensor& rows) {
-  return tensor.defined() ? tensor.index_select(0, rows) : tensor;
+  return tensor.defined() ? tensor.index_select(0, rows).to(at::kDouble) : tensor;
+}
+
+Basis basis_of(const LayerProblem& problem, Part part, const std::vector<std::int64_t>& kv_heads,
+               const FoldOptions& options, std::int64_t width) {
+  if (problem.kept != nullptr)
+    if (const Basis* kept = problem.kept->find(problem.layer, part, kv_heads)) return *kept;
+  return part == Part::keys ? key_basis(problem, kv_heads, options, width)
+                            : value_basis(problem, kv_heads, options, width);
+}
+
+/// Rounds the pieces of a tensor to be joined.
+void round_all(const Rounding& rounding, const std::string& tail, at::Tensor& piece) {
+  if (rounding && piece.defined()) piece = rounding(tail, piece);
 }
 
 /// Means that the centred value folds leave to the output bias: of the attended values of every query head's group
@@ -211,7 +225,8 @@ Layout layout(const Reader& reader, const FoldOptions& options, const std::vecto
 
 }  // namespace
 
-NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, const FoldOptions& options) {
+NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, const FoldOptions& options,
+                       const Rounding& rounding) {
   const LayerWeights& w = problem.weights;
   const Groups& groups = target.groups;
   const std::int64_t d = w.head_dim, repeat = w.key_repeat(), r = target.key_width;
@@ -224,7 +239,8 @@ NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, c
       query_fold(count), key_up(count);
   for_each_item(static_cast<std::int64_t>(count), [&](std::int64_t index) {
     const auto g = static_cast<std::size_t>(index);
-    const Basis basis = key_basis(problem, groups[g], options, r);
+    const Timed timed(Work::new_weights);
+    const Basis basis = basis_of(problem, Part::keys, groups[g], options, r);
     const auto size = static_cast<std::int64_t>(groups[g].size());
     const at::Tensor rows = block_index(groups[g], d);
     const at::Tensor query_rows = block_index(query_heads_of(groups[g], repeat), d);
@@ -232,11 +248,16 @@ NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, c
     key_bias[g] = rows_of(w.key_bias, rows);
     query[g] = rows_of(w.query, query_rows);
     query_bias[g] = rows_of(w.query_bias, query_rows);
+    const auto round = [&] {
+      round_all(rounding, std::string(names.key) + ".weight", key[g]);
+      round_all(rounding, std::string(names.query) + ".weight", query[g]);
+    };
     const at::Tensor decoder = basis.decoder.view({size, d, r});
     const at::Tensor decoder_t = decoder.transpose(1, 2);  // B_k^T
     if (projected) {
       key_fold[g] = basis.encoder;
       query_fold[g] = decoder_t.contiguous();
+      round();
       return;
     }
     key[g] = at::matmul(basis.encoder, key[g]);
@@ -247,13 +268,18 @@ NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, c
       key_bias[g] = drops_bias ? at::zeros({r}, at::kDouble) : at::matmul(basis.encoder, key_bias[g]);
     if (rebuilt) {
       key_up[g] = decoder.contiguous();
+      round();
       return;
     }
-    if (options.keys == KeyFold::meanpool) return;
+    if (options.keys == KeyFold::meanpool) {
+      round();
+      return;
+    }
     query[g] =
         at::matmul(decoder_t.unsqueeze(1), query[g].view({size, repeat, d, -1})).reshape({size * repeat * r, -1});
     if (query_bias[g].defined())
       query_bias[g] = at::matmul(decoder_t.unsqueeze(1), query_bias[g].view({size, repeat, d, 1})).reshape({-1});
+    round();
   });
   NewTensors made;
   put(made, names.query, joined(query, 0), joined(query_bias, 0));
@@ -266,7 +292,8 @@ NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, c
   return made;
 }
 
-NewTensors folded_values(const LayerProblem& problem, const LayerTarget& target, const FoldOptions& options) {
+NewTensors folded_values(const LayerProblem& problem, const LayerTarget& target, const FoldOptions& options,
+                         const Rounding& rounding) {
   const LayerWeights& w = problem.weights;
   const Groups& groups = target.groups;
   const std::int64_t d = w.head_dim, repeat = w.value_repeat(), r = target.value_width;
@@ -276,15 +303,17 @@ NewTensors folded_values(const LayerProblem& problem, const LayerTarget& target,
   std::vector<at::Tensor> value(count), value_bias(count), output(count), correction(count), value_up(count);
   for_each_item(static_cast<std::int64_t>(count), [&](std::int64_t index) {
     const auto g = static_cast<std::size_t>(index);
-    const Basis basis = value_basis(problem, groups[g], options, r);
+    const Timed timed(Work::new_weights);
+    const Basis basis = basis_of(problem, Part::values, groups[g], options, r);
     const auto size = static_cast<std::int64_t>(groups[g].size());
     const at::Tensor rows = block_index(groups[g], d);
     const std::vector<std::int64_t> query_heads = query_heads_of(groups[g], repeat);
     const at::Tensor source = rows_of(w.value, rows);
     const at::Tensor source_bias = rows_of(w.value_bias, rows);
-    output[g] = w.output.index_select(1, block_index(query_heads, d));
+    output[g] = w.output.index_select(1, block_index(query_heads, d)).to(at::kDouble);
     value[g] = at::matmul(basis.encoder, source);
     if (source_bias.defined()) value_bias[g] = at::matmul(basis.encoder, source_bias);
+    round_all(rounding, std::string(names.value) + ".weight", value[g]);
     if (options.values == ValueFold::meanpool) return;
     const at::Tensor heads = output[g].view({w.hidden, size, repeat, d});
     // B_h of every query head, [size, repeat, d, r]: its source head's decoder, or its own (methods.md 4.3, tier 2b).
@@ -308,12 +337,12 @@ NewTensors folded_values(const LayerProblem& problem, const LayerTarget& target,
       output[g] = at::matmul(heads.permute({1, 2, 0, 3}), decoders)
                       .permute({2, 0, 1, 3})
                       .reshape({w.hidden, size * repeat * r});
-    else
-      value_up[g] = basis.decoder.view({size, d, r});
+    round_all(rounding, std::string(names.output) + ".weight", output[g]);
+    if (!absorbed) value_up[g] = basis.decoder.view({size, d, r});
   });
   NewTensors made;
   put(made, names.value, joined(value, 0), joined(value_bias, 0));
-  at::Tensor bias = w.output_bias;
+  at::Tensor bias = w.output_bias.defined() ? w.output_bias.to(at::kDouble) : w.output_bias;
   if (problem.centred_values && options.values != ValueFold::meanpool)
     for (const at::Tensor& part : correction) bias = bias + part;
   put(made, names.output, joined(output, 1), bias);
@@ -417,9 +446,8 @@ OrderedJson headfold_record(const Reader& reader, const calibration::StatisticsF
 }
 
 NewTensors folded_layer(const Reader& reader, const calibration::StatisticsFile* statistics, const LayerTarget& target,
-                        std::int64_t layer, const FoldOptions& options) {
-  LayerProblem problem;
-  for_each_item(1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, Part::both, options); });
+                        std::int64_t layer, const FoldOptions& options, const KeptBases* kept) {
+  const LayerProblem problem = load_for_apply(reader, statistics, layer, Part::both, options, target.groups, kept);
   NewTensors made = folded_keys(problem, target, options);
   made.merge(folded_values(problem, target, options));
   return made;
@@ -449,7 +477,7 @@ NewTensors expanded_part(const Reader& reader, const calibration::StatisticsFile
 
 void apply_plan(const comm::Communicator& world, const Reader& reader, const calibration::StatisticsFile* statistics,
                 const Plan& plan, const std::filesystem::path& folder, std::uint64_t max_shard_bytes,
-                const Refit* refit) {
+                const Refit* refit, const KeptBases* kept) {
   const ModelConfig& config = reader.config();
   if (plan.options.refit != (refit != nullptr))
     throw InternalError("the plan and apply_plan's arguments disagree on the refit");
@@ -465,7 +493,11 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
 
   checkpoint::ParallelWriter writer(world, folder, target.tensors, max_shard_bytes);
   const auto write = [&](const std::string& name, const at::Tensor& tensor) {
-    writer.write(name, rounded(tensor, dtypes.at(name), name));
+    const std::string& dtype = dtypes.at(name);
+    // What a fold rounded piece by piece was checked then.
+    const at::Tensor stored = tensor.scalar_type() == at::kDouble ? rounded(tensor, dtype, name) : tensor;
+    const Timed timed(Work::writing);
+    writer.write(name, stored);
   };
   if (refit != nullptr) {
     record["refit"] = OrderedJson{{"options", to_json(*refit->options)},
@@ -482,7 +514,7 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
     refit_layers(
         world, reader, folded, refit->sequences, options,
         [&](std::int64_t layer) {
-          return folded_layer(reader, statistics, targets[static_cast<std::size_t>(layer)], layer, plan.options);
+          return folded_layer(reader, statistics, targets[static_cast<std::size_t>(layer)], layer, plan.options, kept);
         },
         [&](std::int64_t layer, const NewTensors& tensors, const LayerRefit& report) {
           record["refit"]["layers"].push_back(to_json(report));
@@ -502,11 +534,15 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
       const std::int64_t layer = item / 2;
       const Part part = item % 2 == 0 ? Part::keys : Part::values;
       const LayerTarget& list = targets[static_cast<std::size_t>(layer)];
-      LayerProblem problem;
-      for_each_item(1, [&](std::int64_t) { problem = load_problem(reader, statistics, layer, part, plan.options); });
-      const NewTensors made =
-          part == Part::keys ? folded_keys(problem, list, plan.options) : folded_values(problem, list, plan.options);
+      const LayerProblem problem = load_for_apply(reader, statistics, layer, part, plan.options, list.groups, kept);
       const std::string prefix = attention_prefix(reader, layer);
+      // Piece by piece: a quarter of the memory that whole matrices in float64 would pass through.
+      const Rounding rounding = [&](const std::string& tail, const at::Tensor& piece) {
+        const auto dtype = dtypes.find(prefix + tail);
+        return dtype == dtypes.end() ? piece : rounded(piece, dtype->second, dtype->first);
+      };
+      const NewTensors made = part == Part::keys ? folded_keys(problem, list, plan.options, rounding)
+                                                 : folded_values(problem, list, plan.options, rounding);
       for (const auto& [tail, shape] : made_tensors(config, plan.options, list, part))
         write(prefix + tail, made.at(tail));
       progress.advance(1);
@@ -515,6 +551,7 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
   // Untouched tensors: every rank copies an equal share of their bytes, whole tensors.
   std::uint64_t total = 0;
   for (const std::string& name : target.untouched) total += reader.info(name).end - reader.info(name).begin;
+  std::vector<std::string> own;
   std::uint64_t before = 0;
   for (const std::string& name : target.untouched) {
     const std::uint64_t bytes = reader.info(name).end - reader.info(name).begin;
@@ -523,10 +560,16 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
         total == 0 ? 0
                    : std::min(world.size() - 1, static_cast<int>(middle / static_cast<double>(total) * world.size()));
     before += bytes;
-    if (owner != world.rank()) continue;
+    if (owner == world.rank()) own.push_back(name);
+  }
+  for_each_item(std::ssize(own), [&](std::int64_t i) {
+    const Timed timed(Work::copying);
+    const std::string& name = own[static_cast<std::size_t>(i)];
+    reader.will_need(name);
     writer.write(name, reader.view(name));
     reader.done_with(name);
-  }
+  });
+  const Timed timed(Work::sync);
   writer.finish(folded_json, record, checkpoint::companion_files(reader.folder()));
 }
 

@@ -3,26 +3,160 @@
 #include <headfold/folding/bases.h>
 #include <headfold/model/model.h>
 
+#include <algorithm>
+
+#include "group_grams.h"
+
 namespace headfold::folding {
 
-LayerProblem load_problem(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics,
-                          std::int64_t layer, Part part, const FoldOptions& options, Half half) {
+namespace {
+
+LayerProblem problem_of(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics,
+                        std::int64_t layer, Part part, const FoldOptions& options, at::ScalarType dtype) {
   LayerProblem problem;
-  problem.weights = load_layer_weights(reader, layer, part);
+  problem.layer = layer;
+  problem.weights = load_layer_weights(reader, layer, part, dtype);
   problem.rotates = reader.config().family == checkpoint::Family::llama;
   problem.centred_values = reader.config().family == checkpoint::Family::bloom || reader.config().attention_bias;
   if (problem.rotates) problem.frequencies = model::rope_inverse_frequencies(reader.config());
   problem.context = options.context > 0     ? options.context
                     : statistics != nullptr ? statistics->header().sequence_length
                                             : reader.config().max_positions;
+  return problem;
+}
+
+bool looks_at_queries(const FoldOptions& options) {
+  return options.key_metric == Metric::act_query || options.key_metric == Metric::act_query_dist;
+}
+
+/// Whether folding keys needs neither W_K Cx nor W_Q Cx: rotated Grams say it all (keys_rope_commuting.cpp,
+/// rotated_key_problem()).
+bool keys_need_no_input(const LayerProblem& problem, const FoldOptions& options,
+                        const calibration::StatisticsHeader& header) {
+  if (options.key_metric == Metric::weights) return true;
+  if (!problem.rotates || !header.has_rotated_keys || options.mean_weight != 1.0) return false;
+  if (options.keys == KeyFold::post_rotation)
+    return options.key_metric == Metric::act || (looks_at_queries(options) && header.has_attention);
+  return options.keys == KeyFold::rope_commuting && options.key_metric == Metric::act_query && options.slow_band == 0 &&
+         header.has_attention && options.sink_weight == 1.0;
+}
+
+}  // namespace
+
+LayerProblem load_problem(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics,
+                          std::int64_t layer, Part part, const FoldOptions& options, Half half) {
+  LayerProblem problem = problem_of(reader, statistics, layer, part, options, at::kDouble);
   if (statistics != nullptr) {
     calibration::LayerStatistics sums = statistics->layer(layer);
     if (half != Half::all) sums = sums.half(half == Half::even ? 0 : 1);
     problem.moments = moments_of(sums, problem.weights, options.sink_weight);
     problem.has_moments = true;
-    problem.value_rows = make_value_rows(problem);
+    problem.group_grams = make_group_grams(problem);
   }
   return problem;
+}
+
+FoldProblems load_problems(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics,
+                           std::int64_t layer, Part part, const FoldOptions& options, bool halves) {
+  FoldProblems problems;
+  LayerProblem& all = problems.all;
+  all = problem_of(reader, statistics, layer, part, options, at::ScalarType::Undefined);
+  if (statistics == nullptr) return problems;
+  const calibration::StatisticsHeader& header = statistics->header();
+  const bool keys = part != Part::values && options.key_metric != Metric::weights;
+  const bool values = part != Part::keys && options.value_metric != Metric::weights;
+  const bool rotated =
+      keys && all.rotates && (options.keys == KeyFold::rope_commuting || options.keys == KeyFold::post_rotation);
+  const bool attended = values && options.value_metric == Metric::attn_out;
+  const bool key_input = keys && !keys_need_no_input(all, options, header);
+  const bool value_input = values && (!attended || halves);  // halves keep no attended values
+  calibration::StatisticsFile::Selection selection;
+  selection.halves = halves;
+  selection.attention = attended || (rotated && looks_at_queries(options));
+  selection.attended = attended;
+  selection.moment = key_input || value_input;
+  selection.rotated_keys =
+      rotated && (options.keys == KeyFold::post_rotation || options.key_metric == Metric::act_query);
+  const calibration::LayerStatistics sums = statistics->layer(layer, selection);
+  const MomentsWanted wanted{selection.moment, false};
+  const auto finish = [&](LayerProblem& problem, const calibration::LayerStatistics& of, const MomentsWanted& which) {
+    problem.moments = moments_of(of, problem.weights, options.sink_weight, which);
+    problem.has_moments = true;
+  };
+  if (halves) problems.even = problems.odd = all;
+  finish(all, sums, wanted);
+  all.group_grams = make_group_grams(all);
+  if (!halves) return problems;
+  const calibration::LayerStatistics even = sums.half(0);
+  finish(problems.even, even, wanted);
+  calibration::LayerStatistics rest = sums;
+  rest.moment = rest.moment_even = at::Tensor();
+  const calibration::LayerStatistics odd = rest.half(1);
+  finish(problems.odd, odd, {false, false});
+  for (LayerProblem* half : {&problems.even, &problems.odd}) {
+    half->moments.rotated_queries = all.moments.rotated_queries;
+    half->moments.distance_law = all.moments.distance_law;
+  }
+  const auto tokens = [&](const calibration::LayerStatistics& of) {
+    return of.count + options.sink_weight * of.count_0;
+  };
+  problems.even.group_grams = std::make_shared<GroupGrams>(problems.even, all.group_grams);
+  problems.odd.group_grams = std::make_shared<GroupGrams>(problems.odd, all.group_grams, problems.even.group_grams,
+                                                          tokens(sums) / tokens(odd), tokens(even) / tokens(odd));
+  return problems;
+}
+
+LayerProblem load_for_apply(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics,
+                            std::int64_t layer, Part part, const FoldOptions& options,
+                            const std::vector<std::vector<std::int64_t>>& groups, const KeptBases* kept) {
+  const auto there = [&](Part which) {
+    return std::all_of(groups.begin(), groups.end(),
+                       [&](const auto& group) { return kept->find(layer, which, group) != nullptr; });
+  };
+  if (kept == nullptr || (part != Part::values && !there(Part::keys)) || (part != Part::keys && !there(Part::values)))
+    return load_problems(reader, statistics, layer, part, options, false).all;
+  LayerProblem problem = problem_of(reader, statistics, layer, part, options, at::ScalarType::Undefined);
+  if (const LayerMoments* means = kept->means(layer)) {
+    problem.moments = *means;
+    problem.has_moments = true;
+  }
+  problem.kept = kept;
+  return problem;
+}
+
+void KeptBases::keep(std::int64_t layer, Part part, const std::vector<std::int64_t>& kv_heads, const Basis& basis) {
+  Basis thin;
+  thin.encoder = basis.encoder;
+  thin.decoder = basis.decoder;
+  thin.head_decoders = basis.head_decoders;
+  std::uint64_t bytes = 0;
+  for (const at::Tensor& tensor : {thin.encoder, thin.decoder, thin.head_decoders})
+    if (tensor.defined()) bytes += tensor.nbytes();
+  const std::lock_guard lock(mutex_);
+  if (bytes_ + bytes > most_bytes_) return;
+  bytes_ += bytes;
+  bases_[{layer, part, kv_heads}] = std::move(thin);
+}
+
+void KeptBases::keep_means(std::int64_t layer, const LayerMoments& moments) {
+  LayerMoments means;
+  means.mean = moments.mean;
+  means.attended_mean = moments.attended_mean;
+  means.attended_heads = moments.attended_heads;
+  const std::lock_guard lock(mutex_);
+  means_[layer] = std::move(means);
+}
+
+const Basis* KeptBases::find(std::int64_t layer, Part part, const std::vector<std::int64_t>& kv_heads) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = bases_.find({layer, part, kv_heads});
+  return found == bases_.end() ? nullptr : &found->second;
+}
+
+const LayerMoments* KeptBases::means(std::int64_t layer) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = means_.find(layer);
+  return found == means_.end() ? nullptr : &found->second;
 }
 
 void for_each_item(std::int64_t count, const std::function<void(std::int64_t)>& work) {

@@ -16,14 +16,20 @@ struct KeySide {
 
 KeySide key_side(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, const FoldOptions& options) {
   KeySide side;
-  side.group = group_of(problem, kv_heads, Part::keys);
   side.moments = problem.moments_or_null();
-  if (!problem.rotates) return side;
+  const auto read_group = [&] { side.group = fold_group(problem, kv_heads, Part::keys, options.key_metric); };
+  if (!problem.rotates) {
+    read_group();
+    return side;
+  }
   side.context.frequencies = problem.frequencies;
   side.context.mean_weight = options.mean_weight;
   side.context.polish = options.polish;
   if (options.keys == KeyFold::rope_commuting) side.context.band = slow_band_of(problem, options);
-  if (!problem.has_moments) return side;
+  if (!problem.has_moments) {
+    read_group();
+    return side;
+  }
   const LayerMoments& moments = problem.moments;
   if (options.key_metric == Metric::act_query_dist)
     side.context.distance_law = moments.distance_law.defined() ? moments.distance_law : triangular_law(problem.context);
@@ -38,6 +44,17 @@ KeySide key_side(const LayerProblem& problem, const std::vector<std::int64_t>& k
       side.context.rotated_queries.push_back(
           moments.rotated_queries.slice(0, head * repeat, (head + 1) * repeat).sum(0));
     }
+  const KeyContext& context = side.context;
+  const bool rotated_grams =
+      context.rotated_keys.defined() && (!context.rotated_queries.empty() || options.key_metric == Metric::act);
+  if (problem.grams == nullptr && context.mean_weight == 1.0 && rotated_grams &&
+      ((options.keys == KeyFold::rope_commuting && options.key_metric == Metric::act_query && context.band == 0) ||
+       (options.keys == KeyFold::post_rotation && options.key_metric != Metric::weights))) {
+    side.group.size = std::ssize(kv_heads);  // rotated Grams say it all: nothing of the input's moment is multiplied
+    side.group.head_dim = problem.weights.head_dim;
+  } else {
+    read_group();
+  }
   return side;
 }
 
@@ -106,6 +123,8 @@ double key_total(const LayerProblem& problem, const std::vector<std::int64_t>& k
 linalg::Conditioning key_conditioning(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads,
                                       const FoldOptions& options) {
   const KeySide side = key_side(problem, kv_heads, options);
+  if (options.keys == KeyFold::rope_commuting)
+    return rope_commuting_conditioning(side.group, side.moments, options.key_metric, side.context);
   return linalg::conditioning(
       key_problem(problem, side, options, options.key_metric == Metric::weights ? Metric::weights : Metric::act).sigma);
 }

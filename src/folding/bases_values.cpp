@@ -3,8 +3,6 @@
 #include <headfold/base/error.h>
 #include <headfold/folding/bases.h>
 
-#include <mutex>
-
 namespace headfold::folding {
 
 namespace {
@@ -25,50 +23,15 @@ struct Moments {
 
 }  // namespace
 
-class ValueRows {
- public:
-  ValueRows(LayerWeights weights, at::Tensor moment)
-      : weights_(std::move(weights)),
-        moment_(std::move(moment)),
-        once_(std::make_unique<std::once_flag[]>(static_cast<std::size_t>(weights_.kv_heads))),
-        rows_(static_cast<std::size_t>(weights_.kv_heads)) {}
-  /// W~_V,k M, [head_dim, hidden + 1].
-  const at::Tensor& of(std::int64_t kv_head) {
-    const auto k = static_cast<std::size_t>(kv_head);
-    std::call_once(once_[k],
-                   [&] { rows_[k] = at::matmul(group_of(weights_, {kv_head}, Part::values).value, moment_); });
-    return rows_[k];
-  }
-
- private:
-  LayerWeights weights_;
-  at::Tensor moment_;
-  std::unique_ptr<std::once_flag[]> once_;
-  std::vector<at::Tensor> rows_;
-};
-
-std::shared_ptr<ValueRows> make_value_rows(const LayerProblem& problem) {
-  if (!problem.weights.value.defined() || !problem.has_moments) return nullptr;
-  return std::make_shared<ValueRows>(problem.weights,
-                                     problem.centred_values ? problem.moments.centred : problem.moments.input);
-}
-
 namespace {
 
-Moments moments_of_values(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads,
-                          const GroupWeights& group) {
+Moments moments_of_values(const LayerProblem& problem, const GroupWeights& group) {
   if (group.value_gram.defined()) {
     const at::Tensor& mean = group.value_mean;
     return {problem.centred_values ? group.value_gram - at::outer(mean, mean) : group.value_gram, mean};
   }
-  at::Tensor rows;
-  if (problem.value_rows) {
-    std::vector<at::Tensor> parts;
-    for (const std::int64_t k : kv_heads) parts.push_back(problem.value_rows->of(k));
-    rows = at::cat(parts, 0);
-  } else {
-    rows = at::matmul(group.value, problem.centred_values ? problem.moments.centred : problem.moments.input);
-  }
+  const at::Tensor rows =
+      at::matmul(group.value, problem.centred_values ? problem.moments.centred : problem.moments.input);
   return {symmetric(at::matmul(rows, group.value.t())), at::matmul(group.value, problem.moments.mean)};
 }
 
@@ -116,7 +79,7 @@ void add_attended(const LayerProblem& problem, const std::vector<std::int64_t>& 
 
 ValueProblem value_problem(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads,
                            const FoldOptions& options) {
-  const GroupWeights group = group_of(problem, kv_heads, Part::values);
+  const GroupWeights group = fold_group(problem, kv_heads, Part::values, options.value_metric);
   ValueProblem values;
   values.size = static_cast<std::int64_t>(kv_heads.size());
   values.head_dim = problem.weights.head_dim;
@@ -141,7 +104,7 @@ ValueProblem value_problem(const LayerProblem& problem, const std::vector<std::i
   if (metric == Metric::attn_out) {
     add_attended(problem, kv_heads, mean_weight, values);
   } else {
-    const Moments moments = moments_of_values(problem, kv_heads, group);
+    const Moments moments = moments_of_values(problem, group);
     values.sigma = moments.moment;
     if (!problem.centred_values && mean_weight != 1)
       values.sigma = values.sigma - (1 - mean_weight) * at::outer(moments.mean, moments.mean);

@@ -108,6 +108,11 @@ Basis fold_keys_rope_commuting(const GroupWeights& group, const LayerMoments* mo
 double rope_commuting_loss(const GroupWeights& group, const LayerMoments* moments, Metric metric,
                            const KeyContext& context, const Basis* basis);
 
+/// Condition and dropped share (linalg::conditioning) of the Gram in which keys of different frequencies are
+/// uncorrelated, as rotation makes them: the spectra of all frequencies together.
+linalg::Conditioning rope_commuting_conditioning(const GroupWeights& group, const LayerMoments* moments, Metric metric,
+                                                 const KeyContext& context, double tau = 1e-10);
+
 /// A group's values: the kernel's Sigma and Lambda, and what the other metrics need beside them.
 struct ValueProblem : Problem {
   std::int64_t size = 0, head_dim = 0;  ///< source KV heads, their channels

@@ -1,4 +1,5 @@
 #include <headfold/base/error.h>
+#include <headfold/base/profile.h>
 
 #include "complex_pairs.h"
 #include "keys_distance.h"
@@ -150,6 +151,26 @@ double rope_commuting_loss(const GroupWeights& group, const LayerMoments* moment
                                        basis->decoder.index_select(0, of_heads).index_select(1, slots));
   }
   return loss;
+}
+
+linalg::Conditioning rope_commuting_conditioning(const GroupWeights& group, const LayerMoments* moments, Metric metric,
+                                                 const KeyContext& context, double tau) {
+  const CommutingProblem problem = commuting_problem(group, moments, metric, context);
+  const at::Tensor gram = 0.5 * (problem.gram + hermitian(problem.gram));
+  const double scale = at::real(gram.diagonal(0, 1, 2)).max().item<double>();
+  if (!std::isfinite(scale) || !std::isfinite(at::view_as_real(gram).sum().item<double>()))
+    throw NumericalError("the keys' Gram to be factorised contains NaN or Inf");
+  if (!(scale > 0)) return {1.0, 1.0};
+  at::Tensor values;
+  {
+    const Timed timed(Work::eigen);
+    values = std::get<0>(at::linalg_eigvalsh((gram / scale).contiguous(), "L").reshape({-1}).sort());
+  }
+  const double* value = values.data_ptr<double>();
+  const std::int64_t n = values.numel();
+  std::int64_t first = 0;
+  while (first < n - 1 && !(value[first] > tau * value[n - 1])) ++first;
+  return {value[n - 1] / value[first], static_cast<double>(first) / static_cast<double>(n)};
 }
 
 Basis fold_keys_rope_commuting(const GroupWeights& group, const LayerMoments* moments, Metric metric,

@@ -1,6 +1,7 @@
 #include <headfold/base/error.h>
+#include <headfold/base/profile.h>
 #include <headfold/checkpoint/layout.h>
-#include <headfold/folding/layer_data.h>
+#include <headfold/folding/bases.h>
 
 #include <map>
 
@@ -12,10 +13,61 @@ using checkpoint::ModelConfig;
 
 namespace {
 
-/// [rows, hidden + 1]: the bias as last column.
+/// [rows, hidden + 1] in float64: the bias as last column.
 at::Tensor augmented(const at::Tensor& weight, const at::Tensor& bias) {
-  const at::Tensor column = bias.defined() ? bias.reshape({-1, 1}) : at::zeros({weight.size(0), 1}, weight.options());
-  return at::cat({weight, column}, 1);
+  at::Tensor rows = at::empty({weight.size(0), weight.size(1) + 1}, at::kDouble);
+  rows.slice(1, 0, weight.size(1)).copy_(weight);
+  if (bias.defined())
+    rows.select(1, weight.size(1)).copy_(bias);
+  else
+    rows.select(1, weight.size(1)).zero_();
+  return rows;
+}
+
+/// L [n, r] with L L^T = `gram` [n, n], the sum of x x^T of at most `most` vectors: pivoted Cholesky, n r^2 operations.
+/// Undefined when such a factor leaves more than rounding of calibration's own precision.
+at::Tensor thin_factor(const at::Tensor& gram, std::int64_t most) {
+  const std::int64_t n = gram.size(0);
+  const at::Tensor left = gram.diagonal().clone();
+  const double largest = left.max().item<double>();
+  if (!(largest > 0)) return at::zeros({n, 1}, at::kDouble);
+  at::Tensor columns = at::zeros({most, n}, at::kDouble);  // L^T
+  std::int64_t rank = 0;
+  for (; rank < most; ++rank) {
+    const auto pivot = left.argmax().item<std::int64_t>();
+    const double height = left[pivot].item<double>();
+    if (!(height > 1e-15 * largest)) break;
+    const at::Tensor known = columns.slice(0, 0, rank);
+    const at::Tensor column =
+        (gram.select(0, pivot) - at::mv(known.t(), known.select(1, pivot).contiguous())) / std::sqrt(height);
+    columns.select(0, rank).copy_(column);
+    left.sub_(column.square()).clamp_min_(0);
+    left.select(0, pivot).zero_();
+  }
+  if (left.max().item<double>() > 1e-6 * largest) return {};
+  return columns.slice(0, 0, std::max<std::int64_t>(rank, 1)).t();
+}
+
+/// W~_K S~ W~_K^T [keys, keys] of the sums over position 0, S~ [hidden + 1, hidden + 1]: through a thin factor where
+/// few sequences make one.
+at::Tensor sink_gram(const LayerWeights& weights, const at::Tensor& sums, double count) {
+  const std::int64_t rows = weights.key.size(0), d = weights.head_dim;
+  at::Tensor factor;
+  if (count <= static_cast<double>(sums.size(0)) / 4)
+    for_each_item(1, [&](std::int64_t) { factor = thin_factor(sums, static_cast<std::int64_t>(count)); });
+  const at::Tensor right = factor.defined() ? factor : sums;
+  const auto head = [&](std::int64_t k) {
+    return augmented(weights.key.slice(0, k * d, (k + 1) * d),
+                     weights.key_bias.defined() ? weights.key_bias.slice(0, k * d, (k + 1) * d) : at::Tensor());
+  };
+  at::Tensor once = at::empty({rows, right.size(1)}, at::kDouble);
+  for_each_item(rows / d, [&](std::int64_t k) { once.slice(0, k * d, (k + 1) * d).copy_(at::matmul(head(k), right)); });
+  at::Tensor gram = at::empty({rows, rows}, at::kDouble);
+  for_each_item(rows / d, [&](std::int64_t k) {
+    at::Tensor block = gram.slice(1, k * d, (k + 1) * d);
+    block.copy_(at::matmul(once, factor.defined() ? once.slice(0, k * d, (k + 1) * d).t() : head(k).t()));
+  });
+  return gram;
 }
 
 /// Loads tensors of one layer by the last part of their name, in the shape that the configuration asks for; undefined
@@ -29,7 +81,11 @@ class LayerLoader {
   }
   at::Tensor operator()(const std::string& tail) const {
     const auto found = shapes_.find(tail);
-    return found == shapes_.end() ? at::Tensor() : reader_.load(prefix_ + tail, found->second, dtype_);
+    if (found == shapes_.end()) return {};
+    const std::string name = prefix_ + tail;
+    return reader_.load(
+        name, found->second,
+        dtype_ == at::ScalarType::Undefined ? checkpoint::scalar_type(reader_.info(name).dtype) : dtype_);
   }
 
  private:
@@ -42,6 +98,7 @@ class LayerLoader {
 }  // namespace
 
 LayerWeights load_layer_weights(const checkpoint::Reader& reader, std::int64_t layer, Part part, at::ScalarType dtype) {
+  const Timed timed(Work::read_weights);
   const ModelConfig& config = reader.config();
   LayerWeights w;
   w.heads = config.heads;
@@ -93,15 +150,15 @@ LayerWeights load_layer_weights(const checkpoint::Reader& reader, std::int64_t l
   return w;
 }
 
-LayerMoments moments_of(const calibration::LayerStatistics& statistics, const LayerWeights& weights,
-                        double sink_weight) {
-  const at::Tensor second = statistics.second_moment(sink_weight);
-  const at::Tensor mean = statistics.mean(sink_weight);
+LayerMoments moments_of(const calibration::LayerStatistics& statistics, const LayerWeights& weights, double sink_weight,
+                        const MomentsWanted& wanted) {
+  const Timed timed(Work::moments);
   const std::int64_t hidden = weights.hidden;
-  if (second.dim() != 2 || second.size(0) != hidden || mean.numel() != hidden)
-    throw InputError(
-        fmt::format("the statistics are for inputs of width {}, the model has hidden size {}", second.size(0), hidden),
-        "calibrate this model");
+  if (statistics.sum.numel() != hidden)
+    throw InputError(fmt::format("the statistics are for inputs of width {}, the model has hidden size {}",
+                                 statistics.sum.numel(), hidden),
+                     "calibrate this model");
+  const at::Tensor mean = statistics.mean(sink_weight);
   LayerMoments moments;
   const auto augment = [&](const at::Tensor& square, const at::Tensor& vector, double corner) {
     at::Tensor full = at::empty({hidden + 1, hidden + 1}, at::kDouble);
@@ -111,16 +168,15 @@ LayerMoments moments_of(const calibration::LayerStatistics& statistics, const La
     full.select(0, hidden).select(0, hidden).fill_(corner);
     return full;
   };
-  moments.input = augment(second, mean, 1.0);
   moments.mean = at::cat({mean, at::ones({1}, at::kDouble)});
-  moments.centred = moments.input - at::outer(moments.mean, moments.mean);
+  if (wanted.input || wanted.centred) moments.input = augment(statistics.second_moment(sink_weight), mean, 1.0);
+  if (wanted.centred) moments.centred = moments.input - at::outer(moments.mean, moments.mean);
   if (statistics.rotated_keys.defined() && weights.key.defined()) {
     at::Tensor gram = statistics.rotated_keys;
-    if (sink_weight != 0 && statistics.count_0 > 0) {
-      const at::Tensor key = augmented(weights.key, weights.key_bias);
-      const at::Tensor sinks = augment(statistics.moment_0, statistics.sum_0, statistics.count_0);
-      gram = gram + sink_weight * at::matmul(at::matmul(key, sinks), key.t());
-    }
+    if (sink_weight != 0 && statistics.count_0 > 0)
+      gram = sink_gram(weights, augment(statistics.moment_0, statistics.sum_0, statistics.count_0), statistics.count_0)
+                 .mul_(sink_weight)
+                 .add_(gram);
     moments.rotated_keys = gram / (statistics.count + sink_weight * statistics.count_0);
   }
   if (statistics.has_attention()) {
@@ -134,10 +190,14 @@ LayerMoments moments_of(const calibration::LayerStatistics& statistics, const La
               weights.heads, weights.head_dim, weights.kv_heads),
           "calibrate this model");
     moments.rotated_queries = statistics.rotated_queries / statistics.attention_count;
-    const at::Tensor mass = statistics.distance_mass.sum(0);
-    moments.distance_law = mass / mass.sum();
-    moments.attended = statistics.attended / statistics.attention_count;
-    moments.attended_mean = statistics.attended_sum / statistics.attention_count;
+    for_each_item(1, [&](std::int64_t) {
+      const at::Tensor mass = statistics.distance_mass.sum(0);
+      moments.distance_law = mass / mass.sum();
+    });
+    if (statistics.attended.defined()) {
+      moments.attended = statistics.attended / statistics.attention_count;
+      moments.attended_mean = statistics.attended_sum / statistics.attention_count;
+    }
     moments.attended_heads = statistics.attended_heads;
   }
   return moments;
@@ -158,7 +218,8 @@ std::vector<std::int64_t> query_heads_of(const std::vector<std::int64_t>& kv_hea
   return heads;
 }
 
-GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_t>& kv_heads, Part part) {
+GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_t>& kv_heads, Part part,
+                      bool with_others) {
   GroupWeights group;
   group.size = static_cast<std::int64_t>(kv_heads.size());
   group.head_dim = weights.head_dim;
@@ -168,15 +229,16 @@ GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_
   };
   if (weights.key.defined() && part != Part::values) {
     group.key = pick(weights.key, weights.key_bias, rows);
-    for (const std::int64_t kv : kv_heads)
+    for (const std::int64_t kv : with_others ? kv_heads : std::vector<std::int64_t>())
       group.queries.push_back(pick(weights.query, weights.query_bias,
                                    block_index(query_heads_of({kv}, weights.key_repeat()), weights.head_dim)));
   }
   if (weights.value.defined() && part != Part::keys) {
     group.value = pick(weights.value, weights.value_bias, rows);
-    if (weights.output.defined())
+    if (weights.output.defined() && with_others)
       for (const std::int64_t h : query_heads_of(kv_heads, weights.value_repeat()))
-        group.outputs.push_back(weights.output.slice(1, h * weights.head_dim, (h + 1) * weights.head_dim));
+        group.outputs.push_back(
+            weights.output.slice(1, h * weights.head_dim, (h + 1) * weights.head_dim).to(at::kDouble));
   }
   return group;
 }

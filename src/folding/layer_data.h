@@ -10,7 +10,8 @@
 
 namespace headfold::folding {
 
-/// Attention projections of one layer, `y = W x`. Biases are undefined where the model has none.
+/// Attention projections of one layer, `y = W x`, in float64 or as stored. Biases are undefined where the model has
+/// none.
 struct LayerWeights {
   std::int64_t heads = 0, kv_heads = 0, head_dim = 0, hidden = 0;
   at::Tensor query;   ///< [heads * head_dim, hidden]
@@ -32,7 +33,8 @@ struct LayerWeights {
 enum class Part { keys, values, both };  ///< keys: query and key; values: value and output
 
 /// Reads the attention weights of a layer in `dtype` (LLaMA; BLOOM with fused or split projections; any layout;
-/// kv_heads is the layer's own number). Throws InputError for tensors of another shape than the config's.
+/// kv_heads is the layer's own number); ScalarType::Undefined: every tensor as it is stored. Throws InputError for
+/// tensors of another shape than the config's.
 LayerWeights load_layer_weights(const checkpoint::Reader& reader, std::int64_t layer, Part part = Part::both,
                                 at::ScalarType dtype = at::kDouble);
 
@@ -51,9 +53,15 @@ struct LayerMoments {
   at::Tensor attended_mean;    ///< E[y_h], [heads, block]
   std::int64_t attended_heads = 0;  ///< source KV heads of one block: block b holds heads b * n .. b * n + n - 1
 };
-/// `weights.key` (with its bias) gives the rotated-key moment of position 0, which statistics files do not store.
-LayerMoments moments_of(const calibration::LayerStatistics& statistics, const LayerWeights& weights,
-                        double sink_weight);
+/// Which moments of the input to form: each is a matrix of (hidden + 1)^2 numbers.
+struct MomentsWanted {
+  bool input = true;
+  bool centred = true;
+};
+/// `weights.key` (with its bias) gives the rotated-key moment of position 0, which statistics files do not store. Bytes
+/// do not depend on the number of threads.
+LayerMoments moments_of(const calibration::LayerStatistics& statistics, const LayerWeights& weights, double sink_weight,
+                        const MomentsWanted& wanted = {});
 
 /// The rows of one group, every projection with its bias as a last column (zero where there is none). Float64.
 struct GroupWeights {
@@ -85,8 +93,9 @@ struct LayerGrams {
   at::Tensor outputs;                     ///< P_h^T P_h of every query head, [heads, head_dim, head_dim]
   at::Tensor key_weights, value_weights;  ///< W W^T without biases; defined for Metric::weights only
 };
-/// `part` leaves the other side's rows undefined although they are loaded.
-GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_t>& kv_heads, Part part = Part::both);
+/// `part` leaves the other side's rows undefined although they are loaded, `with_others` = false queries and outputs.
+GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_t>& kv_heads, Part part = Part::both,
+                      bool with_others = true);
 
 /// Row (or column) numbers of `heads` blocks of `head_dim`, int64.
 at::Tensor block_index(const std::vector<std::int64_t>& heads, std::int64_t head_dim);

@@ -13,6 +13,8 @@
 
 namespace headfold::folding {
 
+class KeptBases;  // bases.h
+
 enum class KeyFold { meanpool, procrustes, norope, post_rotation, rope_commuting, latent };
 enum class ValueFold { meanpool, procrustes, svd };
 /// methods.md 3.1. Keys: weights, act, act+query, act+query+dist. Values: weights, act, act+out, attn+out.
@@ -135,12 +137,12 @@ void check_targets(const std::vector<LayerTarget>& targets, const FoldOptions& o
 /// Plans a fold: losses and energies of every group, work items (layer x group) spread over `world` in blocks.
 /// `statistics` may be null when needs_statistics() is false. `targets` holds one entry per layer; empty means
 /// uniform_targets(). With `held_out`, and statistics that keep half samples, bases are also fitted to one half and
-/// priced on the other. Collective; every rank gets the same plan, bit by bit the same at any rank and thread count.
-/// Throws UsageError / InputError as check_options() and check_targets(); InputError when the statistics are those of
-/// another model.
+/// priced on the other. Bases go to `keep` for apply_plan() when it is given. Collective; every rank gets the same
+/// plan, bit by bit the same at any rank and thread count. Throws UsageError / InputError as check_options() and
+/// check_targets(); InputError when the statistics are those of another model.
 Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader,
                const calibration::StatisticsFile* statistics, FoldOptions options,
-               const std::vector<LayerTarget>& targets = {}, bool held_out = false);
+               const std::vector<LayerTarget>& targets = {}, bool held_out = false, KeptBases* keep = nullptr);
 /// What a plan folds every layer to.
 std::vector<LayerTarget> targets_of(const Plan& plan);
 /// What every layer of the result caches.

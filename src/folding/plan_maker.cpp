@@ -1,5 +1,6 @@
 #include <headfold/base/error.h>
 #include <headfold/base/log.h>
+#include <headfold/base/profile.h>
 #include <headfold/base/progress.h>
 #include <headfold/folding/bases.h>
 
@@ -34,7 +35,8 @@ double clipped(double loss) {
 }
 
 GroupPlan plan_group(const LayerProblem& problem, const LayerTarget& target, std::size_t group,
-                     const FoldOptions& options) {
+                     const FoldOptions& options, KeptBases* keep) {
+  const Timed timed(Work::other);
   GroupPlan plan;
   plan.kv_heads = target.groups[group];
   const Basis keys = key_basis(problem, plan.kv_heads, options, target.key_width);
@@ -55,6 +57,10 @@ GroupPlan plan_group(const LayerProblem& problem, const LayerTarget& target, std
     plan.value_condition = of_values.condition;
     plan.value_dropped = of_values.dropped;
   }
+  if (keep != nullptr) {
+    keep->keep(problem.layer, Part::keys, plan.kv_heads, keys);
+    keep->keep(problem.layer, Part::values, plan.kv_heads, values);
+  }
   return plan;
 }
 
@@ -65,6 +71,7 @@ double share(double part, double whole) {
 /// Fits the group's bases to one half of the calibration sequences and prices them on the other.
 void price_held_out(const LayerProblem& fitted, const LayerProblem& other, const LayerTarget& target,
                     const FoldOptions& options, GroupPlan& plan) {
+  const Timed timed(Work::other);
   const Basis keys = key_basis(fitted, plan.kv_heads, options, target.key_width);
   plan.key_fitted = share(keys.loss, keys.total);
   plan.key_held_out = share(key_loss(other, plan.kv_heads, options, keys), key_total(other, plan.kv_heads, options));
@@ -105,7 +112,7 @@ void check_statistics(const calibration::StatisticsFile& statistics, const check
 
 Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader,
                const calibration::StatisticsFile* statistics, FoldOptions options,
-               const std::vector<LayerTarget>& targets, bool held_out) {
+               const std::vector<LayerTarget>& targets, bool held_out, KeptBases* keep) {
   const checkpoint::ModelConfig& config = reader.config();
   check_options(options, config);
   if (needs_statistics(options) && statistics == nullptr)
@@ -158,23 +165,19 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
             "the attention weights of that layer or its statistics are not finite or not what they claim to be");
       }
     };
-    const auto load = [&](LayerProblem& problem, Half half) {
-      for_each_item(1, [&](std::int64_t) {
-        problem = load_problem(reader, statistics, static_cast<std::int64_t>(layer), Part::both, options, half);
-      });
-    };
-    LayerProblem problem;
-    load(problem, Half::all);
+    const FoldProblems problems =
+        load_problems(reader, statistics, static_cast<std::int64_t>(layer), Part::both, options, halves);
+    if (keep != nullptr && problems.all.centred_values && problems.all.has_moments)
+      keep->keep_means(problems.all.layer, problems.all.moments);
     for_each_item(static_cast<std::int64_t>(count), [&](std::int64_t i) {
       const auto at = static_cast<std::size_t>(i);
-      guarded([&] { results[at] = plan_group(problem, target, items[item + at].second, options); });
+      guarded([&] { results[at] = plan_group(problems.all, target, items[item + at].second, options, keep); });
     });
     if (halves) {
-      LayerProblem other;
-      load(problem, Half::even);
-      load(other, Half::odd);
       for_each_item(static_cast<std::int64_t>(count), [&](std::int64_t i) {
-        guarded([&] { price_held_out(problem, other, target, options, results[static_cast<std::size_t>(i)]); });
+        guarded([&] {
+          price_held_out(problems.even, problems.odd, target, options, results[static_cast<std::size_t>(i)]);
+        });
       });
     }
     for (const GroupPlan& group : results) mine.push_back(Json::parse(to_json(group).dump()));

@@ -1,6 +1,7 @@
 #include <c10/util/Exception.h>
 #include <headfold/base/error.h>
 #include <headfold/base/log.h>
+#include <headfold/base/profile.h>
 #include <headfold/linalg/linalg.h>
 
 #include <atomic>
@@ -109,6 +110,7 @@ Backend backend() {
 }
 
 Eigen eigh(const at::Tensor& matrix) {
+  const Timed timed(Work::eigen);
   if (matrix.dim() != 2 || matrix.size(0) != matrix.size(1))
     throw InternalError(fmt::format("eigh wants a square matrix, got {}", fmt::join(matrix.sizes(), " x ")));
   const bool is_complex = matrix.scalar_type() == at::kComplexDouble;
@@ -187,6 +189,7 @@ PsdRoot psd_root(const at::Tensor& matrix, double tau, double floor) {
 }
 
 Conditioning conditioning(const at::Tensor& psd, double tau) {
+  const Timed timed(Work::eigen);
   if (psd.dim() != 2 || psd.size(0) != psd.size(1))
     throw InternalError(fmt::format("conditioning wants a square matrix, got {}", fmt::join(psd.sizes(), " x ")));
   const double scale = psd.numel() == 0 ? 0 : psd.abs().max().item<double>();

@@ -322,13 +322,13 @@ TEST(ValueRowsTest, kept_products_change_nothing_and_threads_neither) {
   for (const bool centred : {false, true}) {
     s.problem.centred_values = centred;
     const FoldOptions options = options_of(ValueFold::svd, Metric::act_out);
-    s.problem.value_rows = nullptr;
+    s.problem.group_grams = nullptr;
     const Basis plain = value_basis(s.problem, {2, 5}, options);
     std::vector<Basis> kept(8);
     const int before = at::get_num_threads();
     for (const int threads : {1, 2}) {
       at::set_num_threads(threads);
-      s.problem.value_rows = make_value_rows(s.problem);
+      s.problem.group_grams = make_group_grams(s.problem);
       for_each_item(8, [&](std::int64_t i) {
         kept[static_cast<std::size_t>(i)] = value_basis(s.problem, {2, 5}, options);
       });
@@ -337,7 +337,7 @@ TEST(ValueRowsTest, kept_products_change_nothing_and_threads_neither) {
       EXPECT_LT(relative(kept[0].loss, plain.loss), 1e-10);
     }
     at::set_num_threads(before);
-    s.problem.value_rows = nullptr;
+    s.problem.group_grams = nullptr;
     FoldOptions both = options;
     both.key_metric = Metric::act_query;
     add_grams(s.problem, both);
