@@ -2,6 +2,8 @@
 #include <headfold/base/error.h>
 #include <headfold/folding/plan.h>
 
+#include <limits>
+
 namespace headfold::folding {
 namespace {
 
@@ -92,6 +94,65 @@ TEST(CheckOptionsTest, refuses_what_makes_no_sense_and_names_the_choices) {
   auto folded = llama;
   folded.layout = checkpoint::KvLayout::projected;
   EXPECT_THROW(check_options(options, folded), InputError);
+}
+
+TEST(CheckOptionsTest, refuses_impossible_combinations_and_nonsense_numbers) {
+  const auto llama = config_of(checkpoint::Family::llama, 8), bloom = config_of(checkpoint::Family::bloom, 8);
+  struct Wrong {
+    const char* mentions;
+    void (*change)(FoldOptions&);
+    bool bloom = false;
+  };
+  using Options = FoldOptions&;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const std::vector<Wrong> list = {
+      {"act+query", [](Options o) { o.key_metric = Metric::act_out; }},
+      {"act+query", [](Options o) { o.key_metric = Metric::act_query_dist; }, true},
+      {"act+query", [](Options o) { o.keys = KeyFold::post_rotation, o.key_metric = Metric::act_query_dist; }},
+      {"rope-commuting", [](Options o) { o.keys = KeyFold::post_rotation, o.slow_band = 2; }},
+      {"1 to 4", [](Options o) { o.slow_band = 5; }},
+      {"1 to 4", [](Options o) { o.slow_band = -2; }},
+      {"--polish", [](Options o) { o.polish = -1; }},
+      {"--polish", [](Options o) { o.polish = 1001; }},
+      {"--context", [](Options o) { o.context = -1; }},
+      {"--mean-weight", [](Options o) { o.mean_weight = 1.5; }},
+      {"--mean-weight", [](Options o) { o.mean_weight = -0.1; }},
+      {"--sink-weight", [](Options o) { o.sink_weight = 2; }},
+      {"--latent-groups", [](Options o) { o.latent_groups = 2; }},
+      {"divide the 8", [](Options o) { o.keys = KeyFold::latent, o.latent_groups = 3; }},
+      {"divide the 8", [](Options o) { o.keys = KeyFold::latent, o.latent_groups = -1; }},
+      {"--min-width",
+       [](Options o) {
+         o.keys = KeyFold::latent, o.latent_groups = 1, o.allocation = Allocation::lorc_progressive;
+         o.min_width = 40, o.max_width = 20;
+       }},
+      {"--min-width",
+       [](Options o) {
+         o.keys = KeyFold::latent, o.latent_groups = 1, o.allocation = Allocation::lorc_progressive, o.max_width = 65;
+       }},
+      {"latent", [](Options o) { o.allocation = Allocation::lorc_progressive; }},
+      {"counts KV heads", [](Options o) { o.keys = KeyFold::latent, o.allocation = Allocation::dp; }},
+      {"projected", [](Options o) { o.keys = KeyFold::post_rotation, o.allocation = Allocation::greedy; }},
+      {"BLOOM", [](Options o) { o.allocation = Allocation::dp; }, true},
+      {"ALiBi", [](Options o) { o.grouping = Grouping::search; }, true},
+      {"--weight-ridge", [](Options o) { o.weight_ridge = -1; }},
+  };
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    FoldOptions options;
+    options.kv_heads = 4;
+    if (list[i].bloom) options.keys = KeyFold::norope;
+    EXPECT_NO_THROW(check_options(options, list[i].bloom ? bloom : llama)) << i;
+    list[i].change(options);
+    const std::string message = message_of<UsageError>([&] { check_options(options, list[i].bloom ? bloom : llama); });
+    EXPECT_NE(message.find(list[i].mentions), std::string::npos) << i << ": " << message;
+  }
+  for (double FoldOptions::*number :
+       {&FoldOptions::mean_weight, &FoldOptions::sink_weight, &FoldOptions::weight_ridge}) {
+    FoldOptions options;
+    options.kv_heads = 4;
+    options.*number = nan;
+    EXPECT_THROW(check_options(options, llama), UsageError);
+  }
 }
 
 TEST(NeedsStatisticsTest, only_metrics_on_activations_do) {
