@@ -578,6 +578,7 @@ LayerStatistics StatisticsFile::layer(std::int64_t index, const Selection& selec
       complain("distance_mass", fmt::format("is no attention of {} heads: its sum is {:.6g}, expected {:.6g}",
                                             packed.heads, found, expected));
   }
+  const Timed unpacking(Work::moments);
   return packed.full();
 }
 

@@ -160,24 +160,33 @@ LayerMoments moments_of(const calibration::LayerStatistics& statistics, const La
                      "calibrate this model");
   const at::Tensor mean = statistics.mean(sink_weight);
   LayerMoments moments;
-  const auto augment = [&](const at::Tensor& square, const at::Tensor& vector, double corner) {
+  const double tokens = statistics.count + sink_weight * statistics.count_0;
+  // In place: every pass over a matrix of this size costs as much as reading it.
+  const auto augment = [&](const at::Tensor& square, const at::Tensor& other, double weight, double divisor,
+                           const at::Tensor& vector, double corner) {
     at::Tensor full = at::empty({hidden + 1, hidden + 1}, at::kDouble);
-    full.slice(0, 0, hidden).slice(1, 0, hidden).copy_(square);
+    at::Tensor block = full.slice(0, 0, hidden).slice(1, 0, hidden);
+    block.copy_(square);
+    if (weight != 0) block.add_(other, weight);
+    if (divisor != 1) block.div_(divisor);
     full.select(0, hidden).slice(0, 0, hidden).copy_(vector);
     full.select(1, hidden).slice(0, 0, hidden).copy_(vector);
     full.select(0, hidden).select(0, hidden).fill_(corner);
     return full;
   };
   moments.mean = at::cat({mean, at::ones({1}, at::kDouble)});
-  if (wanted.input || wanted.centred) moments.input = augment(statistics.second_moment(sink_weight), mean, 1.0);
+  if (wanted.input || wanted.centred)
+    moments.input = augment(statistics.moment, statistics.moment_0, sink_weight, tokens, mean, 1.0);
   if (wanted.centred) moments.centred = moments.input - at::outer(moments.mean, moments.mean);
   if (statistics.rotated_keys.defined() && weights.key.defined()) {
-    at::Tensor gram = statistics.rotated_keys;
     if (sink_weight != 0 && statistics.count_0 > 0)
-      gram = sink_gram(weights, augment(statistics.moment_0, statistics.sum_0, statistics.count_0), statistics.count_0)
-                 .mul_(sink_weight)
-                 .add_(gram);
-    moments.rotated_keys = gram / (statistics.count + sink_weight * statistics.count_0);
+      moments.rotated_keys =
+          sink_gram(weights, augment(statistics.moment_0, {}, 0, 1, statistics.sum_0, statistics.count_0),
+                    statistics.count_0)
+              .mul_(sink_weight / tokens)
+              .add_(statistics.rotated_keys, 1 / tokens);
+    else
+      moments.rotated_keys = statistics.rotated_keys / tokens;
   }
   if (statistics.has_attention()) {
     if (statistics.rotated_queries.size(0) != weights.heads || statistics.rotated_queries.size(1) != weights.head_dim ||
