@@ -200,10 +200,10 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
     plan.add({"model", fmt::format("{} ({}, {} layers, hidden {}, {} heads, {} KV heads, {})", options.model.string(),
                                    checkpoint::name_of(config.family), config.layers, config.hidden, config.heads,
                                    config.kv_heads_text(), checkpoint::name_of(config.layout))});
-    plan.add({"reference",
-              reference ? fmt::format("{} ({} KV heads, {})", options.reference.string(), reference->config().kv_heads_text(),
-                                      checkpoint::name_of(reference->config().layout))
-                        : std::string("none")});
+    plan.add({"reference", reference ? fmt::format("{} ({} KV heads, {})", options.reference.string(),
+                                                   reference->config().kv_heads_text(),
+                                                   checkpoint::name_of(reference->config().layout))
+                                     : std::string("none")});
     for (const evaluation::Task& task : tasks) {
       plan.add({task.name, fmt::format("{} of {} {}, {} windows, {} tokens scored", task.items, task.items_original,
                                        task.kind == evaluation::TaskKind::blocks ? "windows" : "documents",
