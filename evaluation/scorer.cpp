@@ -50,9 +50,7 @@ WindowScore score_window(const Window& window, const at::Tensor& hidden, const m
   result.tokens = static_cast<std::int64_t>(window.targets.size());
   const auto inputs = static_cast<std::int64_t>(window.inputs.size());
   const std::int64_t first = inputs - result.tokens;
-  // The vocabulary is known from the first logits only; one position more or less in memory does not matter.
-  const std::int64_t vocab = head.logits(hidden.slice(0, first, first + 1)).size(-1);
-  const std::int64_t block = std::max<std::int64_t>(1, logits_bytes / (vocab * 4));
+  const std::int64_t block = std::max<std::int64_t>(1, logits_bytes / (head.vocabulary() * 4));
   for (std::int64_t begin = first; begin < inputs; begin += block) {
     const std::int64_t end = std::min(inputs, begin + block);
     const at::Tensor targets =

@@ -9,13 +9,6 @@ namespace {
 
 constexpr std::int64_t kLogitsBytes = std::int64_t{64} << 20;
 
-/// "self_attn." tensors and those of the MLP by the last part of their name.
-std::string tail_of(const std::string& name) {
-  const std::size_t last = name.rfind('.');
-  const std::size_t before = name.rfind('.', last - 1);
-  return name.substr(before + 1);
-}
-
 }  // namespace
 
 struct Trial::State {
@@ -116,15 +109,8 @@ void Trial::Run::advance(const ReplacedLayer& change) {
   const auto index = static_cast<std::size_t>(next_);
   std::unique_ptr<model::Layer> fresh;
   if (!hidden_.empty() && change.tensors != nullptr) {
-    const model::TensorGetter get = [&](const std::string& name, const std::vector<std::int64_t>& shape) {
-      const auto found = change.tensors->find(tail_of(name));
-      if (found == change.tensors->end()) return state.reader.load(name, shape, at::kFloat);
-      if (found->second.sizes() != at::IntArrayRef(shape))
-        throw InternalError(fmt::format("{} of a trial has the shape [{}], expected [{}]", name,
-                                        fmt::join(found->second.sizes(), ", "), fmt::join(shape, ", ")));
-      return found->second;
-    };
-    fresh = model::load_layer(*change.config, next_, state.dtype, get);
+    fresh =
+        model::load_layer(*change.config, next_, state.dtype, model::replaced_tensors(state.reader, *change.tensors));
   } else if (!hidden_.empty() && state.layers[index] == nullptr) {
     fresh = model::load_layer(state.reader, next_, state.dtype);
   }

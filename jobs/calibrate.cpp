@@ -342,29 +342,6 @@ std::string plan_text(const Settings& settings, const checkpoint::ModelConfig& c
   return text;
 }
 
-at::Tensor load_sequences(const Context& context, const Settings& settings, std::int64_t vocab) {
-  // Rank 0 reads and tokenises; the sequences are small.
-  at::Tensor sequences;
-  context.world.on_root([&] {
-    const auto tokenizer = tokenizer::load_tokenizer(settings.model);
-    const std::vector<std::string> documents = calibration::read_documents(settings.data, settings.field);
-    const std::vector<std::int64_t> stream = calibration::token_stream(*tokenizer, documents, settings.bos);
-    spdlog::info("{} documents, {} tokens", documents.size(), stream.size());
-    sequences = calibration::draw_sequences(stream, settings.samples, settings.length,
-                                            static_cast<std::uint64_t>(settings.seed));
-    const auto largest = sequences.max().item<std::int64_t>();
-    if (largest >= vocab)
-      throw InputError(fmt::format("{}: the tokenizer gives id {}, but the model's vocabulary has {} entries",
-                                   settings.model.string(), largest, vocab),
-                       "do tokenizer and weights belong together?");
-  });
-  // Only now is it known that the text yields that many.
-  if (!sequences.defined()) sequences = at::empty({settings.samples, settings.length}, at::kLong);
-  context.world.broadcast(std::as_writable_bytes(
-      std::span(sequences.data_ptr<std::int64_t>(), static_cast<std::size_t>(sequences.numel()))));
-  return sequences;
-}
-
 }  // namespace
 
 void calibrate(const Context& context, const std::vector<std::string>& arguments) {
@@ -434,7 +411,9 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
                     "choose another --out");
   });
 
-  const at::Tensor sequences = load_sequences(context, settings, config.vocab);
+  const at::Tensor sequences = calibration::read_sequences(
+      world, settings.model, config.vocab,
+      {settings.data, settings.field, settings.samples, settings.length, settings.seed, 0, settings.bos});
   const auto start = std::chrono::steady_clock::now();
   const auto own_batches =
       calibration::micro_batches_of(sequences, settings.micro_batch, grid.replica, grid.replicas).size();

@@ -257,7 +257,7 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
                     by_layer ? "layers with different numbers of KV heads (a DeciLM config)"
                              : fmt::format("cache layout {}", checkpoint::name_of(layout_of(options)))),
         "use --keys rope-commuting --budget uniform on a LLaMA model, or leave --stock out");
-  const TextOptions refit_source = refit_text(values), probe_source = held_out_text(values);
+  calibration::TextSample refit_source = refit_text(values), probe_source = held_out_text(values);
   if (options.refit && refit_source.files.empty())
     throw UsageError("--refit needs text to run both models on", "give --refit-data FILE (.txt or .jsonl)");
   if (!options.refit && !refit_source.files.empty())
@@ -302,6 +302,8 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   std::unique_ptr<calibration::StatisticsFile> statistics;
   if (has_statistics)
     statistics = std::make_unique<calibration::StatisticsFile>(values["calibration"].as<std::string>());
+  settle_length(refit_source, config, statistics.get());
+  settle_length(probe_source, config, statistics.get());
 
   OrderedJson request;
   request["model"] = reader.fingerprint();
@@ -312,7 +314,7 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   for (const folding::LayerTarget& target : given_targets)
     request["groups"].push_back({target.groups, target.key_width, target.value_width});
   if (options.grouping == folding::Grouping::search) request["search"] = {grouping.seeds, grouping.seed};
-  const auto describe_text = [&](const TextOptions& text) {
+  const auto describe_text = [&](const calibration::TextSample& text) {
     OrderedJson json{{"samples", text.samples}, {"length", text.length}, {"seed", text.seed}, {"field", text.field}};
     world.on_root([&] { json["data"] = calibration::data_hash(text.files, text.field); });
     return json;
@@ -377,9 +379,7 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   });
   folding::Refit refit{&refit_settings, {}, {}};
   if (options.refit) {
-    TextOptions text = refit_source;
-    if (text.length == 0 && statistics) text.length = statistics->header().sequence_length;
-    refit.sequences = read_sequences(world, reader.folder(), config, text);
+    refit.sequences = calibration::read_sequences(world, reader.folder(), config.vocab, refit_source);
     if (speaks) refit.report = print_refit;
   }
   folding::apply_plan(world, reader, statistics.get(), plan, out, shard, options.refit ? &refit : nullptr, &bases);

@@ -6,7 +6,8 @@
 #include <headfold/base/table.h>
 #include <headfold/calibration/text.h>
 #include <headfold/evaluation/trial.h>
-#include <headfold/folding/apply.h>
+#include <headfold/folding/folded_layers.h>
+#include <headfold/folding/refit.h>
 
 #include <algorithm>
 #include <cmath>
@@ -39,78 +40,11 @@ struct Row {
 
 /// A failure that every rank knows of: the fold is left out, the others go on. Any other error on one of several ranks
 /// ends the job, since the rest waits.
-class AgreedFailure : public InputError {
- public:
-  using InputError::InputError;
-};
-
-void throw_where_any(const comm::Communicator& world, const std::string& failure) {
-  for (const std::string& text : world.all_gather(failure))
-    if (!text.empty()) throw AgreedFailure(text);
-}
+using AgreedFailure = folding::AgreedError;
 
 std::string message_of(const Error& error) {
   return error.hint().empty() ? error.what() : fmt::format("{} ({})", error.what(), error.hint());
 }
-
-/// Makes folded layers one after the other: every rank folds one layer of each run of `ranks` layers and sends it to
-/// the others. Holds one layer of its own, float64.
-class LayerSource {
- public:
-  LayerSource(const comm::Communicator& world, const checkpoint::Reader& reader,
-              const calibration::StatisticsFile* statistics, const std::vector<LayerTarget>& targets,
-              const folding::FoldOptions& options)
-      : world_(world), reader_(reader), statistics_(statistics), targets_(targets), options_(options) {}
-
-  /// Layers in order; collective.
-  NewTensors operator()(std::int64_t layer) {
-    const std::int64_t ranks = world_.size();
-    if (layer % ranks == 0) fold_own(layer + world_.rank());
-    const int owner = static_cast<int>(layer % ranks);
-    if (ranks == 1) return std::move(own_);
-    std::string names;
-    if (world_.rank() == owner) {
-      OrderedJson shapes;
-      for (const auto& [name, tensor] : own_)
-        shapes[name] = std::vector<std::int64_t>(tensor.sizes().begin(), tensor.sizes().end());
-      names = shapes.dump();
-    }
-    world_.broadcast(names, owner);
-    NewTensors tensors;
-    const OrderedJson shapes = OrderedJson::parse(names);
-    for (const auto& [name, shape] : shapes.items()) {
-      at::Tensor tensor = world_.rank() == owner ? own_.at(name).to(at::kDouble).contiguous()
-                                                 : at::empty(shape.get<std::vector<std::int64_t>>(), at::kDouble);
-      world_.broadcast(
-          std::as_writable_bytes(std::span(tensor.data_ptr<double>(), static_cast<std::size_t>(tensor.numel()))),
-          owner);
-      tensors[name] = std::move(tensor);
-    }
-    if (world_.rank() == owner) own_.clear();
-    return tensors;
-  }
-
- private:
-  void fold_own(std::int64_t layer) {
-    std::string failure;
-    own_.clear();
-    if (layer < reader_.config().layers) {
-      try {
-        own_ = folding::folded_layer(reader_, statistics_, targets_[static_cast<std::size_t>(layer)], layer, options_);
-      } catch (const Error& error) {
-        failure = fmt::format("layer {}: {}", layer, message_of(error));
-      }
-    }
-    throw_where_any(world_, failure);
-  }
-
-  const comm::Communicator& world_;
-  const checkpoint::Reader& reader_;
-  const calibration::StatisticsFile* statistics_;
-  const std::vector<LayerTarget>& targets_;
-  const folding::FoldOptions& options_;
-  NewTensors own_;
-};
 
 /// Stored dtype of every tensor of a folded model by layer and last two parts of its name.
 class StoredTypes {
@@ -169,29 +103,12 @@ void check_request(Row& row, const checkpoint::Reader& reader, const calibration
   });
 }
 
-/// RefitOptions::query_heads of these groups.
-std::vector<std::vector<std::int64_t>> query_order(const std::vector<LayerTarget>& targets,
-                                                   const checkpoint::ModelConfig& config) {
-  std::vector<std::vector<std::int64_t>> order;
-  bool moved = false;
-  for (const LayerTarget& target : targets) {
-    std::vector<std::int64_t> heads;
-    for (const auto& group : target.groups)
-      for (const std::int64_t head : folding::query_heads_of(group, config.heads / config.kv_heads))
-        heads.push_back(head);
-    moved = moved || !std::is_sorted(heads.begin(), heads.end());
-    order.push_back(std::move(heads));
-  }
-  if (!moved) order.clear();
-  return order;
-}
-
 struct Setting {
   const checkpoint::Reader& reader;
   const calibration::StatisticsFile* statistics;
   const evaluation::Trial& trial;
-  TextOptions probe;  ///< of measured budgets: other windows than those that are scored
-  at::Tensor refit;   ///< sequences; undefined when no fold asks for a refit
+  calibration::TextSample probe;  ///< of measured budgets: other windows than those that are scored
+  at::Tensor refit;               ///< sequences; undefined when no fold asks for a refit
   std::int64_t tensor_parallel = 0;
 };
 
@@ -220,13 +137,20 @@ void run_fold(const comm::Communicator& world, const Setting& setting, Row& row)
   row.cache_bytes = folded.cache_bytes_per_token(folding::bytes_per_element(config.dtype));
 
   folding::RefitOptions refit = row.request.refit;
-  refit.query_heads = query_order(targets, config);
+  refit.query_heads = folding::query_order(targets, config);
   std::vector<std::string> refitted;
   if (options.refit) refitted = folding::refitted_tensors(folded, refit);
   const StoredTypes types(folding::folded_tensors(reader, options, targets, refitted));
 
   evaluation::Trial::Run run = setting.trial.begin(0);
-  LayerSource folded_layer(world, reader, setting.statistics, targets, options);
+  folding::FoldedLayers folded_layer(world, config.layers, [&](std::int64_t layer) {
+    try {
+      return folding::folded_layer(reader, setting.statistics, targets[static_cast<std::size_t>(layer)], layer,
+                                   options);
+    } catch (const Error& error) {
+      throw AgreedFailure(fmt::format("layer {}: {}", layer, message_of(error)));
+    }
+  });
   const auto score = [&](std::int64_t layer, NewTensors tensors) {
     const Progress scoring("score", "", 1, false);
     types.round(layer, tensors);
@@ -380,8 +304,7 @@ void compare(const Context& context, const checkpoint::Reader& reader, const po:
       throw UsageError(fmt::format("--{} and --compare exclude each other", name),
                        "what is compared stands in the list of folds; nothing but compare.json and compare.md is "
                        "written");
-  const TextOptions refit_source = refit_text(values);
-  TextOptions probe = held_out_text(values);
+  calibration::TextSample refit_source = refit_text(values), probe = held_out_text(values);
   std::vector<Row> rows;
   for (FoldRequest& request :
        parse_folds(values["compare"].as<std::string>(), values, config, !refit_source.files.empty())) {
@@ -410,15 +333,15 @@ void compare(const Context& context, const checkpoint::Reader& reader, const po:
     tensor_parallel = values["tensor-parallel"].as<std::int64_t>();
     if (tensor_parallel < 1) throw UsageError(fmt::format("--tensor-parallel {}: must be 1 or more", tensor_parallel));
   }
-  if (probe.length == 0 && statistics) probe.length = statistics->header().sequence_length;
+  settle_length(refit_source, config, statistics.get());
+  settle_length(probe, config, statistics.get());
   const std::int64_t cache_bytes = config.cache_bytes_per_token(folding::bytes_per_element(config.dtype));
   const std::string name =
       fs::absolute(reader.folder() / "config.json").parent_path().lexically_normal().filename().string();
   const std::string setting =
-      fmt::format("{} ({}, {} layers, {} KV heads of {}, {}), statistics {}, {} held-out windows{}", name,
+      fmt::format("{} ({}, {} layers, {} KV heads of {}, {}), statistics {}, {} held-out windows of {} tokens", name,
                   checkpoint::name_of(config.family), config.layers, config.kv_heads, config.head_dim, config.dtype,
-                  statistics ? statistics->path().filename().string() : "none", probe.samples,
-                  probe.length > 0 ? fmt::format(" of {} tokens", probe.length) : "");
+                  statistics ? statistics->path().filename().string() : "none", probe.samples, probe.length);
   if (world.root()) {
     std::cout << setting << fmt::format("; {} folds\n", rows.size());
     if (values.count("dry-run") > 0) {
@@ -450,11 +373,7 @@ void compare(const Context& context, const checkpoint::Reader& reader, const po:
   const evaluation::Totals& original = trial.original();
   Setting common{reader, statistics.get(), trial, probe, {}, tensor_parallel};
   common.probe.skip = probe.samples;  // budgets must not be measured on the windows that judge them
-  if (refits) {
-    TextOptions text = refit_source;
-    if (text.length == 0 && statistics) text.length = statistics->header().sequence_length;
-    common.refit = read_sequences(world, reader.folder(), config, text);
-  }
+  if (refits) common.refit = calibration::read_sequences(world, reader.folder(), config.vocab, refit_source);
   if (world.root())
     std::cout << fmt::format("original: perplexity {:.3f} over {} predictions\n", perplexity(original), original.tokens)
               << std::flush;
@@ -480,7 +399,7 @@ void compare(const Context& context, const checkpoint::Reader& reader, const po:
   json["statistics"] = statistics ? OrderedJson{{"file", statistics->path().filename().string()},
                                                 {"content_hash", statistics->content_hash()}}
                                   : OrderedJson();
-  const auto describe_text = [&](const TextOptions& text) {
+  const auto describe_text = [&](const calibration::TextSample& text) {
     OrderedJson one{{"windows", text.samples}, {"tokens", text.length}, {"seed", text.seed}, {"field", text.field}};
     world.on_root([&] { one["data"] = calibration::data_hash(text.files, text.field); });
     return one;

@@ -1,9 +1,6 @@
 #include "convert_options.h"
 
-#include <headfold/calibration/text.h>
-#include <headfold/tokenizer/tokenizer.h>
-#include <spdlog/spdlog.h>
-
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <sstream>
@@ -105,7 +102,7 @@ po::options_description convert_options() {
       "held-out error)")("field", po::value<std::string>()->default_value("text"), "field of .jsonl lines")(
       "data-seed", po::value<std::int64_t>()->default_value(0), "seed that draws sequences and windows")(
       "seq-len", po::value<std::int64_t>()->default_value(0),
-      "tokens of a sequence (default 0: as in calibration, at most 2048)");
+      "tokens of a sequence (default 0: as in calibration, 2048 without statistics)");
 
   po::options_description run("run");
   run.add_options()(
@@ -218,38 +215,20 @@ folding::RefitOptions refit_options(const po::variables_map& values) {
   return options;
 }
 
-TextOptions refit_text(const po::variables_map& values) {
+calibration::TextSample refit_text(const po::variables_map& values) {
   return {paths(values, "refit-data"), values["field"].as<std::string>(), at_least(values, "refit-samples", 2),
           at_least(values, "seq-len", 0), at_least(values, "data-seed", 0)};
 }
 
-TextOptions held_out_text(const po::variables_map& values) {
+calibration::TextSample held_out_text(const po::variables_map& values) {
   return {paths(values, "probe-data"), values["field"].as<std::string>(), at_least(values, "probe-windows", 1),
           at_least(values, "seq-len", 0), at_least(values, "data-seed", 0)};
 }
 
-at::Tensor read_sequences(const comm::Communicator& world, const std::filesystem::path& model_folder,
-                          const checkpoint::ModelConfig& config, const TextOptions& text) {
-  const std::int64_t length = std::min(text.length > 0 ? text.length : std::int64_t{2048}, config.max_positions);
-  at::Tensor sequences;
-  world.on_root([&] {
-    const auto tokenizer = tokenizer::load_tokenizer(model_folder);
-    const std::vector<std::int64_t> stream =
-        calibration::token_stream(*tokenizer, calibration::read_documents(text.files, text.field));
-    sequences =
-        calibration::draw_sequences(stream, text.skip + text.samples, length, static_cast<std::uint64_t>(text.seed))
-            .slice(0, text.skip)
-            .contiguous();
-    const auto largest = sequences.max().item<std::int64_t>();
-    if (largest >= config.vocab)
-      throw InputError(fmt::format("{}: the tokenizer gives id {}, but the model's vocabulary has {} entries",
-                                   model_folder.string(), largest, config.vocab),
-                       "do tokenizer and weights belong together?");
-  });
-  if (!sequences.defined()) sequences = at::empty({text.samples, length}, at::kLong);
-  world.broadcast(std::as_writable_bytes(
-      std::span(sequences.data_ptr<std::int64_t>(), static_cast<std::size_t>(sequences.numel()))));
-  return sequences;
+void settle_length(calibration::TextSample& text, const checkpoint::ModelConfig& config,
+                   const calibration::StatisticsFile* statistics) {
+  if (text.length == 0) text.length = statistics != nullptr ? statistics->header().sequence_length : 2048;
+  text.length = std::min(text.length, config.max_positions);
 }
 
 }  // namespace headfold::jobs

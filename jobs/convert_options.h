@@ -1,6 +1,8 @@
 #pragma once
 // Options of `convert` and what they mean.
 
+#include <headfold/calibration/statistics.h>
+#include <headfold/calibration/text.h>
 #include <headfold/checkpoint/config.h>
 #include <headfold/folding/grouping.h>
 #include <headfold/folding/plan.h>
@@ -19,21 +21,13 @@ folding::FoldOptions fold_options(const po::variables_map& values, const checkpo
 folding::GroupingOptions grouping_options(const po::variables_map& values);
 folding::RefitOptions refit_options(const po::variables_map& values);
 
-/// Text that a conversion reads: for --refit, for KL probes and for --compare.
-struct TextOptions {
-  std::vector<std::filesystem::path> files;
-  std::string field;
-  std::int64_t samples = 0;
-  std::int64_t length = 0;  ///< 0: as long as the calibration sequences
-  std::int64_t seed = 0;
-  std::int64_t skip = 0;  ///< sequences drawn before these: another part of the same text
-};
-TextOptions refit_text(const po::variables_map& values);
-TextOptions held_out_text(const po::variables_map& values);
-/// Token sequences [samples, length] drawn from the text, the same on every rank: rank 0 reads, the others receive.
-/// Collective. InputError when the text is too short.
-at::Tensor read_sequences(const comm::Communicator& world, const std::filesystem::path& model_folder,
-                          const checkpoint::ModelConfig& config, const TextOptions& text);
+/// Text that a conversion reads: for --refit, for KL probes and for --compare. Length 0 until it is settled.
+calibration::TextSample refit_text(const po::variables_map& values);
+calibration::TextSample held_out_text(const po::variables_map& values);
+/// --seq-len 0 stands for the length of the calibration sequences, 2048 without statistics; no more than the model
+/// takes.
+void settle_length(calibration::TextSample& text, const checkpoint::ModelConfig& config,
+                   const calibration::StatisticsFile* statistics);
 
 /// The options that a given plan decides (they exclude --plan).
 const std::vector<const char*>& plan_options();

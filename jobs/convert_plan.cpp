@@ -19,7 +19,8 @@ using folding::LayerTarget;
 class KlProbe {
  public:
   KlProbe(const comm::Communicator& world, const checkpoint::Reader& reader,
-          const calibration::StatisticsFile* statistics, const FoldOptions& options, const TextOptions& text)
+          const calibration::StatisticsFile* statistics, const FoldOptions& options,
+          const calibration::TextSample& text)
       : reader_(reader),
         statistics_(statistics),
         options_(options),
@@ -61,9 +62,9 @@ std::vector<folding::Groups> searched_groups(const comm::Communicator& world, co
 }  // namespace
 
 std::vector<evaluation::Window> probe_windows(const comm::Communicator& world, const checkpoint::Reader& reader,
-                                              const TextOptions& text) {
+                                              const calibration::TextSample& text) {
   if (text.files.empty()) throw UsageError("this needs held-out text", "give --probe-data FILE (.txt or .jsonl)");
-  const at::Tensor sequences = read_sequences(world, reader.folder(), reader.config(), text);
+  const at::Tensor sequences = calibration::read_sequences(world, reader.folder(), reader.config().vocab, text);
   std::vector<evaluation::Window> windows;
   windows.reserve(static_cast<std::size_t>(sequences.size(0)));
   for (std::int64_t i = 0; i < sequences.size(0); ++i) {
@@ -79,7 +80,7 @@ std::vector<evaluation::Window> probe_windows(const comm::Communicator& world, c
 
 Decision decide_targets(const comm::Communicator& world, const checkpoint::Reader& reader,
                         const calibration::StatisticsFile* statistics, const FoldOptions& options,
-                        const folding::GroupingOptions& grouping, const TextOptions& probe) {
+                        const folding::GroupingOptions& grouping, const calibration::TextSample& probe) {
   const checkpoint::ModelConfig& config = reader.config();
   Decision decision;
   OrderedJson budget, searches = OrderedJson::array();

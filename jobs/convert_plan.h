@@ -19,10 +19,10 @@ struct Decision {
 /// Collective; the same on every rank. `probe` is read for budgets that need KL probes.
 Decision decide_targets(const comm::Communicator& world, const checkpoint::Reader& reader,
                         const calibration::StatisticsFile* statistics, const folding::FoldOptions& options,
-                        const folding::GroupingOptions& grouping, const TextOptions& probe);
+                        const folding::GroupingOptions& grouping, const calibration::TextSample& probe);
 
 /// Windows of held-out text for probes and trials. Collective.
 std::vector<evaluation::Window> probe_windows(const comm::Communicator& world, const checkpoint::Reader& reader,
-                                              const TextOptions& text);
+                                              const calibration::TextSample& text);
 
 }  // namespace headfold::jobs

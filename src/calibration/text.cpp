@@ -5,9 +5,12 @@
 #include <headfold/calibration/text.h>
 #include <headfold/tokenizer/utf8.h>
 
+#include <spdlog/spdlog.h>
+
 #include <algorithm>
 #include <numeric>
 #include <random>
+#include <span>
 
 namespace headfold::calibration {
 namespace {
@@ -150,6 +153,30 @@ at::Tensor draw_sequences(const std::vector<std::int64_t>& stream, std::int64_t 
     const std::int64_t* source = stream.data() + order[static_cast<std::size_t>(i)] * length;
     std::copy(source, source + length, target + i * length);
   }
+  return sequences;
+}
+
+at::Tensor read_sequences(const comm::Communicator& world, const std::filesystem::path& model_folder,
+                          std::int64_t vocab, const TextSample& text) {
+  at::Tensor sequences;
+  world.on_root([&] {
+    const auto tokenizer = tokenizer::load_tokenizer(model_folder);
+    const std::vector<std::string> documents = read_documents(text.files, text.field);
+    const std::vector<std::int64_t> stream = token_stream(*tokenizer, documents, text.bos);
+    spdlog::info("{} documents, {} tokens", documents.size(), stream.size());
+    sequences = draw_sequences(stream, text.skip + text.samples, text.length, static_cast<std::uint64_t>(text.seed))
+                    .slice(0, text.skip)
+                    .contiguous();
+    const auto largest = sequences.max().item<std::int64_t>();
+    if (largest >= vocab)
+      throw InputError(fmt::format("{}: the tokenizer gives id {}, but the model's vocabulary has {} entries",
+                                   model_folder.string(), largest, vocab),
+                       "do tokenizer and weights belong together?");
+  });
+  // Only now is it known that the text yields that many.
+  if (!sequences.defined()) sequences = at::empty({text.samples, text.length}, at::kLong);
+  world.broadcast(std::as_writable_bytes(
+      std::span(sequences.data_ptr<std::int64_t>(), static_cast<std::size_t>(sequences.numel()))));
   return sequences;
 }
 

@@ -2,6 +2,7 @@
 // Token sequences from text files: calibration samples and evaluation streams.
 
 #include <ATen/ATen.h>
+#include <headfold/comm/communicator.h>
 #include <headfold/tokenizer/tokenizer.h>
 
 #include <filesystem>
@@ -31,5 +32,21 @@ std::vector<std::int64_t> token_stream(const tokenizer::Tokenizer& tokenizer, co
 /// InputError when the text has fewer windows, with both numbers.
 at::Tensor draw_sequences(const std::vector<std::int64_t>& stream, std::int64_t samples, std::int64_t length,
                           std::uint64_t seed);
+
+/// Sequences to draw from text.
+struct TextSample {
+  std::vector<std::filesystem::path> files;
+  std::string field = "text";
+  std::int64_t samples = 0;
+  std::int64_t length = 0;  ///< tokens of a sequence
+  std::int64_t seed = 0;
+  std::int64_t skip = 0;  ///< sequences drawn before these: another part of the same text
+  tokenizer::Bos bos = tokenizer::Bos::model_default;
+};
+/// The sequences [samples, length] int64, the same on every rank: rank 0 reads and tokenises with the tokenizer of
+/// `model_folder`, the others receive. Collective. InputError when the text is too short or the tokenizer gives an id
+/// of `vocab` or above.
+at::Tensor read_sequences(const comm::Communicator& world, const std::filesystem::path& model_folder,
+                          std::int64_t vocab, const TextSample& text);
 
 }  // namespace headfold::calibration

@@ -88,17 +88,31 @@ std::int64_t TensorShape::elements() const {
   return product;
 }
 
+bool absorbs_keys(Family family, std::int64_t key_width, std::int64_t head_dim) {
+  return family == Family::bloom && key_width <= head_dim;
+}
+
+bool absorbs_values(std::int64_t value_width, std::int64_t head_dim) {
+  return value_width <= head_dim;
+}
+
 bool keys_absorbed(const ModelConfig& config, std::int64_t layer) {
-  return config.layout == KvLayout::latent && config.family == Family::bloom &&
-         config.shape_of(layer).key_width <= config.head_dim;
+  return config.layout == KvLayout::latent &&
+         absorbs_keys(config.family, config.shape_of(layer).key_width, config.head_dim);
 }
 
 bool values_absorbed(const ModelConfig& config, std::int64_t layer) {
-  return config.layout == KvLayout::latent && config.shape_of(layer).value_width <= config.head_dim;
+  return config.layout == KvLayout::latent && absorbs_values(config.shape_of(layer).value_width, config.head_dim);
 }
 
 std::int64_t attended_width(const ModelConfig& config, std::int64_t layer) {
   return values_absorbed(config, layer) ? config.shape_of(layer).value_width : config.head_dim;
+}
+
+std::string last_parts(const std::string& name) {
+  const std::size_t last = name.rfind('.');
+  const std::size_t before = last == std::string::npos ? last : name.rfind('.', last - 1);
+  return before == std::string::npos ? name : name.substr(before + 1);
 }
 
 std::string tensor_prefix(Family family) {

@@ -19,9 +19,15 @@ struct TensorShape {
   std::int64_t elements() const;
 };
 
+/// The last two parts of a tensor's name: "o_proj.weight" of "model.layers.3.self_attn.o_proj.weight".
+std::string last_parts(const std::string& name);
+
 /// Prefix of all tensors of a family but the output projection: "model." or "transformer.".
 std::string tensor_prefix(Family family);
 
+/// The rule of keys_absorbed() and values_absorbed() for a width that no configuration states yet.
+bool absorbs_keys(Family family, std::int64_t key_width, std::int64_t head_dim);
+bool absorbs_values(std::int64_t value_width, std::int64_t head_dim);
 /// `latent`: whether the decoder of keys is part of the query projection: without rotation (BLOOM) and when latents are
 /// no wider than heads. The query projection then has heads * key_width rows and there is no key_up.
 bool keys_absorbed(const ModelConfig& config, std::int64_t layer);

@@ -5,6 +5,7 @@
 #include <headfold/base/version.h>
 #include <headfold/checkpoint/layout.h>
 #include <headfold/folding/apply.h>
+#include <headfold/folding/folded_layers.h>
 #include <headfold/folding/refit.h>
 
 #include <algorithm>
@@ -30,11 +31,6 @@ std::vector<std::int64_t> flattened(const Groups& groups) {
 bool moves_heads(const Groups& groups) {
   const auto all = flattened(groups);
   return !std::is_sorted(all.begin(), all.end());
-}
-
-/// Latent keys without rotation: the decoder goes into the query projection unless that would widen the heads.
-bool absorbs_keys(bool rotates, std::int64_t width, std::int64_t head_dim) {
-  return !rotates && width <= head_dim;
 }
 
 /// Names of one family's attention tensors.
@@ -114,7 +110,7 @@ std::map<std::string, std::vector<std::int64_t>> made_tensors(const ModelConfig&
       made["key_fold.weight"] = {count, d, config.kv_heads / count * d};
       made["query_fold.weight"] = {config.kv_heads, d, d};
     } else if (layout == KvLayout::latent) {
-      const bool absorbed = absorbs_keys(rotates, target.key_width, d);
+      const bool absorbed = checkpoint::absorbs_keys(config.family, target.key_width, d);
       if (absorbed)
         add(names.query, config.heads * target.key_width, config.hidden);
       else
@@ -127,7 +123,7 @@ std::map<std::string, std::vector<std::int64_t>> made_tensors(const ModelConfig&
     }
   }
   if (part != Part::keys) {
-    const bool absorbed = target.value_width <= d;
+    const bool absorbed = checkpoint::absorbs_values(target.value_width, d);
     add(names.value, count * target.value_width, config.hidden);
     if (!absorbed) made["value_up.weight"] = {config.kv_heads, d, target.value_width};
     if (moved || options.refit || options.values != ValueFold::meanpool) {
@@ -236,7 +232,8 @@ NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, c
   const Names names = names_of(problem.rotates);
   const KvLayout layout = layout_of(options);
   const bool projected = layout == KvLayout::projected;
-  const bool rebuilt = layout == KvLayout::latent && !absorbs_keys(problem.rotates, r, d);
+  const bool rebuilt =
+      layout == KvLayout::latent && !checkpoint::absorbs_keys(problem.rotates ? Family::llama : Family::bloom, r, d);
   const auto count = groups.size();
   std::vector<at::Tensor> key(count), key_bias(count), query(count), query_bias(count), key_fold(count),
       query_fold(count), key_up(count);
@@ -300,7 +297,7 @@ NewTensors folded_values(const LayerProblem& problem, const LayerTarget& target,
   const LayerWeights& w = problem.weights;
   const Groups& groups = target.groups;
   const std::int64_t d = w.head_dim, repeat = w.value_repeat(), r = target.value_width;
-  const bool absorbed = r <= d;
+  const bool absorbed = checkpoint::absorbs_values(r, d);
   const Names names = names_of(problem.rotates);
   const auto count = groups.size();
   std::vector<at::Tensor> value(count), value_bias(count), output(count), correction(count), value_up(count);
@@ -509,16 +506,12 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
                                   {"tensors", refitted},
                                   {"layers", OrderedJson::array()}};
     RefitOptions options = *refit->options;
-    const bool moved =
-        std::any_of(targets.begin(), targets.end(), [](const LayerTarget& one) { return moves_heads(one.groups); });
-    if (moved)
-      for (const LayerTarget& one : targets)
-        options.query_heads.push_back(query_heads_of(flattened(one.groups), config.heads / config.kv_heads));
+    options.query_heads = query_order(targets, config);
+    FoldedLayers folded_layers(world, config.layers, [&](std::int64_t layer) {
+      return folded_layer(reader, statistics, targets[static_cast<std::size_t>(layer)], layer, plan.options, kept);
+    });
     refit_layers(
-        world, reader, folded, refit->sequences, options,
-        [&](std::int64_t layer) {
-          return folded_layer(reader, statistics, targets[static_cast<std::size_t>(layer)], layer, plan.options, kept);
-        },
+        world, reader, folded, refit->sequences, options, [&](std::int64_t layer) { return folded_layers(layer); },
         [&](std::int64_t layer, const NewTensors& tensors, const LayerRefit& report) {
           record["refit"]["layers"].push_back(to_json(report));
           if (refit->report) refit->report(report);

@@ -2,14 +2,11 @@
 
 #include <headfold/base/error.h>
 #include <headfold/folding/bases.h>
+#include <headfold/linalg/linalg.h>
 
 namespace headfold::folding {
 
 namespace {
-
-at::Tensor symmetric(const at::Tensor& m) {
-  return 0.5 * (m + m.t());
-}
 
 /// The rows without their bias column: a metric on weights knows no input and so no constant.
 at::Tensor without_bias(const at::Tensor& rows) {
@@ -32,7 +29,7 @@ Moments moments_of_values(const LayerProblem& problem, const GroupWeights& group
   }
   const at::Tensor rows =
       at::matmul(group.value, problem.centred_values ? problem.moments.centred : problem.moments.input);
-  return {symmetric(at::matmul(rows, group.value.t())), at::matmul(group.value, problem.moments.mean)};
+  return {linalg::symmetric_part(at::matmul(rows, group.value.t())), at::matmul(group.value, problem.moments.mean)};
 }
 
 /// E[y_h y_h^T] of the group's query heads on the group's rows, and Sigma as their mean.
@@ -69,7 +66,7 @@ void add_attended(const LayerProblem& problem, const std::vector<std::int64_t>& 
       const at::Tensor mean = moments.attended_mean[h].index_select(0, rows);
       moment = moment - (1 - mean_weight) * at::outer(mean, mean);
     }
-    values.attended.push_back(symmetric(moment));
+    values.attended.push_back(linalg::symmetric_part(moment));
     values.sigma += values.attended.back();
   }
   values.sigma /= static_cast<double>(values.attended.size());

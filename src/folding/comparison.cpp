@@ -67,10 +67,6 @@ at::Tensor mean_or_zero(const at::Tensor& mean_input, const at::Tensor& weight, 
   return mean.view({heads, -1}).to(at::kFloat);
 }
 
-double square_sum(const at::Tensor& tensor) {
-  return (tensor * tensor).sum(at::kDouble).item<double>();
-}
-
 constexpr std::int64_t kQueryRows = 512;  // scores are formed [512, tokens] at a time
 
 }  // namespace
@@ -148,8 +144,8 @@ LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config,
       const std::int64_t g = group_of_head_[static_cast<std::size_t>(k)];
       const at::Tensor rows = source.slice(0, k * d, (k + 1) * d);
       errors_.sums[static_cast<std::size_t>(error)] +=
-          square_sum(rows - at::matmul(decoder[k], merged.slice(0, g * width, (g + 1) * width)));
-      errors_.sums[static_cast<std::size_t>(total)] += square_sum(rows);
+          linalg::square_sum(rows - at::matmul(decoder[k], merged.slice(0, g * width, (g + 1) * width)));
+      errors_.sums[static_cast<std::size_t>(total)] += linalg::square_sum(rows);
     }
   };
   // Weight errors know no tokens: the same sums on every rank leave their ratio what it is.
@@ -211,12 +207,12 @@ void LayerComparison::add(const at::Tensor& inputs) {
   if (options_.key_metric == Metric::act) {
     const at::Tensor latent = (rotated_decoder_ ? folded_key : folded_plain).index_select(1, group_index);
     sums[ErrorSums::key_error] +=
-        square_sum((rotated_decoder_ ? key : plain_key) - at::einsum("tke,kde->tkd", {latent, key_decoder_}));
-    sums[ErrorSums::key_total] += square_sum(key);
+        linalg::square_sum((rotated_decoder_ ? key : plain_key) - at::einsum("tke,kde->tkd", {latent, key_decoder_}));
+    sums[ErrorSums::key_total] += linalg::square_sum(key);
   }
   if (options_.value_metric == Metric::act) {
-    sums[ErrorSums::value_error] += square_sum(value - at::einsum("tke,kde->tkd", {met_value, value_decoder_}));
-    sums[ErrorSums::value_total] += square_sum(value);
+    sums[ErrorSums::value_error] += linalg::square_sum(value - at::einsum("tke,kde->tkd", {met_value, value_decoder_}));
+    sums[ErrorSums::value_total] += linalg::square_sum(value);
   }
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
   const std::int64_t width = folded_value.size(2);
@@ -233,8 +229,8 @@ void LayerComparison::add(const at::Tensor& inputs) {
     } else {
       rebuilt = at::matmul(given, folded_.output.slice(1, place * width, (place + 1) * width).t());
     }
-    sums[ErrorSums::value_error] += square_sum(whole - rebuilt);
-    sums[ErrorSums::value_total] += square_sum(whole);
+    sums[ErrorSums::value_error] += linalg::square_sum(whole - rebuilt);
+    sums[ErrorSums::value_total] += linalg::square_sum(whole);
   };
   const at::Tensor positions = at::arange(tokens, at::kLong);
   for (std::int64_t begin = 0; begin < tokens; begin += kQueryRows) {
@@ -248,8 +244,8 @@ void LayerComparison::add(const at::Tensor& inputs) {
             .masked_fill(future, 0.0);
       };
       at::Tensor scores = scores_of(query, h, key), folded_scores = scores_of(folded_query, place, met_key);
-      sums[ErrorSums::score_error] += square_sum(scores - folded_scores);
-      sums[ErrorSums::score_total] += square_sum(scores);
+      sums[ErrorSums::score_error] += linalg::square_sum(scores - folded_scores);
+      sums[ErrorSums::score_total] += linalg::square_sum(scores);
       if (!rotates_) {
         const at::Tensor bias = slopes_[h] * positions.slice(0, 0, end).to(at::kFloat).unsqueeze(0);
         scores = scores + bias;
@@ -288,8 +284,9 @@ void LayerComparison::add(const at::Tensor& inputs) {
   const at::Tensor folded_mean =
       folded_value_mean_.index_select(0, at::tensor(group_of_place, at::kLong)).repeat_interleave(repeat, 0);
   const at::Tensor result = output(attended, mean, original_, at::Tensor());
-  sums[ErrorSums::output_error] += square_sum(result - output(folded_attended, folded_mean, folded_, folded_.value_up));
-  sums[ErrorSums::output_total] += square_sum(result);
+  sums[ErrorSums::output_error] +=
+      linalg::square_sum(result - output(folded_attended, folded_mean, folded_, folded_.value_up));
+  sums[ErrorSums::output_total] += linalg::square_sum(result);
   if (options_.key_metric == Metric::act_query || options_.key_metric == Metric::act_query_dist) {
     sums[ErrorSums::key_error] = sums[ErrorSums::score_error];
     sums[ErrorSums::key_total] = sums[ErrorSums::score_total];

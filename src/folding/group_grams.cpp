@@ -2,16 +2,9 @@
 
 #include <headfold/base/error.h>
 #include <headfold/base/profile.h>
+#include <headfold/linalg/linalg.h>
 
 namespace headfold::folding {
-
-namespace {
-
-at::Tensor symmetric(const at::Tensor& m) {
-  return 0.5 * (m + m.t());
-}
-
-}  // namespace
 
 GroupGrams::GroupGrams(const LayerProblem& problem, std::shared_ptr<GroupGrams> queries_of)
     : weights_(problem.weights),
@@ -41,7 +34,7 @@ GroupGrams::Gram GroupGrams::gram_of(const at::Tensor& rows, const Gram* of_all,
             all_weight_ * of_all->mean - even_weight_ * of_even->mean};
   if (!moment_.defined()) throw InternalError("a Gram was asked for without the input's moment");
   const Timed timed(Work::products);
-  return {symmetric(at::matmul(at::matmul(rows, moment_), rows.t())), at::mv(rows, mean_)};
+  return {linalg::symmetric_part(at::matmul(at::matmul(rows, moment_), rows.t())), at::mv(rows, mean_)};
 }
 
 const GroupGrams::Gram& GroupGrams::keys(const std::vector<std::int64_t>& kv_heads) {
@@ -75,7 +68,7 @@ const at::Tensor& GroupGrams::queries(const std::vector<std::int64_t>& kv_heads)
     for (std::size_t k = 0; k < kv_heads.size(); ++k) {
       const at::Tensor once = at::matmul(group.queries[k], moment_);
       for (std::int64_t i = 0; i < repeat; ++i)
-        found.queries[static_cast<std::int64_t>(k)][i].copy_(symmetric(
+        found.queries[static_cast<std::int64_t>(k)][i].copy_(linalg::symmetric_part(
             at::matmul(once.slice(0, i * d, (i + 1) * d), group.queries[k].slice(0, i * d, (i + 1) * d).t())));
     }
   });

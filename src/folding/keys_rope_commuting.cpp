@@ -1,5 +1,6 @@
 #include <headfold/base/error.h>
 #include <headfold/base/profile.h>
+#include <headfold/linalg/linalg.h>
 
 #include "complex_pairs.h"
 #include "keys_distance.h"
@@ -18,10 +19,6 @@ struct CommutingProblem {
   double unit = 1;  ///< (1 / 2d) lam |k - b c|^2 is the mean squared score error
 };
 
-at::Tensor hermitian(const at::Tensor& x) {
-  return x.transpose(-2, -1).conj().resolve_conj();
-}
-
 /// Same-frequency Grams from the group's rows: half the work of the whole covariance, and no [g d, g d] product.
 at::Tensor grams_of_rows(const GroupWeights& group, const at::Tensor& moment) {
   const std::int64_t half = group.head_dim / 2, size = group.size;
@@ -33,7 +30,7 @@ at::Tensor grams_of_rows(const GroupWeights& group, const at::Tensor& moment) {
   const auto [mx, my] = by_frequency(at::matmul(group.key, moment));
   const at::Tensor xt = x.transpose(1, 2), yt = y.transpose(1, 2);
   const at::Tensor gram = at::complex(at::bmm(mx, xt) + at::bmm(my, yt), at::bmm(my, xt) - at::bmm(mx, yt));
-  return 0.5 * (gram + hermitian(gram));
+  return 0.5 * (gram + linalg::conjugate_transpose(gram));
 }
 
 bool has_queries(Metric metric) {
@@ -66,7 +63,7 @@ CommutingProblem commuting_problem(const GroupWeights& group, const LayerMoments
   if (context.mean_weight != 1.0) {
     const at::Tensor mean = key_mean(group, *moments).view({group.size, 2, half});
     const at::Tensor z = at::complex(mean.select(1, 0).contiguous(), mean.select(1, 1).contiguous()).t().unsqueeze(2);
-    problem.gram = problem.gram - (1.0 - context.mean_weight) * at::matmul(z, hermitian(z));
+    problem.gram = problem.gram - (1.0 - context.mean_weight) * at::matmul(z, linalg::conjugate_transpose(z));
   }
   return problem;
 }
@@ -141,7 +138,8 @@ double rope_commuting_loss(const GroupWeights& group, const LayerMoments* moment
     residual = residual - at::matmul(b.unsqueeze(2), a.unsqueeze(1));
   }
   const at::Tensor error =
-      at::real(at::matmul(at::matmul(residual, problem.gram), hermitian(residual)).diagonal(0, 1, 2));  // [d/2, g]
+      at::real(at::matmul(at::matmul(residual, problem.gram), linalg::conjugate_transpose(residual))
+                   .diagonal(0, 1, 2));  // [d/2, g]
   double loss = problem.unit * (error * problem.energies.t()).slice(0, 0, outside).sum().item<double>();
   if (context.band > 0) {
     const Problem band = band_problem(group, moments, metric, context, nullptr);
@@ -156,7 +154,7 @@ double rope_commuting_loss(const GroupWeights& group, const LayerMoments* moment
 linalg::Conditioning rope_commuting_conditioning(const GroupWeights& group, const LayerMoments* moments, Metric metric,
                                                  const KeyContext& context, double tau) {
   const CommutingProblem problem = commuting_problem(group, moments, metric, context);
-  const at::Tensor gram = 0.5 * (problem.gram + hermitian(problem.gram));
+  const at::Tensor gram = 0.5 * (problem.gram + linalg::conjugate_transpose(problem.gram));
   const double scale = at::real(gram.diagonal(0, 1, 2)).max().item<double>();
   if (!std::isfinite(scale) || !std::isfinite(at::view_as_real(gram).sum().item<double>()))
     throw NumericalError("the keys' Gram to be factorised contains NaN or Inf");

@@ -13,17 +13,6 @@ using checkpoint::ModelConfig;
 
 namespace {
 
-/// [rows, hidden + 1] in float64: the bias as last column.
-at::Tensor augmented(const at::Tensor& weight, const at::Tensor& bias) {
-  at::Tensor rows = at::empty({weight.size(0), weight.size(1) + 1}, at::kDouble);
-  rows.slice(1, 0, weight.size(1)).copy_(weight);
-  if (bias.defined())
-    rows.select(1, weight.size(1)).copy_(bias);
-  else
-    rows.select(1, weight.size(1)).zero_();
-  return rows;
-}
-
 /// L [n, r] with L L^T = `gram` [n, n], the sum of x x^T of at most `most` vectors: pivoted Cholesky, n r^2 operations.
 /// Undefined when such a factor leaves more than rounding of calibration's own precision.
 at::Tensor thin_factor(const at::Tensor& gram, std::int64_t most) {
@@ -210,6 +199,16 @@ LayerMoments moments_of(const calibration::LayerStatistics& statistics, const La
     moments.attended_heads = statistics.attended_heads;
   }
   return moments;
+}
+
+at::Tensor augmented(const at::Tensor& weight, const at::Tensor& bias) {
+  at::Tensor rows = at::empty({weight.size(0), weight.size(1) + 1}, at::kDouble);
+  rows.slice(1, 0, weight.size(1)).copy_(weight);
+  if (bias.defined())
+    rows.select(1, weight.size(1)).copy_(bias);
+  else
+    rows.select(1, weight.size(1)).zero_();
+  return rows;
 }
 
 at::Tensor block_index(const std::vector<std::int64_t>& heads, std::int64_t head_dim) {

@@ -97,6 +97,8 @@ struct LayerGrams {
 GroupWeights group_of(const LayerWeights& weights, const std::vector<std::int64_t>& kv_heads, Part part = Part::both,
                       bool with_others = true);
 
+/// [weight | bias], [rows, hidden + 1] float64: acts on [x; 1]. An undefined bias is zero.
+at::Tensor augmented(const at::Tensor& weight, const at::Tensor& bias);
 /// Row (or column) numbers of `heads` blocks of `head_dim`, int64.
 at::Tensor block_index(const std::vector<std::int64_t>& heads, std::int64_t head_dim);
 /// Query heads of the KV heads in `kv_heads`, in order: kv * repeat .. kv * repeat + repeat - 1 each (methods.md 8).

@@ -8,11 +8,6 @@ namespace headfold::folding {
 
 namespace {
 
-at::Tensor with_bias(const at::Tensor& weight, const at::Tensor& bias) {
-  const at::Tensor column = bias.defined() ? bias.reshape({-1, 1}) : at::zeros({weight.size(0), 1}, weight.options());
-  return at::cat({weight, column}, 1);
-}
-
 /// rows M rows^T, head by head and only the lower triangle of heads: half the work, and the bytes do not depend on the
 /// number of threads. An undefined moment stands for the identity.
 at::Tensor gram(const at::Tensor& rows, const at::Tensor& moment, std::int64_t head_dim) {
@@ -39,9 +34,9 @@ void add_grams(LayerProblem& problem, const FoldOptions& options) {
   if (options.value_metric == Metric::weights) grams->value_weights = gram(w.value, {}, d);
   if (problem.has_moments) {
     const LayerMoments& moments = problem.moments;
-    const at::Tensor query = with_bias(w.query, w.query_bias);
-    const at::Tensor key = with_bias(w.key, w.key_bias);
-    const at::Tensor value = with_bias(w.value, w.value_bias);
+    const at::Tensor query = augmented(w.query, w.query_bias);
+    const at::Tensor key = augmented(w.key, w.key_bias);
+    const at::Tensor value = augmented(w.value, w.value_bias);
     grams->key = gram(key, moments.input, d);
     grams->value = gram(value, moments.input, d);
     grams->queries = at::empty({w.heads, d, d}, at::kDouble);

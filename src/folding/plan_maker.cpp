@@ -148,7 +148,7 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
     for (std::size_t g = 0; g < lists[l].groups.size(); ++g) items.emplace_back(l, g);
   const auto [begin, end] = share_of(std::ssize(items), world.rank(), world.size());
   Progress progress("plan", "group", static_cast<double>(end - begin), world.root());
-  Json mine = Json::array();
+  OrderedJson mine = OrderedJson::array();
   for (auto item = static_cast<std::size_t>(begin); item < static_cast<std::size_t>(end);) {
     const std::size_t layer = items[item].first;
     std::size_t count = 0;
@@ -180,7 +180,7 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
         });
       });
     }
-    for (const GroupPlan& group : results) mine.push_back(Json::parse(to_json(group).dump()));
+    for (const GroupPlan& group : results) mine.push_back(to_json(group));
     item += count;
     progress.advance(static_cast<double>(count));
   }

@@ -72,10 +72,6 @@ Sums empty_moments(std::int64_t inputs, std::int64_t outputs) {
           at::zeros({inputs}, at::kDouble), at::zeros({outputs}, at::kDouble), at::zeros({s_scalars}, at::kDouble)};
 }
 
-double square_sum(const at::Tensor& x) {
-  return x.to(at::kDouble).square().sum().item<double>();
-}
-
 void add_moments(Sums& sums, const at::Tensor& y, const at::Tensor& residual, const at::Tensor& target) {
   sums[m_gram].add_(at::mm(y.t(), y));
   sums[m_cross].add_(at::mm(residual.t(), y));
@@ -83,8 +79,8 @@ void add_moments(Sums& sums, const at::Tensor& y, const at::Tensor& residual, co
   sums[m_residual_sum].add_(residual.sum(0, false, at::kDouble));
   auto* scalars = sums[m_scalars].data_ptr<double>();
   scalars[s_tokens] += static_cast<double>(y.size(0));
-  scalars[s_residual] += square_sum(residual);
-  scalars[s_target] += square_sum(target);
+  scalars[s_residual] += linalg::square_sum(residual);
+  scalars[s_target] += linalg::square_sum(target);
 }
 
 double scalar(const Sums& sums, std::int64_t index) {
@@ -212,13 +208,6 @@ PartRefit regress(const Sums& fit, const Sums& held, Linear& map, const RefitOpt
   return report;
 }
 
-/// "o_proj.weight" of "model.layers.3.self_attn.o_proj.weight".
-std::string tail_of(const std::string& name) {
-  const std::size_t last = name.rfind('.');
-  const std::size_t before = last == std::string::npos ? last : name.rfind('.', last - 1);
-  return before == std::string::npos ? name : name.substr(before + 1);
-}
-
 /// Names of the matrices that a refit may change, without ".weight", in layer `layer`.
 struct Names {
   std::string query, key, output, down;
@@ -309,14 +298,14 @@ class Refitter {
   /// Current matrix of the folded layer, float64.
   Linear folded_map(const std::string& name, std::int64_t out, std::int64_t in, bool biased) const {
     const auto get = [&](const std::string& tensor, const std::vector<std::int64_t>& shape) {
-      const auto found = tensors_->find(tail_of(tensor));
+      const auto found = tensors_->find(checkpoint::last_parts(tensor));
       return found != tensors_->end() ? found->second : reader_.load(tensor, shape, at::kDouble);
     };
     return {get(name + ".weight", {out, in}), biased ? get(name + ".bias", {out}) : at::Tensor()};
   }
   void put(const std::string& name, const Linear& map) const {
-    (*tensors_)[tail_of(name + ".weight")] = map.weight;
-    if (map.bias.defined()) (*tensors_)[tail_of(name + ".bias")] = map.bias;
+    (*tensors_)[checkpoint::last_parts(name + ".weight")] = map.weight;
+    if (map.bias.defined()) (*tensors_)[checkpoint::last_parts(name + ".bias")] = map.bias;
   }
   Linear original_output() const {
     const std::int64_t width = config_.heads * config_.head_dim;
@@ -324,11 +313,7 @@ class Refitter {
             names_.attention_bias ? reader_.load(names_.output + ".bias", {config_.hidden}, at::kFloat) : at::Tensor()};
   }
   std::unique_ptr<model::Layer> load_folded() const {
-    return model::load_layer(folded_, layer_, at::kFloat,
-                             [&](const std::string& name, const std::vector<std::int64_t>& shape) {
-                               const auto found = tensors_->find(tail_of(name));
-                               return found != tensors_->end() ? found->second : reader_.load(name, shape, at::kFloat);
-                             });
+    return model::load_layer(folded_, layer_, at::kFloat, model::replaced_tensors(reader_, *tensors_));
   }
   /// The residual stream that attention adds to.
   at::Tensor base(const at::Tensor& hidden, const Capture& seen) const {
@@ -432,8 +417,8 @@ class Refitter {
                                   [&](std::int64_t s, Sums& energy) {
                                     compressed_[index(s)] = folded->forward(compressed_[index(s)]);
                                     auto* values = energy[0].data_ptr<double>();
-                                    values[0] += square_sum(compressed_[index(s)] - original_[index(s)]);
-                                    values[1] += square_sum(original_[index(s)]);
+                                    values[0] += linalg::square_sum(compressed_[index(s)] - original_[index(s)]);
+                                    values[1] += linalg::square_sum(original_[index(s)]);
                                   });
     const at::Tensor energy = fit[0] + held[0];
     const double total = energy[1].item<double>(), error = energy[0].item<double>();
@@ -761,12 +746,26 @@ void check(const RefitOptions& options, const ModelConfig& config, const ModelCo
 
 }  // namespace
 
+std::vector<std::vector<std::int64_t>> query_order(const std::vector<LayerTarget>& targets, const ModelConfig& config) {
+  std::vector<std::vector<std::int64_t>> order;
+  bool moved = false;
+  for (const LayerTarget& target : targets) {
+    std::vector<std::int64_t> heads;
+    for (const auto& group : target.groups)
+      for (const std::int64_t head : query_heads_of(group, config.heads / config.kv_heads)) heads.push_back(head);
+    moved = moved || !std::is_sorted(heads.begin(), heads.end());
+    order.push_back(std::move(heads));
+  }
+  if (!moved) order.clear();
+  return order;
+}
+
 std::vector<std::string> refitted_tensors(const ModelConfig& folded_config, const RefitOptions& options) {
   const Names names = names_of(folded_config, 0);
   std::vector<std::string> tails;
   const auto add = [&](const std::string& name, bool biased) {
-    tails.push_back(tail_of(name + ".weight"));
-    if (biased) tails.push_back(tail_of(name + ".bias"));
+    tails.push_back(checkpoint::last_parts(name + ".weight"));
+    if (biased) tails.push_back(checkpoint::last_parts(name + ".bias"));
   };
   if (options.queries) add(names.query, names.attention_bias);
   if (options.queries && options.key_sweeps > 0 && folded_config.layout == checkpoint::KvLayout::gqa)

@@ -37,6 +37,10 @@ struct RefitOptions {
   std::vector<std::vector<std::int64_t>> query_heads;
 };
 
+/// RefitOptions::query_heads of these groups: empty when no layer moves heads.
+std::vector<std::vector<std::int64_t>> query_order(const std::vector<LayerTarget>& targets,
+                                                   const checkpoint::ModelConfig& config);
+
 /// What the refit of one matrix did. Errors are shares of the target's energy; for queries and keys they are
 /// KL(original || folded) of attention rows in nats, mean over the held-out sequences' tokens and all heads.
 struct PartRefit {

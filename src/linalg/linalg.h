@@ -16,6 +16,19 @@ enum class Backend { lapack, cusolver };
 void set_backend(Backend backend);
 Backend backend();
 
+/// Conjugate transpose of the last two dimensions.
+inline at::Tensor conjugate_transpose(const at::Tensor& x) {
+  return x.transpose(-2, -1).conj().resolve_conj();
+}
+/// (M + M^T) / 2 of a real matrix.
+inline at::Tensor symmetric_part(const at::Tensor& m) {
+  return 0.5 * (m + m.t());
+}
+/// Sum of squares, in float64.
+inline double square_sum(const at::Tensor& x) {
+  return x.to(at::kDouble).square().sum().item<double>();
+}
+
 /// Eigen-decomposition of a Hermitian matrix: values [n] descending float64; vectors [n, n], columns, same dtype as the
 /// input.
 struct Eigen {

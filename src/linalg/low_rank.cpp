@@ -10,10 +10,6 @@ constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
 constexpr double kDeadChannel = 1e-14;  // of its block's largest weight
 constexpr double kLossMismatch = 1e-8;  // of the total
 
-at::Tensor hermitian(const at::Tensor& x) {
-  return x.transpose(-2, -1).conj().resolve_conj();
-}
-
 double real_trace(const at::Tensor& m) {
   return at::real(m.diagonal()).sum().to(at::kDouble).item<double>();
 }
@@ -141,14 +137,14 @@ LowRank weighted_low_rank(const at::Tensor& sigma, const std::vector<at::Tensor>
     return result;
   }
   const BlockRoots roots(lambda_blocks, p, sigma.scalar_type(), weight_ridge, tau);
-  const at::Tensor half = roots.apply(sigma);         // Lw Sigma
-  const at::Tensor f = roots.apply(hermitian(half));  // Lw Sigma^H Lw^H: Hermitian, so no adjoint is needed
+  const at::Tensor half = roots.apply(sigma);                   // Lw Sigma
+  const at::Tensor f = roots.apply(conjugate_transpose(half));  // Lw Sigma^H Lw^H: Hermitian, so no adjoint is needed
   const Eigen eigen = eigh(f);
   result.energies = eigen.values.clamp_min(0);
   result.total = result.energies.sum().item<double>();
   result.loss = result.energies.narrow(0, width, p - width).sum().item<double>();
   const at::Tensor u = eigen.vectors.narrow(1, 0, width).contiguous();
-  result.encoder = hermitian(roots.apply_adjoint(u)).contiguous();  // U^H Lw = (Lw^H U)^H
+  result.encoder = conjugate_transpose(roots.apply_adjoint(u)).contiguous();  // U^H Lw = (Lw^H U)^H
   result.decoder = roots.apply_inverse(u).contiguous();
 
   // What truncation left out of F is lost all the same.
@@ -161,7 +157,8 @@ LowRank weighted_low_rank(const at::Tensor& sigma, const std::vector<at::Tensor>
   }
   // (I - BA) Sigma (I - BA)^H, by products with the thin factors.
   const at::Tensor once = sigma - at::matmul(result.decoder, at::matmul(result.encoder, sigma));
-  const at::Tensor error = once - at::matmul(at::matmul(once, hermitian(result.encoder)), hermitian(result.decoder));
+  const at::Tensor error =
+      once - at::matmul(at::matmul(once, conjugate_transpose(result.encoder)), conjugate_transpose(result.decoder));
   const double measured = roots.cost_of(error).value;
   if (!(std::abs(measured - result.loss) <= kLossMismatch * std::max(whole.magnitude, result.total)))
     throw NumericalError(

@@ -164,7 +164,7 @@ void attend(const Attention& attention) {
 
 at::Tensor rope_inverse_frequencies(const ModelConfig& config) {
   const std::int64_t half = config.head_dim / 2;
-  const at::Tensor result = at::empty({half}, at::kDouble);
+  at::Tensor result = at::empty({half}, at::kDouble);
   auto* inverse = result.data_ptr<double>();
   const auto& scaling = config.rope_scaling;
   const double pi = std::acos(-1.0);
@@ -195,7 +195,7 @@ at::Tensor alibi_slopes(std::int64_t heads) {
   if (heads < 1) throw InputError(fmt::format("ALiBi over {} heads", heads));
   std::int64_t power = 1;
   while (power * 2 <= heads) power *= 2;
-  const at::Tensor result = at::empty({heads}, at::kFloat);
+  at::Tensor result = at::empty({heads}, at::kFloat);
   auto* slopes = result.data_ptr<float>();
   // As transformers does it: bases in float32, powers of them.
   const auto base = static_cast<float>(std::exp2(-8.0 / static_cast<double>(power)));
@@ -244,7 +244,7 @@ at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& inverse_frequencies
     throw InternalError(fmt::format("rotation of [{}] by {} frequencies from position {}", fmt::join(x.sizes(), ", "),
                                     inverse_frequencies.numel(), start));
   const at::Tensor source = x.contiguous();
-  const at::Tensor result = at::empty_like(source);
+  at::Tensor result = at::empty_like(source);
   const std::int64_t tokens = x.size(1);
   const std::int64_t heads = x.size(2);
   const std::int64_t half = inverse_frequencies.numel();

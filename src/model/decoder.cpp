@@ -650,6 +650,17 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
 
 }  // namespace
 
+TensorGetter replaced_tensors(const checkpoint::Reader& reader, const std::map<std::string, at::Tensor>& replaced) {
+  return [&reader, &replaced](const std::string& name, const std::vector<std::int64_t>& shape) {
+    const auto found = replaced.find(checkpoint::last_parts(name));
+    if (found == replaced.end()) return reader.load(name, shape, at::kFloat);
+    if (found->second.sizes() != at::IntArrayRef(shape))
+      throw InternalError(fmt::format("{} was replaced by a tensor of shape [{}], expected [{}]", name,
+                                      fmt::join(found->second.sizes(), ", "), fmt::join(shape, ", ")));
+    return found->second;
+  };
+}
+
 std::unique_ptr<Layer> load_layer(const checkpoint::Reader& reader, std::int64_t layer, at::ScalarType dtype) {
   return std::make_unique<DecoderLayer>(reader.config(), layer, dtype, source_of(reader));
 }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -73,6 +74,10 @@ void set_attention_block_bytes(std::int64_t bytes);
 /// copied.
 using TensorGetter = std::function<at::Tensor(const std::string& name, const std::vector<std::int64_t>& shape)>;
 
+/// Tensors of `replaced` by the last two parts of their name (checkpoint::last_parts), all others from the reader. Both
+/// must outlive the getter.
+TensorGetter replaced_tensors(const checkpoint::Reader& reader, const std::map<std::string, at::Tensor>& replaced);
+
 /// Loads layer `layer` (0-based) in `dtype` (float32 or bfloat16; UsageError otherwise). The pages of the file are
 /// given back as soon as a tensor is copied. InputError names file, tensor and both shapes when one is absent or has
 /// another shape.
@@ -103,6 +108,7 @@ class Head {
   Head(const checkpoint::Reader& reader, at::ScalarType dtype);
   /// hidden [..., hidden] -> logits [..., vocab], compute dtype.
   at::Tensor logits(const at::Tensor& hidden) const;
+  std::int64_t vocabulary() const { return config_.vocab; }
 
  private:
   ModelConfig config_;

@@ -129,10 +129,11 @@ struct WeightProduct {
 at::Tensor large_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   at::Tensor tensor = at::empty(sizes, dtype);
   constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
-  const auto begin = (reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / kPage * kPage;
+  auto* const data = static_cast<std::byte*>(tensor.data_ptr());
+  const std::uintptr_t before = (kPage - reinterpret_cast<std::uintptr_t>(data) % kPage) % kPage;
   // Only advice: where the kernel does not follow it the memory works as before.
-  if (end > begin) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (tensor.nbytes() >= before + kPage)
+    ::madvise(data + before, (tensor.nbytes() - before) / kPage * kPage, MADV_HUGEPAGE);
   return tensor;
 }
 

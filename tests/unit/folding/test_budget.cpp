@@ -6,7 +6,7 @@
 #include <numeric>
 #include <random>
 
-#include "planted.h"
+#include "models.h"
 
 namespace headfold::folding {
 namespace {

@@ -11,6 +11,7 @@
 #include <headfold/model/model.h>
 
 #include "instances.h"
+#include "models.h"
 #include "world.h"
 
 namespace headfold::folding {
@@ -19,8 +20,10 @@ namespace {
 using headfold::testing_support::ScratchFolder;
 using headfold::testing_support::world;
 using testing_support::Random;
+using testing_support::small_tensors;
 using testing_support::times_complex;
 using testing_support::unit_phases;
+using testing_support::write_model;
 using Tensors = std::map<std::string, at::Tensor>;
 
 constexpr std::int64_t kVocab = 64, kDim = 8, kLayers = 2;
@@ -59,32 +62,6 @@ Json bloom_config(std::int64_t heads) {
           {"bos_token_id", 1},
           {"eos_token_id", 2},
           {"torch_dtype", "float32"}};
-}
-
-/// Random weights for every tensor of a configuration, float32: norms near one, biases small, the rest scaled so that
-/// attention is far from uniform.
-Tensors random_tensors(const Json& config, std::uint64_t seed) {
-  Random random(seed);
-  Tensors tensors;
-  for (const auto& tensor : checkpoint::model_tensors(checkpoint::parse_config(config, "config.json"))) {
-    at::Tensor value = random.normal(tensor.shape);
-    if (tensor.shape.size() == 1)
-      value =
-          value * 0.2 + (tensor.name.find("norm") != std::string::npos && tensor.name.ends_with(".weight") ? 1.0 : 0.0);
-    else
-      value = value * (1.5 / std::sqrt(static_cast<double>(tensor.shape.back())));
-    tensors[tensor.name] = value.to(at::kFloat);
-  }
-  return tensors;
-}
-
-/// Collective: rank 0 writes the model folder.
-void write_model(const fs::path& folder, const Json& config, const Tensors& tensors) {
-  world().on_root([&] {
-    make_folder(folder);
-    write_json(folder / "config.json", config);
-    checkpoint::write_safetensors(folder / "model.safetensors", tensors);
-  });
 }
 
 at::Tensor random_ids(std::uint64_t seed, std::int64_t batch, std::int64_t tokens) {
@@ -177,7 +154,7 @@ std::map<std::string, std::string> files_of(const fs::path& folder) {
 
 TEST(FoldedModelTest, equal_heads_merge_without_changing_logits) {
   const ScratchFolder scratch;
-  Tensors tensors = random_tensors(llama_config(4, 4), 1);
+  Tensors tensors = small_tensors(llama_config(4, 4), 1);
   duplicate_heads(tensors, {{0, 1}, {2, 3}});
   write_model(scratch / "model", llama_config(4, 4), tensors);
   for (const KeyFold keys : {KeyFold::rope_commuting, KeyFold::post_rotation, KeyFold::meanpool})
@@ -193,7 +170,7 @@ TEST(FoldedModelTest, equal_heads_merge_without_changing_logits) {
 
 TEST(FoldedModelTest, heads_equal_up_to_a_complex_number_per_frequency_merge_without_changing_logits) {
   const ScratchFolder scratch;
-  Tensors tensors = random_tensors(llama_config(4, 4), 2);
+  Tensors tensors = small_tensors(llama_config(4, 4), 2);
   duplicate_heads(tensors, {{0, 1}, {2, 3}});
   Random random(3);
   for (std::int64_t l = 0; l < kLayers; ++l) {
@@ -213,10 +190,10 @@ TEST(FoldedModelTest, heads_equal_up_to_a_complex_number_per_frequency_merge_wit
 
 TEST(FoldedModelTest, groups_of_one_change_nothing) {
   const ScratchFolder scratch;
-  write_model(scratch / "model", llama_config(4, 2), random_tensors(llama_config(4, 2), 4));
+  write_model(scratch / "model", llama_config(4, 2), small_tensors(llama_config(4, 2), 4));
   fold(scratch / "model", scratch / "folded", fold_of(KeyFold::rope_commuting, Metric::act_query, 2));
   EXPECT_LT(difference(scratch / "folded", scratch / "model"), 1e-5);
-  write_model(scratch / "bloom", bloom_config(4), random_tensors(bloom_config(4), 5));
+  write_model(scratch / "bloom", bloom_config(4), small_tensors(bloom_config(4), 5));
   EXPECT_THROW(fold(scratch / "bloom", scratch / "bloom-folded", fold_of(KeyFold::norope, Metric::act_query, 4)),
                UsageError);
   EXPECT_FALSE(fs::exists(scratch / "bloom-folded"));
@@ -224,7 +201,7 @@ TEST(FoldedModelTest, groups_of_one_change_nothing) {
 
 TEST(FoldedModelTest, injected_phases_change_neither_loss_nor_folded_model) {
   const ScratchFolder scratch;
-  Tensors tensors = random_tensors(llama_config(8, 4), 6);
+  Tensors tensors = small_tensors(llama_config(8, 4), 6);
   write_model(scratch / "model", llama_config(8, 4), tensors);
   const FoldOptions options = fold_of(KeyFold::rope_commuting, Metric::act_query, 2);
   const Plan before = fold(scratch / "model", scratch / "folded", options);
@@ -252,7 +229,7 @@ TEST(FoldedModelTest, stock_form_equals_the_dense_equivalent) {
   for (const bool biased : {false, true}) {
     const std::string tag = biased ? "-biased" : "";
     const Json config = llama_config(4, 4, biased);
-    Tensors tensors = random_tensors(config, 8);
+    Tensors tensors = small_tensors(config, 8);
     const fs::path model = scratch / ("model" + tag), out = scratch / ("folded" + tag);
     write_model(model, config, tensors);
     const FoldOptions options = fold_of(KeyFold::rope_commuting, Metric::act_query, 2);
@@ -299,7 +276,7 @@ TEST(FoldedModelTest, stock_form_equals_the_dense_equivalent) {
 
 TEST(FoldedModelTest, moved_heads_take_their_queries_and_outputs_along) {
   const ScratchFolder scratch;
-  Tensors tensors = random_tensors(llama_config(8, 4), 10);
+  Tensors tensors = small_tensors(llama_config(8, 4), 10);
   duplicate_heads(tensors, {{0, 2}, {1, 3}});
   write_model(scratch / "model", llama_config(8, 4), tensors);
   const std::vector<Groups> groups(kLayers, Groups{{2, 0}, {3, 1}});
@@ -314,7 +291,7 @@ TEST(FoldedModelTest, moved_heads_take_their_queries_and_outputs_along) {
 
 TEST(FoldedModelTest, bloom_with_equal_heads_keeps_its_logits) {
   const ScratchFolder scratch;
-  Tensors tensors = random_tensors(bloom_config(6), 11);  // six heads: ALiBi slopes of a number that is no power of two
+  Tensors tensors = small_tensors(bloom_config(6), 11);  // six heads: ALiBi slopes of a number that is no power of two
   for (std::int64_t l = 0; l < kLayers; ++l)
     for (const char* part : {"weight", "bias"}) {
       at::Tensor fused = tensors.at(fmt::format("transformer.h.{}.self_attention.query_key_value.{}", l, part));
@@ -339,10 +316,10 @@ TEST(FoldedModelTest, bloom_with_equal_heads_keeps_its_logits) {
 TEST(FoldedModelTest, bytes_and_plans_do_not_depend_on_ranks) {
   const ScratchFolder scratch;
   const Json config = llama_config(4, 4, false, "bfloat16");
-  Tensors tensors = random_tensors(config, 12);
+  Tensors tensors = small_tensors(config, 12);
   for (auto& [name, tensor] : tensors) tensor = tensor.to(at::kBFloat16);
   write_model(scratch / "llama", config, tensors);
-  write_model(scratch / "bloom", bloom_config(4), random_tensors(bloom_config(4), 13));
+  write_model(scratch / "bloom", bloom_config(4), small_tensors(bloom_config(4), 13));
   for (const KeyFold keys : {KeyFold::rope_commuting, KeyFold::post_rotation, KeyFold::norope}) {
     const fs::path model = scratch / (keys == KeyFold::norope ? "bloom" : "llama"), out = scratch / name_of(keys);
     const fs::path alone = out.string() + "-alone";
@@ -385,9 +362,9 @@ TEST(FoldedModelTest, bytes_and_plans_do_not_depend_on_ranks) {
 
 TEST(FoldedModelTest, statistics_of_another_model_are_refused) {
   const ScratchFolder scratch;
-  write_model(scratch / "model", llama_config(4, 4), random_tensors(llama_config(4, 4), 14));
-  write_model(scratch / "other", llama_config(4, 4), random_tensors(llama_config(4, 4), 15));
-  write_model(scratch / "wide", llama_config(6, 6), random_tensors(llama_config(6, 6), 16));
+  write_model(scratch / "model", llama_config(4, 4), small_tensors(llama_config(4, 4), 14));
+  write_model(scratch / "other", llama_config(4, 4), small_tensors(llama_config(4, 4), 15));
+  write_model(scratch / "wide", llama_config(6, 6), small_tensors(llama_config(6, 6), 16));
   calibrate(scratch / "model", scratch / "model.h5");
   const calibration::StatisticsFile statistics(scratch / "model.h5");
   const FoldOptions options = fold_of(KeyFold::rope_commuting, Metric::act, 2);
@@ -432,8 +409,8 @@ ErrorSums measured_on_calibration(const fs::path& model, const fs::path& folded_
 
 TEST(ComparisonTest, errors_on_the_calibration_tokens_are_those_predicted) {
   const ScratchFolder scratch;
-  write_model(scratch / "llama", llama_config(8, 4), random_tensors(llama_config(8, 4), 17));
-  write_model(scratch / "bloom", bloom_config(4), random_tensors(bloom_config(4), 18));
+  write_model(scratch / "llama", llama_config(8, 4), small_tensors(llama_config(8, 4), 17));
+  write_model(scratch / "bloom", bloom_config(4), small_tensors(bloom_config(4), 18));
   const std::vector<Groups> moved(kLayers, Groups{{3, 1}, {0, 2}});
   struct Case {
     const char* model;
@@ -463,7 +440,7 @@ TEST(ComparisonTest, errors_on_the_calibration_tokens_are_those_predicted) {
 
 TEST(ComparisonTest, a_lossless_fold_measures_nothing) {
   const ScratchFolder scratch;
-  Tensors tensors = random_tensors(llama_config(8, 4), 19);
+  Tensors tensors = small_tensors(llama_config(8, 4), 19);
   duplicate_heads(tensors, {{0, 1}, {2, 3}});
   write_model(scratch / "model", llama_config(8, 4), tensors);
   for (const KeyFold keys : {KeyFold::rope_commuting, KeyFold::post_rotation, KeyFold::meanpool}) {

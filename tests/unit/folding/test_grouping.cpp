@@ -4,7 +4,7 @@
 #include <headfold/base/error.h>
 #include <headfold/folding/grouping.h>
 
-#include "planted.h"
+#include "models.h"
 
 namespace headfold::folding {
 namespace {

@@ -10,6 +10,7 @@
 #include <headfold/folding/refit.h>
 
 #include "instances.h"
+#include "models.h"
 #include "world.h"
 
 namespace headfold::folding {
@@ -18,6 +19,8 @@ namespace {
 using headfold::testing_support::ScratchFolder;
 using headfold::testing_support::world;
 using testing_support::Random;
+using testing_support::small_tensors;
+using testing_support::write_model;
 using Tensors = std::map<std::string, at::Tensor>;
 
 constexpr std::int64_t kVocab = 64, kDim = 8, kLayers = 2, kHeads = 4, kTokens = 24;
@@ -51,27 +54,6 @@ Json bloom_config() {
           {"apply_residual_connection_post_layernorm", false},
           {"tie_word_embeddings", true},
           {"torch_dtype", "float32"}};
-}
-
-Tensors random_tensors(const Json& config, std::uint64_t seed) {
-  Random random(seed);
-  Tensors tensors;
-  for (const auto& tensor : checkpoint::model_tensors(checkpoint::parse_config(config, "config.json"))) {
-    at::Tensor value = random.normal(tensor.shape);
-    const bool gain = tensor.name.find("norm") != std::string::npos && tensor.name.ends_with(".weight");
-    value = tensor.shape.size() == 1 ? value * 0.2 + (gain ? 1.0 : 0.0)
-                                     : value * (1.5 / std::sqrt(static_cast<double>(tensor.shape.back())));
-    tensors[tensor.name] = value.to(at::kFloat);
-  }
-  return tensors;
-}
-
-void write_model(const fs::path& folder, const Json& config, const Tensors& tensors) {
-  world().on_root([&] {
-    make_folder(folder);
-    write_json(folder / "config.json", config);
-    checkpoint::write_safetensors(folder / "model.safetensors", tensors);
-  });
 }
 
 at::Tensor sequences(std::int64_t count = 24, std::int64_t tokens = kTokens) {
@@ -166,7 +148,7 @@ const Groups kMoved{{2, 0}, {3, 1}};
 
 TEST(RefitTest, a_fold_that_loses_nothing_stays_as_it_is) {
   const ScratchFolder scratch;
-  write_model(scratch / "model", llama_config(2), random_tensors(llama_config(2), 1));
+  write_model(scratch / "model", llama_config(2), small_tensors(llama_config(2), 1));
   const checkpoint::Reader reader(scratch / "model");
   RefitOptions options;
   options.down = true;
@@ -185,7 +167,7 @@ TEST(RefitTest, held_out_errors_never_rise_and_every_part_helps) {
   const ScratchFolder scratch;
   for (const bool biased : {false, true}) {
     const fs::path folder = scratch / (biased ? "biased" : "plain");
-    write_model(folder, llama_config(4, biased), random_tensors(llama_config(4, biased), 2));
+    write_model(folder, llama_config(4, biased), small_tensors(llama_config(4, biased), 2));
     const checkpoint::Reader reader(folder);
     const Fold fold = fold_of(reader, 2);
     const at::Tensor text = sequences(48);
@@ -211,7 +193,7 @@ TEST(RefitTest, a_spoiled_output_projection_is_recovered) {
   const ScratchFolder scratch;
   for (const bool bloom : {false, true}) {
     const Json config = bloom ? bloom_config() : llama_config(4, true);
-    Tensors tensors = random_tensors(config, 3);
+    Tensors tensors = small_tensors(config, 3);
     duplicate_heads(tensors, {{0, 1}, {2, 3}});
     const fs::path folder = scratch / (bloom ? "bloom" : "llama");
     write_model(folder, config, tensors);
@@ -248,7 +230,7 @@ TEST(RefitTest, a_spoiled_output_projection_is_recovered) {
 
 TEST(RefitTest, a_spoiled_down_projection_is_recovered) {
   const ScratchFolder scratch;
-  Tensors tensors = random_tensors(llama_config(2), 5);
+  Tensors tensors = small_tensors(llama_config(2), 5);
   write_model(scratch / "model", llama_config(2), tensors);
   const checkpoint::Reader reader(scratch / "model");
   RefitOptions options = only(false, false, 0);
@@ -271,7 +253,7 @@ TEST(RefitTest, a_spoiled_down_projection_is_recovered) {
 TEST(RefitTest, queries_that_went_through_another_basis_are_recovered) {
   const ScratchFolder scratch;
   for (const KeyFold keys : {KeyFold::rope_commuting, KeyFold::post_rotation}) {
-    Tensors tensors = random_tensors(llama_config(4, true), 7);
+    Tensors tensors = small_tensors(llama_config(4, true), 7);
     duplicate_heads(tensors, {{0, 2}, {1, 3}});
     const fs::path folder = scratch / name_of(keys);
     write_model(folder, llama_config(4, true), tensors);
@@ -306,7 +288,7 @@ TEST(RefitTest, queries_that_went_through_another_basis_are_recovered) {
 
 TEST(RefitTest, keys_that_went_through_another_basis_are_recovered) {
   const ScratchFolder scratch;
-  Tensors tensors = random_tensors(llama_config(2), 9);
+  Tensors tensors = small_tensors(llama_config(2), 9);
   write_model(scratch / "model", llama_config(2), tensors);
   const checkpoint::Reader reader(scratch / "model");
   RefitOptions options = only(false, true, 8);
@@ -334,7 +316,7 @@ TEST(RefitTest, results_do_not_depend_on_ranks_or_threads) {
   for (const bool bloom : {false, true}) {
     const Json config = bloom ? bloom_config() : llama_config(4, true);
     const fs::path folder = scratch / (bloom ? "bloom" : "llama");
-    write_model(folder, config, random_tensors(config, 12));
+    write_model(folder, config, small_tensors(config, 12));
     const checkpoint::Reader reader(folder);
     const Fold fold = fold_of(reader, 2);
     RefitOptions options;
@@ -364,7 +346,7 @@ TEST(RefitTest, results_do_not_depend_on_ranks_or_threads) {
 
 TEST(RefitTest, refuses_nonsense) {
   const ScratchFolder scratch;
-  Tensors tensors = random_tensors(llama_config(4), 13);
+  Tensors tensors = small_tensors(llama_config(4), 13);
   write_model(scratch / "model", llama_config(4), tensors);
   const checkpoint::Reader reader(scratch / "model");
   const Fold fold = fold_of(reader, 2);
