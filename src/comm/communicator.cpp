@@ -2,9 +2,11 @@
 #include <headfold/comm/communicator.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <map>
 #include <thread>
 
@@ -33,6 +35,15 @@ class SelfBackend : public Backend, public std::enable_shared_from_this<SelfBack
   std::unique_ptr<Request::State> irecv(std::span<std::byte> bytes, int, int tag) override {
     return std::make_unique<Receive>(shared_from_this(), bytes, tag);
   }
+  std::unique_ptr<Request::State> start_sum(std::span<float>) override { return std::make_unique<Done>(); }
+  std::unique_ptr<Request::State> start_reduce_scatter(std::span<const float> values, std::span<float> own,
+                                                       const std::vector<std::int64_t>&) override {
+    std::copy(values.begin(), values.end(), own.begin());
+    return std::make_unique<Done>();
+  }
+  std::unique_ptr<Request::State> start_all_gather(std::span<float>, const std::vector<std::int64_t>&) override {
+    return std::make_unique<Done>();
+  }
   std::shared_ptr<Backend> split(int, int) override { return std::make_shared<SelfBackend>(); }
   std::shared_ptr<Backend> split_by_host() override { return std::make_shared<SelfBackend>(); }
   const void* mpi_comm() const override { return nullptr; }
@@ -40,6 +51,7 @@ class SelfBackend : public Backend, public std::enable_shared_from_this<SelfBack
  private:
   struct Done : Request::State {
     void wait() override {}
+    bool test() override { return true; }
   };
   struct Receive : Request::State {
     Receive(std::shared_ptr<SelfBackend> backend, std::span<std::byte> bytes, int tag)
@@ -52,6 +64,7 @@ class SelfBackend : public Backend, public std::enable_shared_from_this<SelfBack
       std::memcpy(bytes_.data(), queue.front().data(), bytes_.size());
       queue.pop_front();
     }
+    bool test() override { return !backend_->queues_[tag_].empty(); }
     std::shared_ptr<SelfBackend> backend_;
     std::span<std::byte> bytes_;
     int tag_;
@@ -104,6 +117,31 @@ void Communicator::broadcast(std::string& text, int root) const {
   broadcast(std::as_writable_bytes(std::span(&length, 1)), root);
   text.resize(static_cast<std::size_t>(length));
   broadcast(std::as_writable_bytes(std::span(text.data(), text.size())), root);
+}
+
+namespace {
+void check_counts(std::size_t values, const std::vector<std::int64_t>& counts, int size, std::string_view what) {
+  std::int64_t sum = 0;
+  for (const std::int64_t count : counts) sum += count;
+  if (static_cast<int>(counts.size()) != size || sum != static_cast<std::int64_t>(values) ||
+      sum > std::numeric_limits<int>::max() ||
+      std::any_of(counts.begin(), counts.end(), [](std::int64_t count) { return count < 0; }))
+    throw InternalError(fmt::format("{} of {} values on {} ranks with {} counts that add up to {}", what, values, size,
+                                    counts.size(), sum));
+}
+}  // namespace
+
+Request Communicator::start_reduce_scatter(std::span<const float> values, std::span<float> own,
+                                           const std::vector<std::int64_t>& counts) const {
+  check_counts(values.size(), counts, size(), "reduce-scatter");
+  if (static_cast<std::int64_t>(own.size()) != counts[static_cast<std::size_t>(rank())])
+    throw InternalError(fmt::format("reduce-scatter: rank {} has room for {} values, not {}", rank(), own.size(),
+                                    counts[static_cast<std::size_t>(rank())]));
+  return Request(backend_->start_reduce_scatter(values, own, counts));
+}
+Request Communicator::start_all_gather(std::span<float> values, const std::vector<std::int64_t>& counts) const {
+  check_counts(values.size(), counts, size(), "all-gather");
+  return Request(backend_->start_all_gather(values, counts));
 }
 
 void Communicator::require_equal(std::string_view text, std::string_view what) const {

@@ -23,6 +23,8 @@ class Request {
     virtual ~State() = default;
     /// Blocks until the transfer is complete. Throws MpiFailure on time-out.
     virtual void wait() = 0;
+    /// Whether the transfer is complete; gives the library a chance to carry it on. Returns at once.
+    virtual bool test() = 0;
   };
   Request() = default;
   explicit Request(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -30,6 +32,9 @@ class Request {
   Request& operator=(Request&& other) noexcept;
   ~Request();
   void wait();
+  /// Whether the transfer is complete. Many MPI libraries move data only inside calls: a rank that computes while
+  /// transfers are under way calls this now and then.
+  bool test() { return state_ == nullptr || state_->test(); }
   bool active() const { return state_ != nullptr; }
 
  private:
@@ -50,6 +55,11 @@ class Backend {
   virtual std::vector<std::string> all_gather(std::string_view text) = 0;
   virtual std::unique_ptr<Request::State> isend(std::span<const std::byte> bytes, int to, int tag) = 0;
   virtual std::unique_ptr<Request::State> irecv(std::span<std::byte> bytes, int from, int tag) = 0;
+  virtual std::unique_ptr<Request::State> start_sum(std::span<float> values) = 0;
+  virtual std::unique_ptr<Request::State> start_reduce_scatter(std::span<const float> values, std::span<float> own,
+                                                               const std::vector<std::int64_t>& counts) = 0;
+  virtual std::unique_ptr<Request::State> start_all_gather(std::span<float> values,
+                                                           const std::vector<std::int64_t>& counts) = 0;
   virtual std::shared_ptr<Backend> split(int color, int key) = 0;
   virtual std::shared_ptr<Backend> split_by_host() = 0;
   /// Pointer to the MPI_Comm, or nullptr for a backend without MPI. For libraries such as HDF5.
@@ -83,6 +93,17 @@ class Communicator {
   void broadcast(std::string& text, int root = 0) const;
   /// Texts of all ranks in rank order, on every rank.
   std::vector<std::string> all_gather(std::string_view text) const { return backend_->all_gather(text); }
+
+  /// Non-blocking collectives over float32 for gradients: every rank starts the same ones in the same order, and leaves
+  /// the buffers alone until wait(). Sums are in float32, the same bits on every rank and in every run of as many
+  /// ranks. In place, sum over ranks.
+  [[nodiscard]] Request start_sum(std::span<float> values) const { return Request(backend_->start_sum(values)); }
+  /// Sum over ranks of `values`; rank r receives `counts[r]` elements of it, those after the lower ranks', in `own`
+  /// (another buffer). InternalError unless the counts (one per rank, at most 2^31 - 1 in all) add up.
+  [[nodiscard]] Request start_reduce_scatter(std::span<const float> values, std::span<float> own,
+                                             const std::vector<std::int64_t>& counts) const;
+  /// In place: rank r gives `counts[r]` elements of `values`, those after the lower ranks', and receives all others.
+  [[nodiscard]] Request start_all_gather(std::span<float> values, const std::vector<std::int64_t>& counts) const;
 
   /// Point to point (not collective).
   Request isend(std::span<const std::byte> bytes, int to, int tag) const {

@@ -105,6 +105,42 @@ class MpiBackend : public Backend {
     }
     return state;
   }
+  std::unique_ptr<Request::State> start_sum(std::span<float> values) override {
+    auto state = std::make_unique<Pending>("all-reduce of gradients", rank_, -1);
+    for (std::size_t at = 0; at < values.size(); at += kChunk) {
+      const std::size_t n = std::min(kChunk, values.size() - at);
+      state->requests.emplace_back(MPI_REQUEST_NULL);
+      check(MPI_Iallreduce(MPI_IN_PLACE, values.data() + at, static_cast<int>(n), MPI_FLOAT, MPI_SUM, comm_,
+                           &state->requests.back()),
+            "all-reduce");
+    }
+    return state;
+  }
+  std::unique_ptr<Request::State> start_reduce_scatter(std::span<const float> values, std::span<float> own,
+                                                       const std::vector<std::int64_t>& counts) override {
+    auto state = std::make_unique<Pending>("reduce-scatter of gradients", rank_, -1);
+    state->counts.assign(counts.begin(), counts.end());
+    state->requests.emplace_back(MPI_REQUEST_NULL);
+    check(MPI_Ireduce_scatter(values.data(), own.data(), state->counts.data(), MPI_FLOAT, MPI_SUM, comm_,
+                              &state->requests.back()),
+          "reduce-scatter");
+    return state;
+  }
+  std::unique_ptr<Request::State> start_all_gather(std::span<float> values,
+                                                   const std::vector<std::int64_t>& counts) override {
+    auto state = std::make_unique<Pending>("all-gather of values", rank_, -1);
+    int at = 0;
+    for (const std::int64_t count : counts) {
+      state->counts.push_back(static_cast<int>(count));
+      state->begins.push_back(at);
+      at += static_cast<int>(count);
+    }
+    state->requests.emplace_back(MPI_REQUEST_NULL);
+    check(MPI_Iallgatherv(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, values.data(), state->counts.data(), state->begins.data(),
+                          MPI_FLOAT, comm_, &state->requests.back()),
+          "all-gather");
+    return state;
+  }
   std::shared_ptr<Backend> split(int color, int key) override {
     MPI_Comm out = MPI_COMM_NULL;
     check(MPI_Comm_split(comm_, color, key, &out), "Comm_split");
@@ -150,12 +186,19 @@ class MpiBackend : public Backend {
   struct Pending : Request::State {
     Pending(const char* operation, int own, int peer) : operation_(operation), own_(own), peer_(peer) {}
     void wait() override {
-      for (MPI_Request& request : requests) poll(request, fmt::format("{} with rank {}", operation_, peer_), own_);
+      for (MPI_Request& request : requests)
+        poll(request, peer_ < 0 ? operation_ : fmt::format("{} with rank {}", operation_, peer_), own_);
+    }
+    bool test() override {
+      int done = 0;
+      check(MPI_Testall(static_cast<int>(requests.size()), requests.data(), &done, MPI_STATUSES_IGNORE), operation_);
+      return done != 0;
     }
     std::vector<MPI_Request> requests;
+    std::vector<int> counts, begins;  // of a collective with unequal parts: MPI reads them until it is complete
     const char* operation_;
     int own_;
-    int peer_;
+    int peer_;  // -1: a collective
   };
 
   MPI_Comm comm_;

@@ -42,6 +42,62 @@ TEST(CommunicatorTest, messages_travel_round_the_ring) {
   EXPECT_EQ(in.back(), previous);
 }
 
+TEST(CommunicatorTest, several_sums_under_way_at_once) {
+  const int n = world().size();
+  std::vector<std::vector<float>> buffers;
+  std::vector<Request> requests;
+  for (int b = 0; b < 5; ++b) {
+    buffers.emplace_back(static_cast<std::size_t>(b == 3 ? 0 : 7001 * (b + 1)));
+    for (std::size_t i = 0; i < buffers.back().size(); ++i)
+      buffers.back()[i] = static_cast<float>(b + 1) * static_cast<float>(i % 97) + static_cast<float>(world().rank());
+  }
+  for (auto& buffer : buffers) requests.push_back(world().start_sum(buffer));
+  for (auto& request : requests) request.test();
+  for (auto& request : requests) request.wait();
+  for (int b = 0; b < 5; ++b)
+    for (std::size_t i = 0; i < buffers[static_cast<std::size_t>(b)].size(); ++i)
+      ASSERT_EQ(buffers[static_cast<std::size_t>(b)][i],
+                static_cast<float>(n) * static_cast<float>(b + 1) * static_cast<float>(i % 97) +
+                    static_cast<float>(n * (n - 1)) / 2)
+          << b << ' ' << i;
+}
+
+TEST(CommunicatorTest, sums_have_the_same_bits_on_every_rank) {
+  std::vector<float> values(10007);
+  for (std::size_t i = 0; i < values.size(); ++i)
+    values[i] = 1.0F / static_cast<float>(3 + i + 11 * static_cast<std::size_t>(world().rank()));
+  world().start_sum(values).wait();
+  const std::string bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float));
+  EXPECT_NO_THROW(world().require_equal(bytes, "the sum"));
+}
+
+TEST(CommunicatorTest, reduce_scatter_and_all_gather_of_unequal_parts) {
+  const auto n = static_cast<std::int64_t>(world().size());
+  const auto own = static_cast<std::size_t>(world().rank());
+  std::vector<std::int64_t> counts;
+  std::int64_t total = 0;
+  for (std::int64_t r = 0; r < n; ++r) {
+    counts.push_back(r == 1 ? 0 : 10 + 3 * r);  // a rank may own nothing
+    total += counts.back();
+  }
+  std::int64_t begin = 0;
+  for (std::size_t r = 0; r < own; ++r) begin += counts[r];
+  std::vector<float> values(static_cast<std::size_t>(total));
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i + own);
+  std::vector<float> part(static_cast<std::size_t>(counts[own]));
+  world().start_reduce_scatter(values, part, counts).wait();
+  for (std::size_t i = 0; i < part.size(); ++i)
+    ASSERT_EQ(part[i], static_cast<float>(n * (begin + static_cast<std::int64_t>(i)) + n * (n - 1) / 2));
+  std::fill(values.begin(), values.end(), -1.0F);
+  std::copy(part.begin(), part.end(), values.begin() + begin);
+  world().start_all_gather(values, counts).wait();
+  for (std::size_t i = 0; i < values.size(); ++i)
+    ASSERT_EQ(values[i], static_cast<float>(n * static_cast<std::int64_t>(i) + n * (n - 1) / 2));
+  counts[0] += 1;
+  EXPECT_THROW((void)world().start_all_gather(values, counts), InternalError);
+  EXPECT_THROW((void)world().start_reduce_scatter(values, part, counts), InternalError);
+}
+
 TEST(CommunicatorTest, split_groups_by_color) {
   const Communicator half = world().split(world().rank() % 2, -world().rank());
   const int members = (world().size() + (world().rank() % 2 == 0 ? 1 : 0)) / 2;
