@@ -132,6 +132,19 @@ std::vector<std::int64_t> token_stream(const tokenizer::Tokenizer& tokenizer, co
   return stream;
 }
 
+std::vector<std::int64_t> shuffled(std::int64_t count, std::uint64_t seed, std::int64_t first) {
+  if (first < 0 || first > count) first = count;
+  std::vector<std::int64_t> order(static_cast<std::size_t>(count));
+  std::iota(order.begin(), order.end(), std::int64_t{0});
+  std::mt19937_64 generator(seed);
+  for (std::int64_t i = 0; i < first; ++i) {
+    const auto chosen = i + static_cast<std::int64_t>(below(generator, static_cast<std::uint64_t>(count - i)));
+    std::swap(order[static_cast<std::size_t>(i)], order[static_cast<std::size_t>(chosen)]);
+  }
+  order.resize(static_cast<std::size_t>(first));
+  return order;
+}
+
 at::Tensor draw_sequences(const std::vector<std::int64_t>& stream, std::int64_t samples, std::int64_t length,
                           std::uint64_t seed) {
   if (samples < 1 || length < 1)
@@ -142,14 +155,10 @@ at::Tensor draw_sequences(const std::vector<std::int64_t>& stream, std::int64_t 
     throw InputError(fmt::format("the text has {} tokens, enough for {} sequences of {} tokens, but {} were asked for",
                                  stream.size(), windows, length, samples),
                      "give more text with --data, or ask for fewer (--samples) or shorter (--seq-len) sequences");
-  std::vector<std::int64_t> order(static_cast<std::size_t>(windows));
-  std::iota(order.begin(), order.end(), std::int64_t{0});
-  std::mt19937_64 generator(seed);
+  const std::vector<std::int64_t> order = shuffled(windows, seed, samples);
   at::Tensor sequences = at::empty({samples, length}, at::kLong);
   auto* target = sequences.data_ptr<std::int64_t>();
   for (std::int64_t i = 0; i < samples; ++i) {
-    const auto chosen = i + static_cast<std::int64_t>(below(generator, static_cast<std::uint64_t>(windows - i)));
-    std::swap(order[static_cast<std::size_t>(i)], order[static_cast<std::size_t>(chosen)]);
     const std::int64_t* source = stream.data() + order[static_cast<std::size_t>(i)] * length;
     std::copy(source, source + length, target + i * length);
   }

@@ -27,9 +27,12 @@ std::string data_hash(const std::vector<std::filesystem::path>& files, const std
 std::vector<std::int64_t> token_stream(const tokenizer::Tokenizer& tokenizer, const std::vector<std::string>& documents,
                                        tokenizer::Bos bos = tokenizer::Bos::model_default);
 
+/// The numbers 0 .. count - 1 in an order that `seed` decides; with `first` >= 0 only the first so many of them
+/// (std::mt19937_64, own Fisher-Yates; the same on every machine).
+std::vector<std::int64_t> shuffled(std::int64_t count, std::uint64_t seed, std::int64_t first = -1);
+
 /// `samples` sequences of `length` tokens [samples, length] int64: the stream is cut into windows of `length`, and
-/// windows are drawn without replacement by `seed` (std::mt19937_64, own Fisher-Yates; the same on every machine).
-/// InputError when the text has fewer windows, with both numbers.
+/// windows are drawn without replacement by `seed` (shuffled()). InputError when the text has fewer windows, with both numbers.
 at::Tensor draw_sequences(const std::vector<std::int64_t>& stream, std::int64_t samples, std::int64_t length,
                           std::uint64_t seed);
 
