@@ -95,6 +95,7 @@ FoldRequest parse_fold(const std::string& text, const po::variables_map& job, co
       folding::parse_key_fold(arguments[1]);
     } catch (const UsageError&) {
       std::vector<std::string> choices;
+      choices.reserve(names.size());
       for (const auto& name : names) choices.push_back(name.first);
       refuse(text, fmt::format("there is no fold '{}'; names are {} and all; folds of keys are rope-commuting, "
                                "post-rotation, norope, latent, procrustes, meanpool",
