@@ -22,7 +22,7 @@ std::int64_t expanded_heads(const ModelConfig& config) {
 
 /// A projection with its bias as last column, float64.
 at::Tensor load_augmented(const Reader& reader, const std::string& name, std::int64_t rows, bool bias) {
-  const at::Tensor weight = reader.load(name + ".weight", {rows, reader.config().hidden}, at::kDouble);
+  at::Tensor weight = reader.load(name + ".weight", {rows, reader.config().hidden}, at::kDouble);
   if (!bias) return weight;
   return at::cat({weight, reader.load(name + ".bias", {rows}, at::kDouble).view({rows, 1})}, 1);
 }

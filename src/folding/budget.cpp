@@ -279,10 +279,12 @@ std::vector<LayerTarget> lorc_targets(const comm::Communicator& world, const che
   const std::int64_t step = widest % 8 == 0 && narrowest % 8 == 0 ? 8 : 1;
   if (progressive) {
     std::vector<double> conditions;
+    conditions.reserve(layers.size());
     for (const LayerSpectra& layer : layers) conditions.push_back(layer.log_key + layer.log_value);
     widths = progressive_widths(conditions, narrowest, widest, step);
   }
   std::vector<LayerTarget> targets;
+  targets.reserve(widths.size());
   for (const std::int64_t width : widths)
     targets.push_back({contiguous_groups(config.kv_heads, latents), width, width});
   if (report != nullptr) {
@@ -423,6 +425,7 @@ std::vector<LayerChoices> choices(const LossTable& table, const std::vector<std:
 
 std::vector<LayerTarget> targets_for(const std::vector<std::int64_t>& heads, const checkpoint::ModelConfig& config) {
   std::vector<LayerTarget> targets;
+  targets.reserve(heads.size());
   for (const std::int64_t n : heads)
     targets.push_back({contiguous_groups(config.kv_heads, n), config.head_dim, config.head_dim});
   return targets;
