@@ -296,21 +296,33 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
   Table table({"layer", "keys predicted", "keys measured", "values predicted", "values measured", "score error",
                "output error"});
   std::vector<double> keys, value_losses;
+  std::vector<std::optional<double>> key_deviations, value_deviations;
   const auto cell = [](double share) { return fmt::format("{:.4g}", share); };
+  const auto measured_cell = [&](double share, const std::optional<double>& deviation) {
+    return deviation ? fmt::format("{:.4g} ± {:.2g}", share, *deviation) : cell(share);
+  };
+  const auto or_null = [](const std::optional<double>& number) {
+    return number ? OrderedJson(*number) : OrderedJson(nullptr);
+  };
   for (std::size_t l = 0; l < layers; ++l) {
     ErrorSums errors;
     std::copy(sums.begin() + static_cast<std::ptrdiff_t>(l * ErrorSums::count),
               sums.begin() + static_cast<std::ptrdiff_t>((l + 1) * ErrorSums::count), errors.sums.begin());
     keys.push_back(errors.key());
     value_losses.push_back(errors.value());
-    table.add({std::to_string(l), cell(fold.keys[l]), cell(errors.key()), cell(fold.values[l]), cell(errors.value()),
-               cell(errors.score()), cell(errors.output())});
+    key_deviations.push_back(errors.key_deviation());
+    value_deviations.push_back(errors.value_deviation());
+    table.add({std::to_string(l), cell(fold.keys[l]), measured_cell(errors.key(), key_deviations.back()),
+               cell(fold.values[l]), measured_cell(errors.value(), value_deviations.back()), cell(errors.score()),
+               cell(errors.output())});
     OrderedJson one;
     one["layer"] = l;
     one["key_predicted"] = fold.keys[l];
     one["key_measured"] = errors.key();
+    one["key_deviation"] = or_null(key_deviations.back());
     one["value_predicted"] = fold.values[l];
     one["value_measured"] = errors.value();
+    one["value_deviation"] = or_null(value_deviations.back());
     one["score_error"] = errors.score();
     one["output_error"] = errors.output();
     result["layers"].push_back(std::move(one));
@@ -319,15 +331,32 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
                value_order = folding::spearman(fold.values, value_losses);
   result["key_rank_correlation"] = key_order;
   result["value_rank_correlation"] = value_order;
+  const folding::LayerOrder key_layers = folding::layer_order(fold.keys, keys, key_deviations),
+                            value_layers = folding::layer_order(fold.values, value_losses, value_deviations);
+  const auto order_json = [](const folding::LayerOrder& order) {
+    return OrderedJson{{"pairs", order.pairs},
+                       {"told_apart", order.told_apart},
+                       {"in_order", order.in_order},
+                       {"spread", order.spread}};
+  };
+  result["key_order"] = order_json(key_layers);
+  result["value_order"] = order_json(value_layers);
+  const auto order_text = [](const folding::LayerOrder& order) {
+    return fmt::format("{} of {} ({} of {} not told apart; layers differ by {:.2g} %)", order.in_order,
+                       order.told_apart, order.pairs - order.told_apart, order.pairs, 100 * order.spread);
+  };
   result["record"] = run_record(context, "verify", arguments, progress.seconds());
   world.on_root([&] { write_json(out, result); });
   if (world.root())
     std::cout << fmt::format(
-        "\nrelative squared errors on {} held-out sequences of {} tokens\n{}\nSpearman rank correlation of predicted "
+        "\nrelative squared errors on {} held-out sequences of {} tokens, ± standard error\n{}\nSpearman rank "
+        "correlation of predicted "
         "and measured over layers: keys {:.3f}, values {:.3f}\n"
+        "pairs of layers more than two standard errors apart that are in the predicted order:\n"
+        "  keys {}\n  values {}\n"
         "wrote {}\nnext:\n  headfold evaluate --model {} --reference {} --data FILE\n",
-        samples, length, table.text(), key_order, value_order, out.string(), folded.folder().string(),
-        original.folder().string());
+        samples, length, table.text(), key_order, value_order, order_text(key_layers), order_text(value_layers),
+        out.string(), folded.folder().string(), original.folder().string());
 }
 
 }  // namespace headfold::jobs

@@ -3,6 +3,7 @@
 #include <headfold/linalg/linalg.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 namespace headfold::folding {
@@ -164,7 +165,16 @@ LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config,
     weight_error(original.value, folded.value, value_decoder, ErrorSums::value_error, ErrorSums::value_total);
 }
 
+std::optional<double> ErrorSums::deviation(int part, int whole, int squares) const {
+  const auto at = [&](int index) { return sums[static_cast<std::size_t>(index)]; };
+  const double n = at(sequences), total = at(whole), share = ratio(part, whole);
+  if (n < 2 || total <= 0) return std::nullopt;
+  const double residual = at(squares) - 2 * share * at(squares + 1) + share * share * at(squares + 2);
+  return std::sqrt(std::max(residual, 0.0) * n / (n - 1)) / total;
+}
+
 void LayerComparison::add(const at::Tensor& inputs) {
+  const auto before = errors_.sums;
   const std::int64_t tokens = inputs.size(0), d = original_.head_dim, heads = original_.heads,
                      source_heads = original_.kv_heads, repeat = heads / source_heads,
                      groups = static_cast<std::int64_t>(groups_.size());
@@ -291,6 +301,15 @@ void LayerComparison::add(const at::Tensor& inputs) {
     sums[ErrorSums::key_error] = sums[ErrorSums::score_error];
     sums[ErrorSums::key_total] = sums[ErrorSums::score_total];
   }
+  const auto add_products = [&](std::size_t part, std::size_t whole, std::size_t squares) {
+    const double error = sums[part] - before[part], total = sums[whole] - before[whole];
+    sums[squares] += error * error;
+    sums[squares + 1] += error * total;
+    sums[squares + 2] += total * total;
+  };
+  add_products(ErrorSums::key_error, ErrorSums::key_total, ErrorSums::key_error_error);
+  add_products(ErrorSums::value_error, ErrorSums::value_total, ErrorSums::value_error_error);
+  sums[ErrorSums::sequences] += 1;
 }
 
 double spearman(const std::vector<double>& a, const std::vector<double>& b) {
@@ -318,6 +337,29 @@ double spearman(const std::vector<double>& a, const std::vector<double>& b) {
     yy += (y[i] - mean) * (y[i] - mean);
   }
   return xx > 0 && yy > 0 ? xy / std::sqrt(xx * yy) : 0.0;
+}
+
+LayerOrder layer_order(const std::vector<double>& predicted, const std::vector<double>& measured,
+                       const std::vector<std::optional<double>>& deviations) {
+  const std::size_t layers = measured.size();
+  if (predicted.size() != layers || deviations.size() != layers)
+    throw InternalError("order of lists of different length");
+  LayerOrder order;
+  if (layers == 0) return order;
+  for (std::size_t i = 0; i < layers; ++i)
+    for (std::size_t j = 0; j < i; ++j) {
+      ++order.pairs;
+      const double difference = measured[i] - measured[j];
+      if (!deviations[i] || !deviations[j] || difference == 0 ||
+          std::abs(difference) <= 2 * std::hypot(*deviations[i], *deviations[j]))
+        continue;
+      ++order.told_apart;
+      if ((predicted[i] - predicted[j]) * difference > 0) ++order.in_order;
+    }
+  const auto [least, most] = std::minmax_element(measured.begin(), measured.end());
+  const double mean = std::accumulate(measured.begin(), measured.end(), 0.0) / static_cast<double>(layers);
+  order.spread = mean > 0 ? (*most - *least) / mean : 0.0;
+  return order;
 }
 
 }  // namespace headfold::folding

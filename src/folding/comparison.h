@@ -7,6 +7,7 @@
 #include <headfold/model/model.h>
 
 #include <array>
+#include <optional>
 
 namespace headfold::folding {
 
@@ -21,6 +22,14 @@ struct ErrorSums {
     score_total,
     output_error,
     output_total,
+    // Over sequences: squares and products of one sequence's error and total, from which deviations follow.
+    key_error_error,
+    key_error_total,
+    key_total_total,
+    value_error_error,
+    value_error_total,
+    value_total_total,
+    sequences,
     count
   };
   std::array<double, count> sums{};
@@ -32,6 +41,12 @@ struct ErrorSums {
   double output() const {
     return ratio(output_error, output_total);
   }  ///< squared error of the attention output, relative
+  /// Standard error of key() and value() over sequences (the ratio estimator's, sequences taken as independent); 0
+  /// where tokens do not enter (metric `weights`); nothing for fewer than two sequences.
+  std::optional<double> key_deviation() const { return deviation(key_error, key_total, key_error_error); }
+  std::optional<double> value_deviation() const { return deviation(value_error, value_total, value_error_error); }
+  /// `squares`: the first of the three sums of products of that side.
+  std::optional<double> deviation(int part, int whole, int squares) const;
   double ratio(int part, int whole) const {
     return sums[static_cast<std::size_t>(whole)] > 0
                ? sums[static_cast<std::size_t>(part)] / sums[static_cast<std::size_t>(whole)]
@@ -74,5 +89,18 @@ class LayerComparison {
 /// Rank correlation of two equally long lists (Spearman, ties get their mean rank); 0 for fewer than two points or a
 /// constant list.
 double spearman(const std::vector<double>& a, const std::vector<double>& b);
+
+/// How far a prediction orders layers that a measurement can tell apart at all.
+struct LayerOrder {
+  std::int64_t pairs = 0;  ///< pairs of layers
+  std::int64_t told_apart =
+      0;                      ///< whose measured losses differ by more than twice the standard error of the difference
+  std::int64_t in_order = 0;  ///< of these, predicted in the measured order
+  double spread = 0;          ///< largest less smallest measured loss, over their mean
+};
+
+/// `deviations`: standard errors of `measured`; where one is unknown no pair of that layer is told apart.
+LayerOrder layer_order(const std::vector<double>& predicted, const std::vector<double>& measured,
+                       const std::vector<std::optional<double>>& deviations);
 
 }  // namespace headfold::folding

@@ -94,6 +94,12 @@ SideLoss losses_of(const Conversion& conversion, bool keys) {
   return loss;
 }
 
+/// What the verification says about the order of layers; empty where there is none.
+std::optional<PairOrder> order_of(const Conversion& conversion, bool keys) {
+  if (!conversion.verification) return std::nullopt;
+  return keys ? conversion.verification->key_order : conversion.verification->value_order;
+}
+
 std::vector<double> values_of(const std::vector<Point>& points) {
   std::vector<double> values;
   values.reserve(points.size());
@@ -583,7 +589,9 @@ class Builder {
     introduction.add(
         measured
             ? "Verification measures it again on another pass over text. Where both agree, the statistics describe "
-              "what the model sees; Spearman's ρ says whether the order of layers was predicted (1: exactly)."
+              "what the model sees; Spearman's ρ says whether the order of layers was predicted (1: exactly). Read ρ "
+              "with the spread: where layers lose nearly the same, the order is chance. In order: pairs of layers in "
+              "the predicted order, of those whose measured losses differ by more than two standard errors."
             : "Nothing was verified in this run, so the predictions stand alone.");
     document_.paragraph(introduction, "say");
 
@@ -593,9 +601,13 @@ class Builder {
                        {"Keys", "predicted", true},
                        {"Keys", "measured", true},
                        {"Keys ρ", "over layers", true},
+                       {"Keys", "spread", true},
+                       {"Keys", "in order", true},
                        {"Values", "predicted", true},
                        {"Values", "measured", true},
-                       {"Values ρ", "over layers", true}};
+                       {"Values ρ", "over layers", true},
+                       {"Values", "spread", true},
+                       {"Values", "in order", true}};
     for (const ModelRow& row : one.models) {
       if (!row.conversion) continue;
       std::vector<Cell> cells = {name_cell(row)};
@@ -609,6 +621,9 @@ class Builder {
         cells.push_back({average(loss.all_measured)});
         cells.push_back(
             {shown(spearman(loss.predicted, loss.measured), [](double v) { return fmt::format("{:.2f}", v); })});
+        const auto order = order_of(*row.conversion, keys);
+        cells.push_back({order ? shown(order->spread, loss_percent) : std::string(kNone)});
+        cells.push_back({order ? fmt::format("{} of {}", order->in_order, order->told_apart) : std::string(kNone)});
       }
       summary.rows.push_back(std::move(cells));
     }

@@ -521,6 +521,14 @@ class Reader {
       layer.output_error = number_at(entry, "output_error");
       verification.layers.push_back(layer);
     }
+    const auto order_at = [&](const std::string& key) -> std::optional<PairOrder> {
+      if (!json.contains(key)) return std::nullopt;
+      const Json order = object_at(json, key, file);
+      return PairOrder{integer_at(order, "pairs").value_or(0), integer_at(order, "told_apart").value_or(0),
+                       integer_at(order, "in_order").value_or(0), number_at(order, "spread")};
+    };
+    verification.key_order = order_at("key_order");
+    verification.value_order = order_at("value_order");
     std::sort(verification.layers.begin(), verification.layers.end(),
               [](const auto& a, const auto& b) { return a.layer < b.layer; });
     verifications_.emplace_back(relative(path.parent_path()), std::move(verification));

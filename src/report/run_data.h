@@ -86,10 +86,18 @@ struct LayerCheck {
   std::optional<double> key_predicted, key_measured, value_predicted, value_measured, score_error, output_error;
 };
 
+/// Which pairs of layers a verification's text tells apart, and how many of them were predicted in that order
+/// (folding/comparison.h LayerOrder).
+struct PairOrder {
+  std::int64_t pairs = 0, told_apart = 0, in_order = 0;
+  std::optional<double> spread;  ///< largest less smallest measured loss, over their mean
+};
+
 struct Verification {
   std::string file, model, text;
   Record record;
   std::vector<LayerCheck> layers;
+  std::optional<PairOrder> key_order, value_order;  ///< absent in files of older versions
 };
 
 struct Shapes {
