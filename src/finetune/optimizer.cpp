@@ -1,0 +1,254 @@
+#include <ATen/Parallel.h>
+#include <headfold/base/error.h>
+#include <headfold/base/hash.h>
+#include <headfold/checkpoint/safetensors.h>
+#include <headfold/finetune/optimizer.h>
+
+#include <cmath>
+#include <numbers>
+#include <numeric>
+
+namespace headfold::finetune {
+namespace {
+
+std::span<float> view(const at::Tensor& tensor, std::int64_t begin, std::int64_t count) {
+  return {tensor.data_ptr<float>() + begin, static_cast<std::size_t>(count)};
+}
+
+}  // namespace
+
+double Schedule::rate(std::int64_t step) const {
+  if (step <= warm_up) return peak * static_cast<double>(step) / static_cast<double>(warm_up);
+  if (decay == Decay::constant || steps <= warm_up) return peak;
+  const double done = static_cast<double>(step - warm_up) / static_cast<double>(steps - warm_up);
+  const double share = decay == Decay::linear ? 1 - done : 0.5 * (1 + std::cos(std::numbers::pi * done));
+  return peak * (final_share + (1 - final_share) * share);
+}
+
+Schedule::Decay parse_decay(const std::string& name) {
+  if (name == "cosine") return Schedule::Decay::cosine;
+  if (name == "linear") return Schedule::Decay::linear;
+  if (name == "constant") return Schedule::Decay::constant;
+  throw UsageError(fmt::format("--schedule {}: choose cosine, linear or constant", name));
+}
+const char* name_of(Schedule::Decay decay) {
+  return decay == Schedule::Decay::cosine ? "cosine" : decay == Schedule::Decay::linear ? "linear" : "constant";
+}
+
+Optimizer::Optimizer(const comm::Communicator& world, std::vector<Parameter>& parameters, const AdamOptions& options,
+                     bool shard, std::int64_t bucket_bytes)
+    // A communicator of its own: sums under way must not meet the other collectives of the job.
+    : world_(world.split(0, world.rank())),
+      parameters_(&parameters),
+      options_(options),
+      shard_(shard && world.size() > 1) {
+  std::int64_t total = 0;
+  std::int64_t layer = std::numeric_limits<std::int64_t>::min();
+  for (const Parameter& parameter : parameters) {
+    if (parameter.value.scalar_type() != at::kFloat || parameter.layer < layer)
+      throw InternalError(fmt::format("parameter {} is no float32 tensor or out of order", parameter.name));
+    layer = parameter.layer;
+    begins_.push_back(total);
+    total += parameter.value.numel();
+  }
+  if (total == 0) throw InternalError("there is nothing to train");
+  begins_.push_back(total);
+  values_ = at::empty({total}, at::kFloat);
+  gradients_ = at::zeros({total}, at::kFloat);
+  for (std::size_t p = 0; p < parameters.size(); ++p) {
+    Parameter& parameter = parameters[p];
+    const auto shape = parameter.value.sizes().vec();
+    at::Tensor value = values_.slice(0, begins_[p], begins_[p + 1]).view(shape);
+    value.copy_(parameter.value);
+    parameter.value = value;
+    parameter.gradient = gradients_.slice(0, begins_[p], begins_[p + 1]).view(shape);
+  }
+  // Buckets from the last layer down; the layers of one are complete when its lowest is.
+  for (std::size_t p = parameters.size(); p-- > 0;) {
+    const bool same_layer = !buckets_.empty() && buckets_.back().lowest_layer == parameters[p].layer;
+    if (buckets_.empty() || (!same_layer && (buckets_.back().end - buckets_.back().begin) * 4 >= bucket_bytes)) {
+      Bucket bucket;
+      bucket.end = begins_[p + 1];
+      buckets_.push_back(bucket);
+    }
+    buckets_.back().begin = begins_[p];
+    buckets_.back().lowest_layer = parameters[p].layer;
+  }
+  const auto ranks = static_cast<std::int64_t>(world_.size());
+  for (Bucket& bucket : buckets_) {
+    const std::int64_t size = bucket.end - bucket.begin;
+    if (!shard_) {
+      bucket.own_begin = bucket.begin;
+      bucket.own_offset = bucket.begin;
+      bucket.own_count = size;
+      continue;
+    }
+    bucket.own_begin = bucket.begin;
+    for (std::int64_t r = 0; r < ranks; ++r) {
+      bucket.counts.push_back(size / ranks + (r < size % ranks ? 1 : 0));
+      if (r < world_.rank()) bucket.own_begin += bucket.counts.back();
+    }
+    bucket.own_count = bucket.counts[static_cast<std::size_t>(world_.rank())];
+    bucket.own_offset = own_elements_;
+    own_elements_ += bucket.own_count;
+  }
+  if (!shard_) own_elements_ = total;
+  own_gradients_ = shard_ ? at::zeros({own_elements_}, at::kFloat) : gradients_;
+  first_ = at::zeros({own_elements_}, at::kFloat);
+  second_ = at::zeros({own_elements_}, at::kFloat);
+  for (const Bucket& bucket : buckets_) {
+    for (std::size_t p = 0; p < parameters.size(); ++p) {
+      const std::int64_t begin = std::max(bucket.own_begin, begins_[p]);
+      const std::int64_t end = std::min(bucket.own_begin + bucket.own_count, begins_[p + 1]);
+      if (begin < end)
+        segments_.push_back({begin, bucket.own_offset + begin - bucket.own_begin, end - begin, parameters[p].decays});
+    }
+  }
+}
+
+void Optimizer::zero_gradients() {
+  gradients_.zero_();
+  started_ = 0;
+}
+
+void Optimizer::start(Bucket& bucket) {
+  const std::int64_t size = bucket.end - bucket.begin;
+  if (shard_) {
+    requests_.push_back(world_.start_reduce_scatter(view(gradients_, bucket.begin, size),
+                                                    view(own_gradients_, bucket.own_offset, bucket.own_count),
+                                                    bucket.counts));
+  } else {
+    requests_.push_back(world_.start_sum(view(gradients_, bucket.begin, size)));
+  }
+}
+
+void Optimizer::layer_done(std::int64_t layer) {
+  for (comm::Request& request : requests_) request.test();
+  for (; started_ < buckets_.size() && buckets_[started_].lowest_layer >= layer; ++started_) start(buckets_[started_]);
+}
+
+void Optimizer::finish_gradients() {
+  for (; started_ < buckets_.size(); ++started_) start(buckets_[started_]);
+  for (comm::Request& request : requests_) request.wait();
+  requests_.clear();
+}
+
+double Optimizer::gradient_norm() const {
+  // Blocks of a fixed size, added in order: the norm does not depend on the number of threads.
+  constexpr std::int64_t kBlock = 1 << 14;
+  const float* gradient = own_gradients_.data_ptr<float>();
+  std::vector<double> sums(static_cast<std::size_t>((own_elements_ + kBlock - 1) / kBlock));
+  at::parallel_for(0, static_cast<std::int64_t>(sums.size()), 4, [&](std::int64_t from, std::int64_t to) {
+    for (std::int64_t b = from; b < to; ++b) {
+      double sum = 0;
+      for (std::int64_t i = b * kBlock; i < std::min(own_elements_, (b + 1) * kBlock); ++i)
+        sum += static_cast<double>(gradient[i]) * static_cast<double>(gradient[i]);
+      sums[static_cast<std::size_t>(b)] = sum;
+    }
+  });
+  const double sum = std::accumulate(sums.begin(), sums.end(), 0.0);
+  return std::sqrt(shard_ ? world_.all_reduce(sum) : sum);
+}
+
+void Optimizer::step(double rate, double gradient_scale) {
+  ++steps_;
+  const auto n = static_cast<double>(steps_);
+  const auto beta1 = static_cast<float>(options_.beta1), beta2 = static_cast<float>(options_.beta2);
+  const auto step_size = static_cast<float>(rate / (1 - std::pow(options_.beta1, n)));
+  const auto root_correction = static_cast<float>(1 / std::sqrt(1 - std::pow(options_.beta2, n)));
+  const auto epsilon = static_cast<float>(options_.epsilon);
+  const auto scale = static_cast<float>(gradient_scale);
+  for (const Segment& segment : segments_) {
+    float* value = values_.data_ptr<float>() + segment.begin;
+    const float* gradient = own_gradients_.data_ptr<float>() + segment.offset;
+    float* first = first_.data_ptr<float>() + segment.offset;
+    float* second = second_.data_ptr<float>() + segment.offset;
+    const float kept = segment.decays ? static_cast<float>(1 - rate * options_.weight_decay) : 1.0F;
+    at::parallel_for(0, segment.count, 1 << 14, [&](std::int64_t from, std::int64_t to) {
+      for (std::int64_t i = from; i < to; ++i) {
+        const float g = gradient[i] * scale;
+        first[i] = beta1 * first[i] + (1 - beta1) * g;
+        second[i] = beta2 * second[i] + (1 - beta2) * g * g;
+        value[i] = kept * value[i] - step_size * first[i] / (std::sqrt(second[i]) * root_correction + epsilon);
+      }
+    });
+  }
+  if (shard_) gather(values_);
+}
+
+void Optimizer::gather(const at::Tensor& flat) const {
+  std::vector<comm::Request> requests;
+  for (const Bucket& bucket : buckets_)
+    requests.push_back(world_.start_all_gather(view(flat, bucket.begin, bucket.end - bucket.begin), bucket.counts));
+  for (comm::Request& request : requests) request.wait();
+}
+
+at::Tensor Optimizer::gathered(const at::Tensor& own) const {
+  if (!shard_) return own;
+  at::Tensor flat = at::empty_like(values_);
+  for (const Bucket& bucket : buckets_)
+    flat.slice(0, bucket.own_begin, bucket.own_begin + bucket.own_count)
+        .copy_(own.slice(0, bucket.own_offset, bucket.own_offset + bucket.own_count));
+  gather(flat);
+  return flat;
+}
+
+std::string Optimizer::fingerprint() const {
+  Sha256 hash;
+  hash.update(std::as_bytes(view(values_, 0, values_.numel())));
+  return hash.hex();
+}
+
+std::map<std::string, at::Tensor> Optimizer::by_name(const at::Tensor& flat) const {
+  std::map<std::string, at::Tensor> tensors;
+  for (std::size_t p = 0; p < parameters_->size(); ++p)
+    tensors[(*parameters_)[p].name] = flat.slice(0, begins_[p], begins_[p + 1]).view((*parameters_)[p].value.sizes());
+  return tensors;
+}
+
+std::map<std::string, at::Tensor> Optimizer::values() const {
+  return by_name(values_);
+}
+
+Optimizer::Snapshot Optimizer::snapshot() const {
+  return {by_name(values_), by_name(gathered(first_)), by_name(gathered(second_)), steps_};
+}
+
+void Optimizer::copy_in(const std::map<std::string, at::Tensor>& tensors, const at::Tensor& flat,
+                        const std::string& source) const {
+  world_.on_root([&] {
+    for (std::size_t p = 0; p < parameters_->size(); ++p) {
+      const Parameter& parameter = (*parameters_)[p];
+      const auto found = tensors.find(parameter.name);
+      if (found == tensors.end())
+        throw InputError(fmt::format("{}: tensor {} is missing", source, parameter.name),
+                         "does it belong to this model and these options?");
+      if (found->second.sizes() != parameter.value.sizes())
+        throw InputError(fmt::format("{}: tensor {} has shape {}, expected {}", source, parameter.name,
+                                     checkpoint::shape_text(found->second.sizes().vec()),
+                                     checkpoint::shape_text(parameter.value.sizes().vec())),
+                         "does it belong to this model and these options?");
+      flat.slice(0, begins_[p], begins_[p + 1]).copy_(found->second.reshape({-1}));
+    }
+  });
+  world_.broadcast(std::as_writable_bytes(view(flat, 0, flat.numel())));
+}
+
+void Optimizer::restore_values(const std::map<std::string, at::Tensor>& values, const std::string& source) {
+  copy_in(values, values_, source);
+}
+
+void Optimizer::restore(const Snapshot& snapshot, const std::string& source) {
+  copy_in(snapshot.values, values_, source);
+  at::Tensor flat = at::empty_like(values_);
+  for (const auto& [tensors, own] : {std::pair{&snapshot.first, first_}, std::pair{&snapshot.second, second_}}) {
+    copy_in(*tensors, flat, source);
+    for (const Bucket& bucket : buckets_)
+      own.slice(0, bucket.own_offset, bucket.own_offset + bucket.own_count)
+          .copy_(flat.slice(0, bucket.own_begin, bucket.own_begin + bucket.own_count));
+  }
+  steps_ = snapshot.steps;
+  world_.broadcast(std::as_writable_bytes(std::span(&steps_, 1)));
+}
+
+}  // namespace headfold::finetune
