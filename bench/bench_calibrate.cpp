@@ -114,7 +114,11 @@ void bench_layer(const checkpoint::Reader& reader, std::int64_t tokens, int repe
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
     const auto layer = model::load_layer(reader, 0, dtype);
     const at::Tensor hidden = at::randn({1, tokens, config.hidden}).to(dtype);
-    calibration::LayerAccumulator accumulator(config.hidden, config.source_kv_heads * config.head_dim);
+    calibration::CollectOptions options;
+    options.values = false;
+    calibration::LayerAccumulator without_values(calibration::collected_shape(config, options, tokens));
+    options.values = true;
+    calibration::LayerAccumulator accumulator(calibration::collected_shape(config, options, tokens));
     // The layer's linear maps, [out, in].
     std::vector<at::Tensor> weights;
     double linear_flops = 0;
@@ -144,14 +148,16 @@ void bench_layer(const checkpoint::Reader& reader, std::int64_t tokens, int repe
     const auto width = static_cast<double>(config.heads * config.head_dim);
     const auto n = static_cast<double>(config.hidden);
     const auto k = static_cast<double>(config.source_kv_heads * config.head_dim);
-    const double gram_flops = t * (n * n + k * k);
+    const double gram_flops = t * (n * n + 2 * k * k);
     const double attention_flops = 2 * t * t * width;
     const double all_flops = linear_flops + attention_flops + gram_flops;
-    std::vector<double> rates, forwards, linears, kernels;
+    std::vector<double> rates, forwards, linears, kernels, with_values;
     for (int i = 0; i < repeat; ++i) {
       linears.push_back(linear_flops / seconds(linear));
       kernels.push_back(linear_flops / seconds(bare));
-      rates.push_back(all_flops / seconds([&] { layer->forward(hidden, nullptr, &accumulator); }));
+      const double spent = seconds([&] { layer->forward(hidden, nullptr, &accumulator); });
+      rates.push_back(all_flops / spent);
+      with_values.push_back(spent / seconds([&] { layer->forward(hidden, nullptr, &without_values); }));
       forwards.push_back((linear_flops + attention_flops) / seconds([&] { layer->forward(hidden, nullptr, nullptr); }));
     }
     const std::vector<double>& peaks = median(linears) > median(kernels) ? linears : kernels;
@@ -164,12 +170,11 @@ void bench_layer(const checkpoint::Reader& reader, std::int64_t tokens, int repe
         << fmt::format(
                "layer {:<9} {} tokens: calibrate {:.1f} GFLOP/s, products on its shapes {:.1f} GFLOP/s (at::linear "
                "{:.1f}); share "
-               "{:.3f} (forward alone {:.3f})\n",
+               "{:.3f} (forward alone {:.3f}); x {:.3f} of calibration without the Gram of values\n",
                c10::toString(dtype), tokens, median(rates) / 1e9, median(peaks) / 1e9, median(linears) / 1e9,
-               median(shares), median(plain))
+               median(shares), median(plain), median(with_values))
         << std::flush;
     if (!all_statistics) continue;
-    calibration::CollectOptions options;
     options.half_samples = true;
     calibration::LayerAccumulator halves(calibration::collected_shape(config, options, tokens));
     options.attention_statistics = true;
@@ -189,9 +194,7 @@ void bench_layer(const checkpoint::Reader& reader, std::int64_t tokens, int repe
                      "layer {:<9} {} tokens: {:.0f} ms with base statistics; with half-sample sums x {:.3f}; with "
                      "attention statistics (blocks of {} KV heads) as well x {:.3f}, of arithmetic alone x {:.3f}\n",
                      c10::toString(dtype), tokens, 1e3 * median(without), median(with_halves), shape.attended_heads,
-                     median(with_all),
-                     1 + calibration::attention_statistics_share(config, tokens, shape.attended_heads) *
-                             (linear_flops + attention_flops) / all_flops)
+                     median(with_all), 1 + calibration::attention_statistics_share(config, shape))
               << std::flush;
   }
 }

@@ -31,7 +31,7 @@ struct Settings {
   at::ScalarType dtype = at::kFloat;
   bool streamed = false, dry_run = false, overwrite = false;
   // What is collected.
-  bool rotated_keys = true, half_samples = true;
+  bool rotated_keys = true, value_gram = true, half_samples = true;
   std::string attention_statistics;  // auto, on, off
   std::int64_t attended_heads = 0;   // 0: chosen by size
   fs::path out;
@@ -56,13 +56,15 @@ po::options_description options() {
       "compute in float32 or bfloat16; auto = bfloat16 for 16-bit checkpoints where the CPU has fast bfloat16")(
       "streamed", po::bool_switch(), "keep one layer in memory at a time (models larger than memory)")(
       "rotated-keys", po::value<std::string>()->default_value("yes"),
-      "collect the Gram of rotated keys, which post-rotation folds need: yes, no")(
+      "collect the Gram of keys as they enter the scores, which post-rotation folds need: yes, no")(
+      "value-gram", po::value<std::string>()->default_value("yes"),
+      "collect the Gram of values, which spares convert most of its arithmetic: yes, no")(
       "half-samples", po::value<std::string>()->default_value("on"),
       "keep the sums of the even sequences apart, so that convert can tell how well a fold carries over to the odd "
       "ones; twice the memory and file: on, off")(
       "attention-statistics", po::value<std::string>()->default_value("auto"),
-      "collect rotated queries, attention by distance and attended values: on, off; auto = on where it adds no more "
-      "arithmetic than the forward pass and little memory")(
+      "collect rotated queries, attention by distance and attended values: on, off; auto = on where it at most doubles "
+      "calibration's arithmetic and takes little memory")(
       "attended-heads", po::value<std::int64_t>()->default_value(0),
       "KV heads per block of attended values; 0 = all where they take 64 MiB per layer at most, else up to 4")(
       "dry-run", po::bool_switch(), "print the plan and stop")("overwrite", po::bool_switch(),
@@ -81,6 +83,12 @@ bool is_on(const po::variables_map& values, const char* name) {
   const auto value = values[name].as<std::string>();
   if (value != "on" && value != "off") throw UsageError(fmt::format("--{} {}: choose on or off", name, value));
   return value == "on";
+}
+
+bool is_yes(const po::variables_map& values, const char* name) {
+  const auto value = values[name].as<std::string>();
+  if (value != "yes" && value != "no") throw UsageError(fmt::format("--{} {}: choose yes or no", name, value));
+  return value == "yes";
 }
 
 Settings read_settings(const po::variables_map& values, const checkpoint::ModelConfig& config) {
@@ -102,9 +110,8 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   settings.streamed = values["streamed"].as<bool>();
   settings.dry_run = values["dry-run"].as<bool>();
   settings.overwrite = values["overwrite"].as<bool>();
-  const auto keys = values["rotated-keys"].as<std::string>();
-  if (keys != "yes" && keys != "no") throw UsageError(fmt::format("--rotated-keys {}: choose yes or no", keys));
-  settings.rotated_keys = calibration::collects_rotated_keys(config, keys == "yes");
+  settings.rotated_keys = is_yes(values, "rotated-keys");
+  settings.value_gram = is_yes(values, "value-gram");
   settings.half_samples = is_on(values, "half-samples");
   settings.attention_statistics = values["attention-statistics"].as<std::string>();
   if (settings.attention_statistics != "auto") is_on(values, "attention-statistics");
@@ -117,7 +124,7 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   return settings;
 }
 
-/// The longest that `auto` lets attention statistics take: this share of a layer's forward arithmetic, and this memory
+/// The most that `auto` lets attention statistics take: this share of calibration's other arithmetic, and this memory
 /// per layer unless the other sums take more.
 constexpr double kMostShare = 1.0;
 constexpr std::uint64_t kMostBytes = std::uint64_t{64} << 20;
@@ -129,6 +136,7 @@ calibration::CollectOptions collect_options(const Settings& settings, const chec
   options.residency = settings.streamed ? model::Residency::streamed : model::Residency::resident;
   options.micro_batch = settings.micro_batch;
   options.rotated_keys = settings.rotated_keys;
+  options.values = settings.value_gram;
   options.half_samples = settings.half_samples;
   options.attended_heads = settings.attended_heads;
   options.attention_statistics = settings.attention_statistics == "on";
@@ -137,7 +145,7 @@ calibration::CollectOptions collect_options(const Settings& settings, const chec
         calibration::layer_statistics_bytes(calibration::collected_shape(config, options, settings.length));
     options.attention_statistics = true;
     const calibration::StatisticsShape shape = calibration::collected_shape(config, options, settings.length);
-    const double share = calibration::attention_statistics_share(config, settings.length, shape.attended_heads);
+    const double share = calibration::attention_statistics_share(config, shape);
     options.attention_statistics =
         share <= kMostShare && calibration::layer_statistics_bytes(shape) - without <= std::max(without, kMostBytes);
   }
@@ -158,6 +166,7 @@ calibration::StatisticsHeader make_header(const Settings& settings, const checkp
   json["bos"] = settings.bos_name;
   json["dtype"] = header.dtype;
   json["rotated_keys"] = header.has_rotated_keys;
+  json["values"] = header.has_values;
   json["half_samples"] = header.has_halves;
   json["attention_statistics"] = header.has_attention;
   json["attended_heads"] = header.attended_heads;
@@ -212,6 +221,9 @@ Memory stage_memory(const Settings& settings, const checkpoint::ModelConfig& con
   const double scores = 4 * tokens * static_cast<double>(settings.length) * static_cast<double>(config.heads);
   memory.activations =
       tokens * widths * element + std::min(scores, static_cast<double>(model::attention_block_bytes()));
+  // Values as the heads see them, for their Gram.
+  if (shape.value_width > 0 && !shape.attention)
+    memory.activations += tokens * static_cast<double>(shape.value_width) * element;
   if (shape.attention) {
     // Queries, keys and values as the heads see them, and once more for one sequence; attended values of every thread.
     const auto length = static_cast<double>(settings.length);
@@ -290,10 +302,12 @@ std::string plan_text(const Settings& settings, const checkpoint::ModelConfig& c
   text += fmt::format("sequences   {} x {} tokens = {} tokens, seed {}, micro-batches of {}\n", settings.samples,
                       settings.length, settings.samples * settings.length, settings.seed, settings.micro_batch);
   const calibration::StatisticsShape shape = header.shape();
-  text += fmt::format("statistics  input moments [{0}, {0}]{1}, float64, position 0 apart\n", config.hidden,
-                      header.has_rotated_keys ? fmt::format(", rotated keys [{0}, {0}]", header.key_width())
-                      : config.family == checkpoint::Family::bloom
-                          ? "; no rotated keys: this model does not rotate"
+  const char* keys = config.family == checkpoint::Family::llama ? "rotated keys" : "keys";
+  text += fmt::format("statistics  input moments [{0}, {0}]{1}{2}, float64, position 0 apart{3}\n", config.hidden,
+                      header.has_rotated_keys ? fmt::format(", {0} [{1}, {1}]", keys, header.key_width()) : "",
+                      header.has_values ? fmt::format(", values [{0}, {0}]", header.key_width()) : "",
+                      header.has_rotated_keys || config.family == checkpoint::Family::bloom
+                          ? ""
                           : "; no rotated keys: post-rotation folds will not be possible");
   calibration::StatisticsShape whole = shape;
   whole.halves = false;
@@ -310,10 +324,9 @@ std::string plan_text(const Settings& settings, const checkpoint::ModelConfig& c
       "attention   {}\n",
       shape.attention
           ? fmt::format("rotated queries, mass by distance, attended values of {} KV heads in blocks of {}: {} per "
-                        "layer; {:.0f} "
-                        "% of the forward pass's arithmetic",
+                        "layer; {:.0f} % more arithmetic",
                         shape.kv_heads, shape.attended_heads, human_bytes(bytes - halves - base),
-                        100 * calibration::attention_statistics_share(config, settings.length, shape.attended_heads))
+                        100 * calibration::attention_statistics_share(config, shape))
           : "no attention statistics: metrics that need them will not be possible");
   text += fmt::format(
       "grid        {} rank(s) = {} pipeline rank(s) x {} replica(s); {} micro-batches per replica, {:.1f} % of rank "

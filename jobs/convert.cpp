@@ -388,12 +388,16 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   record["seconds_plan"] = seconds_plan;
   record["seconds_apply"] = seconds - seconds_plan;
   // Seconds of all threads of all ranks by kind of work (base/profile.h).
+  const std::vector<Spent> spent = profile();
   std::vector<std::int64_t> milliseconds;
-  for (const auto& [name, spent] : profile()) milliseconds.push_back(std::lround(spent * 1000));
+  for (const Spent& one : spent)
+    for (const double part : {one.seconds, one.processor_seconds}) milliseconds.push_back(std::lround(part * 1000));
   world.all_reduce(std::span(milliseconds));
-  record["profile"] = OrderedJson::object();
-  for (std::size_t i = 0; i < milliseconds.size(); ++i)
-    record["profile"][profile()[i].first] = static_cast<double>(milliseconds[i]) / 1000;
+  record["profile"] = record["profile_processor"] = OrderedJson::object();
+  for (std::size_t i = 0; i < spent.size(); ++i) {
+    record["profile"][spent[i].work] = static_cast<double>(milliseconds[2 * i]) / 1000;
+    record["profile_processor"][spent[i].work] = static_cast<double>(milliseconds[2 * i + 1]) / 1000;
+  }
   record["request"] = request;
   world.on_root([&] { write_json(out / "convert.json", record); });
   if (speaks) {

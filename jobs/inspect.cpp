@@ -274,6 +274,7 @@ Finding inspect_statistics(const fs::path& path) {
   facts["seed"] = header.seed;
   facts["dtype"] = header.dtype;
   facts["has_rotated_keys"] = header.has_rotated_keys;
+  facts["has_values"] = header.has_values;
   facts["has_halves"] = header.has_halves;
   facts["has_attention"] = header.has_attention;
   facts["heads"] = header.heads;
@@ -281,8 +282,8 @@ Finding inspect_statistics(const fs::path& path) {
   facts["options"] = header.options;
   facts["content_hash"] = file.content_hash();
   facts["layers"] = OrderedJson::array();
-  Table table({"layer", "tokens", "position 0", "trace / token", "top eigenvalue", "sink trace / token",
-               "rotated keys / token", "even tokens", "halves differ", "mean distance", "attended / token"});
+  Table table({"layer", "tokens", "position 0", "trace / token", "top eigenvalue", "sink trace / token", "keys / token",
+               "values / token", "even tokens", "halves differ", "mean distance", "attended / token"});
   for (std::int64_t i = 0; i < header.layers; ++i) {
     const calibration::LayerStatistics layer = file.layer(i);
     const auto per_token = [](const at::Tensor& gram, double count) {
@@ -301,6 +302,11 @@ Finding inspect_statistics(const fs::path& path) {
     if (layer.rotated_keys.defined()) {
       one["rotated_keys_trace_per_token"] = per_token(layer.rotated_keys, layer.count);
       keys = fmt::format("{:.5g}", per_token(layer.rotated_keys, layer.count));
+    }
+    std::string values = "-";
+    if (layer.values.defined()) {
+      one["values_trace_per_token"] = per_token(layer.values, layer.count);
+      values = fmt::format("{:.5g}", per_token(layer.values, layer.count));
     }
     std::string even = "-", differ = "-", distance = "-", attended = "-";
     if (layer.has_halves()) {
@@ -328,7 +334,7 @@ Finding inspect_statistics(const fs::path& path) {
     facts["layers"].push_back(one);
     table.add({std::to_string(i), fmt::format("{:.0f}", layer.count), fmt::format("{:.0f}", layer.count_0),
                fmt::format("{:.5g}", energy), fmt::format("{:.1f} %", share * 100), fmt::format("{:.5g}", sink), keys,
-               even, differ, distance, attended});
+               values, even, differ, distance, attended});
   }
   std::string& text = finding.text;
   text += fmt::format("statistics    {} ({})\n", path.string(), human_bytes(static_cast<double>(fs::file_size(path))));
@@ -337,8 +343,9 @@ Finding inspect_statistics(const fs::path& path) {
   text += fmt::format("data          {} sequences of {} tokens, seed {} ({})\n", header.samples, header.sequence_length,
                       header.seed, short_hash(header.data_hash));
   text += fmt::format("computed in   {} by headfold {}\n", header.dtype, header.headfold_version);
-  text += fmt::format("holds         input moments{}{}{} (format version {})\n",
-                      header.has_rotated_keys ? ", rotated keys" : "", header.has_halves ? ", half-sample sums" : "",
+  const char* keys = header.family == "llama" ? ", rotated keys" : ", keys";
+  text += fmt::format("holds         input moments{}{}{}{} (format version {})\n", header.has_rotated_keys ? keys : "",
+                      header.has_values ? ", values" : "", header.has_halves ? ", half-sample sums" : "",
                       header.has_attention ? fmt::format(", attention of {} heads (values in blocks of {} KV heads)",
                                                          header.heads, header.attended_heads)
                                            : "",

@@ -185,8 +185,7 @@ std::int64_t default_attended_heads(const checkpoint::ModelConfig& config) {
   return heads;
 }
 
-double attention_statistics_share(const checkpoint::ModelConfig& config, std::int64_t tokens,
-                                  std::int64_t attended_heads) {
+double attention_statistics_share(const checkpoint::ModelConfig& config, const StatisticsShape& shape) {
   double parameters = 0;
   for (const checkpoint::TensorShape& tensor : checkpoint::layer_tensors(config, 0)) {
     if (tensor.shape.size() < 2) continue;
@@ -194,14 +193,22 @@ double attention_statistics_share(const checkpoint::ModelConfig& config, std::in
     for (const std::int64_t size : tensor.shape) count *= static_cast<double>(size);
     parameters += count;
   }
+  const std::int64_t tokens = shape.sequence_length, rows = std::min(rows_of(tokens), tokens);
   const auto t = static_cast<double>(tokens);
-  const auto heads = static_cast<double>(config.heads);
-  const auto d = static_cast<double>(config.head_dim);
-  const double block = static_cast<double>(attended_heads) * d;
-  // Per token; the causal half of [tokens, tokens], and the triangle of the Grams.
-  const double forward = 2 * parameters + 2 * t * heads * d;
-  const double statistics = heads * (t * d + t * block + block * block + d * d);
-  return statistics / forward;
+  const auto heads = static_cast<double>(shape.heads);
+  const auto d = static_cast<double>(shape.head_dim);
+  // Pairs of tokens whose scores are formed: whole blocks of rows, up to the last token that any of them sees.
+  double pairs = 0;
+  for (std::int64_t first = 0; first < tokens; first += rows) {
+    const std::int64_t count = std::min(rows, tokens - first);
+    pairs += static_cast<double>(count) * static_cast<double>(first + count);
+  }
+  const double statistics = heads * (2 * pairs / t * (d + static_cast<double>(shape.block())) +
+                                     linalg::gram_operations(shape.head_dim) + linalg::gram_operations(shape.block()));
+  const double forward = 2 * parameters + 2 * t * static_cast<double>(config.heads) * d;
+  const double grams = linalg::gram_operations(shape.hidden) + linalg::gram_operations(shape.key_width) +
+                       linalg::gram_operations(shape.value_width);
+  return statistics / (forward + grams);
 }
 
 }  // namespace headfold::calibration

@@ -41,9 +41,9 @@ class AttentionAccumulator {
 /// 64 MiB, otherwise the largest divisor of kv_heads up to 4.
 std::int64_t default_attended_heads(const checkpoint::ModelConfig& config);
 
-/// Arithmetic of the attention statistics as a share of the layer's forward pass, for sequences of `tokens`: scores,
-/// attended values, and two Grams per head, against projections, MLP and causal attention.
-double attention_statistics_share(const checkpoint::ModelConfig& config, std::int64_t tokens,
-                                  std::int64_t attended_heads);
+/// Arithmetic of the attention statistics of `shape` as a share of all else that calibration computes in a layer: the
+/// products that are carried out for scores, attended values and two Grams per head (whole blocks, not the triangles
+/// alone), against the forward pass (projections, MLP, causal attention) and the other Grams.
+double attention_statistics_share(const checkpoint::ModelConfig& config, const StatisticsShape& shape);
 
 }  // namespace headfold::calibration

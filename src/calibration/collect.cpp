@@ -21,6 +21,7 @@ LayerAccumulator::Sums::Sums(const StatisticsShape& shape)
     : moment(shape.hidden),
       moment_0(shape.hidden),
       keys(shape.key_width > 0 ? std::make_unique<linalg::GramAccumulator>(shape.key_width) : nullptr),
+      values(shape.value_width > 0 ? std::make_unique<linalg::GramAccumulator>(shape.value_width) : nullptr),
       sum(at::zeros({shape.hidden}, at::kDouble)),
       sum_0(at::zeros({shape.hidden}, at::kDouble)) {}
 
@@ -67,15 +68,23 @@ void LayerAccumulator::attention_input(const at::Tensor& x) {
   }
 }
 
+void LayerAccumulator::add_heads(std::unique_ptr<linalg::GramAccumulator> Sums::*gram, const at::Tensor& rows,
+                                 const char* what) {
+  if (parts_[0].*gram == nullptr) return;
+  const std::int64_t width = (parts_[0].*gram)->size();
+  if (rows.dim() != 4 || rows.size(2) * rows.size(3) != width)
+    throw InternalError(fmt::format("{} of shape {}, expected [batch, tokens, heads, head_dim] with {} channels", what,
+                                    fmt::join(rows.sizes(), " x "), width));
+  for (std::int64_t b = 0; b < rows.size(0); ++b)
+    (sums_of(first_ + b).*gram)->add(rows.select(0, b).reshape({rows.size(1), width}), 1);
+}
+
 void LayerAccumulator::rotated_keys(const at::Tensor& keys) {
-  if (parts_[0].keys == nullptr) return;
-  const std::int64_t width = parts_[0].keys->size();
-  if (keys.dim() != 4 || keys.size(2) * keys.size(3) != width)
-    throw InternalError(
-        fmt::format("rotated keys of shape {}, expected [batch, tokens, heads, head_dim] with {} channels",
-                    fmt::join(keys.sizes(), " x "), width));
-  for (std::int64_t b = 0; b < keys.size(0); ++b)
-    sums_of(first_ + b).keys->add(keys.select(0, b).reshape({keys.size(1), width}), 1);
+  add_heads(&Sums::keys, keys, "rotated keys");
+}
+
+void LayerAccumulator::values(const at::Tensor& values) {
+  add_heads(&Sums::values, values, "values");
 }
 
 void LayerAccumulator::attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values) {
@@ -111,7 +120,8 @@ void LayerAccumulator::finish(const comm::Communicator& peers, std::int64_t laye
     part.moment = sums.moment.packed();
     part.moment_0 = sums.moment_0.packed();
     if (sums.keys != nullptr) part.rotated_keys = sums.keys->packed();
-    for (at::Tensor* tensor : {&part.sum, &part.sum_0, &part.moment, &part.moment_0, &part.rotated_keys})
+    if (sums.values != nullptr) part.values = sums.values->packed();
+    for (at::Tensor* tensor : {&part.sum, &part.sum_0, &part.moment, &part.moment_0, &part.rotated_keys, &part.values})
       sum_up(*tensor);
   }
   if (found.size() == 1) {
@@ -127,6 +137,7 @@ void LayerAccumulator::finish(const comm::Communicator& peers, std::int64_t laye
     all.moment.add_(even.moment);
     all.moment_0.add_(even.moment_0);
     if (all.rotated_keys.defined()) all.rotated_keys.add_(even.rotated_keys);
+    if (all.values.defined()) all.values.add_(even.values);
     statistics_ = all;
     statistics_.count_even = even.count;
     statistics_.count_0_even = even.count_0;
@@ -135,6 +146,7 @@ void LayerAccumulator::finish(const comm::Communicator& peers, std::int64_t laye
     statistics_.moment_even = even.moment;
     statistics_.moment_0_even = even.moment_0;
     statistics_.rotated_keys_even = even.rotated_keys;
+    statistics_.values_even = even.values;
   }
   // The buffers of position-0 rows and of the attention are no longer needed; statistics_ holds the sums.
   parts_.erase(parts_.begin() + 1, parts_.end());
@@ -155,10 +167,6 @@ const PackedStatistics& LayerAccumulator::statistics() const {
   return statistics_;
 }
 
-bool collects_rotated_keys(const checkpoint::ModelConfig& config, bool wanted) {
-  return wanted && config.family == checkpoint::Family::llama;
-}
-
 StatisticsShape collected_shape(const checkpoint::ModelConfig& config, const CollectOptions& options,
                                 std::int64_t tokens) {
   if (config.layout == checkpoint::KvLayout::latent)
@@ -176,7 +184,9 @@ StatisticsShape collected_shape(const checkpoint::ModelConfig& config, const Col
   shape.hidden = config.hidden;
   shape.kv_heads = config.source_kv_heads;
   shape.head_dim = config.head_dim;
-  shape.key_width = collects_rotated_keys(config, options.rotated_keys) ? shape.kv_heads * shape.head_dim : 0;
+  shape.key_width = options.rotated_keys ? shape.kv_heads * shape.head_dim : 0;
+  const bool all_values = config.layout == checkpoint::KvLayout::gqa;
+  shape.value_width = options.values && all_values ? shape.kv_heads * shape.head_dim : 0;
   shape.halves = options.half_samples;
   shape.sequence_length = tokens;
   if (!options.attention_statistics) return shape;
@@ -209,6 +219,7 @@ StatisticsHeader header_of(const checkpoint::ModelConfig& config, const CollectO
   header.dtype = options.dtype == at::kFloat ? "float32" : "bfloat16";
   header.options = "{}";
   header.has_rotated_keys = shape.key_width > 0;
+  header.has_values = shape.value_width > 0;
   header.has_halves = shape.halves;
   header.has_attention = shape.attention;
   header.heads = shape.heads;

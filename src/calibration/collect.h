@@ -20,7 +20,7 @@ namespace headfold::calibration {
 /// twice the memory.
 class LayerAccumulator : public model::LayerObserver {
  public:
-  /// `key_width` = kv_heads * head_dim of the rotated keys, 0 to leave them out. Neither halves nor attention.
+  /// `key_width` = kv_heads * head_dim of the rotated keys, 0 to leave them out. Neither values, halves nor attention.
   LayerAccumulator(std::int64_t hidden, std::int64_t key_width);
   /// `slopes` [heads] float32: ALiBi, for attention statistics.
   explicit LayerAccumulator(const StatisticsShape& shape, const at::Tensor& slopes = {});
@@ -30,6 +30,8 @@ class LayerAccumulator : public model::LayerObserver {
   void attention_input(const at::Tensor& x) override;
   void rotated_keys(const at::Tensor& keys) override;
   bool wants_rotated_keys() const override { return parts_[0].keys != nullptr; }
+  void values(const at::Tensor& values) override;
+  bool wants_values() const override { return parts_[0].values != nullptr; }
   void attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values) override;
   bool wants_attention() const override { return attention_ != nullptr; }
   /// Adds what is still buffered, sums over `peers` (collective, in float64, in place) and checks that everything is
@@ -44,12 +46,14 @@ class LayerAccumulator : public model::LayerObserver {
     explicit Sums(const StatisticsShape& shape);
     void flush();
     linalg::GramAccumulator moment, moment_0;
-    std::unique_ptr<linalg::GramAccumulator> keys;
+    std::unique_ptr<linalg::GramAccumulator> keys, values;
     at::Tensor sum, sum_0;
     double count = 0, count_0 = 0;
     at::Tensor first_rows;         // [64, hidden] float64, position-0 rows not yet in moment_0
     std::int64_t first_count = 0;  // how many of them are filled
   };
+  /// Adds heads' rows [batch, tokens, heads, head_dim] of the current batch, less position 0, to a Gram of every part.
+  void add_heads(std::unique_ptr<linalg::GramAccumulator> Sums::*gram, const at::Tensor& rows, const char* what);
   Sums& sums_of(std::int64_t sequence) { return parts_[static_cast<std::size_t>(sequence) % parts_.size()]; }
 
   std::vector<Sums> parts_;  // one, or even and odd
@@ -64,16 +68,14 @@ struct CollectOptions {
   at::ScalarType dtype = at::kFloat;
   model::Residency residency = model::Residency::resident;
   std::int64_t micro_batch = 1;  ///< sequences per micro-batch
-  bool rotated_keys = true;      ///< ignored for models without RoPE
+  bool rotated_keys = true;      ///< keys as they enter the scores
+  bool values = true;            ///< ignored for layout `projected`
   bool half_samples = false;     ///< keep the even sequences' share of every sum
   bool attention_statistics = false;
   std::int64_t attended_heads = 0;  ///< KV heads per block of attended values; 0 = default_attended_heads()
   /// Work done since the last call, in micro-batches of this replica (model::PipelineHooks::progress).
   std::function<void(double done)> progress;
 };
-
-/// Whether statistics of this model hold a rotated-key Gram.
-bool collects_rotated_keys(const checkpoint::ModelConfig& config, bool wanted);
 
 /// What collect() gathers of every layer of this model, for sequences of `tokens`. UsageError when attended_heads does
 /// not divide the KV heads; InputError for models whose layers or layouts the statistics cannot describe.

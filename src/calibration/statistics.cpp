@@ -19,7 +19,8 @@ namespace headfold::calibration {
 namespace {
 
 constexpr const char* kFormat = "headfold-statistics";
-constexpr std::int64_t kVersion = 2;          // 1: neither halves nor attention statistics; still read
+// Still read: 1 has neither halves nor attention statistics, 2 no values.
+constexpr std::int64_t kVersion = 3;
 constexpr hsize_t kPiece = hsize_t{1} << 27;  // doubles per transfer: 1 GiB, below the 2^31 bytes of MPI-IO counts
 constexpr std::size_t kLongestText = std::size_t{60} * 1024;  // an attribute must fit an object header
 constexpr std::int64_t kMostLayers = 100000;
@@ -82,21 +83,25 @@ struct Dataset {
   int trace = -1;           ///< place of its trace in `traces`
 };
 
-constexpr std::int64_t kTraces1 = 3;  // of format version 1
-constexpr std::int64_t kTraces = 9;
+constexpr std::int64_t kTraces = 11;
+constexpr std::int64_t traces_of(std::int64_t version) {
+  return version == 1 ? 3 : version == 2 ? 9 : kTraces;
+}
 
 std::vector<Dataset> datasets(const StatisticsShape& shape, std::int64_t version = kVersion) {
   using Packed = PackedStatistics;
   const std::int64_t hidden = shape.hidden;
   const std::int64_t packed = linalg::packed_size(hidden);
   const std::int64_t keys = linalg::packed_size(shape.key_width);
+  const std::int64_t values = linalg::packed_size(shape.value_width);
   std::vector<Dataset> all{{"count", 2},
-                           {"traces", version == 1 ? kTraces1 : kTraces},
+                           {"traces", traces_of(version)},
                            {"sum", hidden, Part::base, &Packed::sum},
                            {"sum_0", hidden, Part::base, &Packed::sum_0},
                            {"moment", packed, Part::base, &Packed::moment, hidden, 0},
                            {"moment_0", packed, Part::base, &Packed::moment_0, hidden, 1}};
   if (shape.key_width > 0) all.push_back({"rotated_keys", keys, Part::base, &Packed::rotated_keys, shape.key_width, 2});
+  if (shape.value_width > 0) all.push_back({"values", values, Part::base, &Packed::values, shape.value_width, 9});
   if (shape.halves) {
     all.push_back({"count_even", 2, Part::halves});
     all.push_back({"sum_even", hidden, Part::halves, &Packed::sum_even});
@@ -105,6 +110,8 @@ std::vector<Dataset> datasets(const StatisticsShape& shape, std::int64_t version
     all.push_back({"moment_0_even", packed, Part::halves, &Packed::moment_0_even, hidden, 4});
     if (shape.key_width > 0)
       all.push_back({"rotated_keys_even", keys, Part::halves, &Packed::rotated_keys_even, shape.key_width, 5});
+    if (shape.value_width > 0)
+      all.push_back({"values_even", values, Part::halves, &Packed::values_even, shape.value_width, 10});
   }
   if (shape.attention) {
     const std::int64_t d = shape.head_dim;
@@ -374,6 +381,8 @@ OrderedJson header_json(const StatisticsHeader& header) {
   json["has_attention"] = header.has_attention;
   json["heads"] = header.heads;
   json["attended_heads"] = header.attended_heads;
+  if (header.format_version == 2) return json;
+  json["has_values"] = header.has_values;
   return json;
 }
 
@@ -406,25 +415,26 @@ LayerStatistics LayerStatistics::half(int which) const {
   half.moment = part(moment, moment_even);
   half.moment_0 = part(moment_0, moment_0_even);
   half.rotated_keys = part(rotated_keys, rotated_keys_even);
+  half.values = part(values, values_even);
   return half;
 }
 
-LayerStatistics PackedStatistics::full() const {
-  const std::int64_t hidden = sum.numel();
+LayerStatistics PackedStatistics::full(bool packed) const {
   // Width of each of the packed matrices that follow one another.
-  const auto width = [](const at::Tensor& packed, std::int64_t matrices) {
-    const auto size = static_cast<double>(packed.numel() / matrices);
+  const auto width = [](const at::Tensor& lower, std::int64_t matrices) {
+    const auto size = static_cast<double>(lower.numel() / matrices);
     return static_cast<std::int64_t>(std::lround((std::sqrt(8 * size + 1) - 1) / 2));
   };
-  const auto unpack = [&](const at::Tensor& packed) {
-    return packed.defined() ? linalg::unpack_lower(packed, width(packed, 1)) : at::Tensor();
+  const auto unpack = [&](const at::Tensor& lower) {
+    return lower.defined() ? linalg::unpack_lower(lower, width(lower, 1)) : at::Tensor();
   };
-  const auto unpack_heads = [&](const at::Tensor& packed) {
-    const std::int64_t n = width(packed, heads);
+  const auto unpack_or_leave = [&](const at::Tensor& lower) { return packed ? lower : unpack(lower); };
+  const auto unpack_heads = [&](const at::Tensor& lower) {
+    const std::int64_t n = width(lower, heads);
     at::Tensor all = at::empty({heads, n, n}, at::kDouble);
     for (std::int64_t head = 0; head < heads; ++head)
       all.select(0, head).copy_(
-          linalg::unpack_lower(packed.narrow(0, head * linalg::packed_size(n), linalg::packed_size(n)), n));
+          linalg::unpack_lower(lower.narrow(0, head * linalg::packed_size(n), linalg::packed_size(n)), n));
     return all;
   };
   LayerStatistics all;
@@ -433,15 +443,17 @@ LayerStatistics PackedStatistics::full() const {
   all.sum = sum;
   all.sum_0 = sum_0;
   all.moment = unpack(moment);
-  all.moment_0 = linalg::unpack_lower(moment_0, hidden);
-  all.rotated_keys = unpack(rotated_keys);
+  all.moment_0 = unpack_or_leave(moment_0);
+  all.rotated_keys = unpack_or_leave(rotated_keys);
+  all.values = unpack_or_leave(values);
   all.count_even = count_even;
   all.count_0_even = count_0_even;
   all.sum_even = sum_even;
   all.sum_0_even = sum_0_even;
   all.moment_even = unpack(moment_even);
-  all.moment_0_even = unpack(moment_0_even);
-  all.rotated_keys_even = unpack(rotated_keys_even);
+  all.moment_0_even = unpack_or_leave(moment_0_even);
+  all.rotated_keys_even = unpack_or_leave(rotated_keys_even);
+  all.values_even = unpack_or_leave(values_even);
   if (rotated_queries.defined()) {
     all.attention_count = attention_count;
     all.rotated_queries = unpack_heads(rotated_queries);
@@ -459,6 +471,7 @@ StatisticsShape StatisticsHeader::shape() const {
   StatisticsShape shape;
   shape.hidden = hidden;
   shape.key_width = has_rotated_keys ? key_width() : 0;
+  shape.value_width = has_values ? key_width() : 0;
   shape.halves = has_halves;
   shape.attention = has_attention;
   shape.heads = heads;
@@ -495,6 +508,7 @@ StatisticsFile::StatisticsFile(const fs::path& path) : path_(path) {
   header_.dtype = input.text("dtype");
   header_.options = input.text("options");
   header_.has_rotated_keys = input.integer("has_rotated_keys", 0, 1) == 1;
+  if (header_.format_version > 2) header_.has_values = input.integer("has_values", 0, 1) == 1;
   if (header_.format_version > 1) {
     header_.has_halves = input.integer("has_halves", 0, 1) == 1;
     header_.has_attention = input.integer("has_attention", 0, 1) == 1;
@@ -535,7 +549,9 @@ LayerStatistics StatisticsFile::layer(std::int64_t index, const Selection& selec
     if ((dataset.part == Part::halves && !selection.halves) ||
         (dataset.part == Part::attention && !selection.attention) || (attended && !selection.attended) ||
         (dataset.name.starts_with("rotated_keys") && !selection.rotated_keys) ||
-        ((dataset.name == "moment" || dataset.name == "moment_even") && !selection.moment))
+        (dataset.name.starts_with("values") && !selection.values) ||
+        ((dataset.name == "moment" || dataset.name == "moment_even") && !selection.moment) ||
+        (dataset.name.starts_with("moment_0") && !selection.moment_0))
       continue;
     const at::Tensor values = input.read(index, dataset);
     const double* value = values.data_ptr<double>();
@@ -579,7 +595,7 @@ LayerStatistics StatisticsFile::layer(std::int64_t index, const Selection& selec
                                             packed.heads, found, expected));
   }
   const Timed unpacking(Work::moments);
-  return packed.full();
+  return packed.full(selection.packed);
 }
 
 std::string StatisticsFile::content_hash() const {
@@ -615,7 +631,7 @@ void write_statistics(const fs::path& path, const StatisticsHeader& header, cons
   for (const OwnedLayer& layer : own) {
     ++owners.at(static_cast<std::size_t>(layer.layer));
     const PackedStatistics& part = *layer.statistics;
-    bool fits = part.rotated_keys.defined() == header.has_rotated_keys &&
+    bool fits = part.rotated_keys.defined() == header.has_rotated_keys && part.values.defined() == header.has_values &&
                 part.moment_even.defined() == header.has_halves && part.attended.defined() == header.has_attention;
     for (const Dataset& dataset : wanted)
       if (dataset.tensor != nullptr)
@@ -658,6 +674,7 @@ void write_statistics(const fs::path& path, const StatisticsHeader& header, cons
     writer.text("dtype", header.dtype);
     writer.text("options", header.options);
     writer.integer("has_rotated_keys", header.has_rotated_keys ? 1 : 0);
+    writer.integer("has_values", header.has_values ? 1 : 0);
     writer.integer("has_halves", header.has_halves ? 1 : 0);
     writer.integer("has_attention", header.has_attention ? 1 : 0);
     writer.integer("heads", header.heads);

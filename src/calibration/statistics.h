@@ -14,9 +14,10 @@ namespace headfold::calibration {
 /// What the statistics of a layer hold, and how wide it is.
 struct StatisticsShape {
   std::int64_t hidden = 0;
-  std::int64_t key_width = 0;  ///< kv_heads * head_dim of the rotated keys; 0: none are kept
-  bool halves = false;         ///< half-sample sums
-  bool attention = false;      ///< attention statistics, for which the rest is needed
+  std::int64_t key_width = 0;    ///< kv_heads * head_dim of the rotated keys; 0: none are kept
+  std::int64_t value_width = 0;  ///< kv_heads * head_dim of the values; 0: none are kept
+  bool halves = false;           ///< half-sample sums
+  bool attention = false;        ///< attention statistics, for which the rest is needed
   std::int64_t heads = 0, kv_heads = 0, head_dim = 0;
   std::int64_t attended_heads = 0;  ///< KV heads per block; divides kv_heads
   std::int64_t sequence_length = 0;
@@ -24,17 +25,17 @@ struct StatisticsShape {
 };
 
 /// Sums over calibration tokens, float64. Position 0 of every sequence (the attention sink) is kept apart (suffix _0).
-/// The rotated-key Gram of position 0 needs no storage: rotation is the identity there, so it is W_K S2_0 W_K^T.
+/// The Grams of keys and values at position 0 need no storage: rotation is the identity there, so they are W S2_0 W^T.
 struct LayerStatistics {
   double count = 0, count_0 = 0;  ///< tokens
   at::Tensor sum, sum_0;          ///< S1 [hidden]
   at::Tensor moment, moment_0;    ///< S2 = sum x x^T [hidden, hidden], full symmetric
-  at::Tensor rotated_keys;  ///< sum (R(n)k)(R(n)k)^T [kv_heads*head_dim, same], positions > 0; undefined for models
-                            ///< without RoPE
+  at::Tensor rotated_keys;  ///< sum (R(n)k)(R(n)k)^T [kv_heads*head_dim, same], positions > 0; without RoPE sum k k^T
+  at::Tensor values;        ///< sum v v^T [kv_heads*head_dim, same], positions > 0, biases included
   /// The even sequences' share of the sums above (sequence s of the drawn list, s even); undefined when no halves were
   /// kept. The odd half is the difference.
   double count_even = 0, count_0_even = 0;
-  at::Tensor sum_even, sum_0_even, moment_even, moment_0_even, rotated_keys_even;
+  at::Tensor sum_even, sum_0_even, moment_even, moment_0_even, rotated_keys_even, values_even;
   /// Attention statistics, over all positions (position 0 included); undefined when not collected.
   double attention_count = 0;       ///< queries
   at::Tensor rotated_queries;       ///< sum (R(n)q)(R(n)q)^T per query head [heads, head_dim, head_dim]; without RoPE
@@ -64,8 +65,10 @@ struct PackedStatistics {
   at::Tensor sum, sum_0;        ///< [hidden]
   at::Tensor moment, moment_0;  ///< [hidden (hidden + 1) / 2]
   at::Tensor rotated_keys;      ///< [k (k + 1) / 2], k = kv_heads*head_dim; undefined when not collected
+  at::Tensor values;            ///< likewise
   double count_even = 0, count_0_even = 0;
-  at::Tensor sum_even, sum_0_even, moment_even, moment_0_even, rotated_keys_even;  ///< undefined without halves
+  at::Tensor sum_even, sum_0_even, moment_even, moment_0_even, rotated_keys_even,
+      values_even;  ///< undefined without halves
   double attention_count = 0;
   at::Tensor rotated_queries;       ///< [heads * head_dim (head_dim + 1) / 2]; this and all below: undefined when not
                                     ///< collected
@@ -74,12 +77,13 @@ struct PackedStatistics {
   at::Tensor attended_sum;          ///< [heads * block]
   std::int64_t heads = 0;           ///< query heads
   std::int64_t attended_heads = 0;  ///< source KV heads of one block
-  LayerStatistics full() const;
+  /// `packed` leaves moment_0, keys and values (and their even halves) as the packed lower triangles they are.
+  LayerStatistics full(bool packed = false) const;
 };
 
 /// What a statistics file says about itself.
 struct StatisticsHeader {
-  std::int64_t format_version = 2;  ///< of the file that was read; files are written in the newest version
+  std::int64_t format_version = 3;  ///< of the file that was read; files are written in the newest version
   std::string headfold_version;
   std::string model_hash, data_hash;
   std::string family;
@@ -88,6 +92,7 @@ struct StatisticsHeader {
   std::string dtype;    ///< compute dtype
   std::string options;  ///< JSON text of the options
   bool has_rotated_keys = false;
+  bool has_values = false;          ///< Gram of values
   bool has_halves = false;          ///< half-sample sums
   bool has_attention = false;       ///< attention statistics
   std::int64_t heads = 0;           ///< query heads; 0 without attention statistics
@@ -108,8 +113,11 @@ class StatisticsFile {
     bool halves = true;
     bool attention = true;  ///< rotated queries and distances, and with `attended` attended values
     bool moment = true;     ///< S2 of positions > 0, in a half only with `halves`
+    bool moment_0 = true;   ///< that of position 0, likewise
     bool rotated_keys = true;
+    bool values = true;
     bool attended = true;
+    bool packed = false;  ///< moment_0, keys and values stay packed lower triangles (PackedStatistics::full())
   };
   /// InputError for an index outside the file; CorruptFile naming the dataset for NaN, Inf or sums that contradict each
   /// other.

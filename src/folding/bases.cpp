@@ -19,6 +19,7 @@ LayerProblem problem_of(const checkpoint::Reader& reader, const calibration::Sta
   problem.rotates = reader.config().family == checkpoint::Family::llama;
   problem.centred_values = reader.config().family == checkpoint::Family::bloom || reader.config().attention_bias;
   if (problem.rotates) problem.frequencies = model::rope_inverse_frequencies(reader.config());
+  problem.measured_queries = !problem.rotates && options.sink_weight == 1.0;
   problem.context = options.context > 0     ? options.context
                     : statistics != nullptr ? statistics->header().sequence_length
                                             : reader.config().max_positions;
@@ -29,12 +30,14 @@ bool looks_at_queries(const FoldOptions& options) {
   return options.key_metric == Metric::act_query || options.key_metric == Metric::act_query_dist;
 }
 
-/// Whether folding keys needs neither W_K Cx nor W_Q Cx: rotated Grams say it all (keys_rope_commuting.cpp,
-/// rotated_key_problem()).
+/// Whether folding keys needs neither W_K Cx nor W_Q Cx: Grams of keys and queries as they enter the scores say it all
+/// (keys_rope_commuting.cpp, rotated_key_problem(); without rotation group_grams.cpp).
 bool keys_need_no_input(const LayerProblem& problem, const FoldOptions& options,
                         const calibration::StatisticsHeader& header) {
   if (options.key_metric == Metric::weights) return true;
-  if (!problem.rotates || !header.has_rotated_keys || options.mean_weight != 1.0) return false;
+  if (!header.has_rotated_keys) return false;
+  if (!problem.rotates) return !looks_at_queries(options) || (header.has_attention && problem.measured_queries);
+  if (options.mean_weight != 1.0) return false;
   if (options.keys == KeyFold::post_rotation)
     return options.key_metric == Metric::act || (looks_at_queries(options) && header.has_attention);
   return options.keys == KeyFold::rope_commuting && options.key_metric == Metric::act_query && options.slow_band == 0 &&
@@ -68,41 +71,52 @@ FoldProblems load_problems(const checkpoint::Reader& reader, const calibration::
   const bool rotated =
       keys && all.rotates && (options.keys == KeyFold::rope_commuting || options.keys == KeyFold::post_rotation);
   const bool attended = values && options.value_metric == Metric::attn_out;
+  const bool value_grams = values && (!attended || halves);  // halves keep no attended values
   const bool key_input = keys && !keys_need_no_input(all, options, header);
-  const bool value_input = values && (!attended || halves);  // halves keep no attended values
+  const bool sinks = options.sink_weight != 0;
   calibration::StatisticsFile::Selection selection;
+  selection.packed = true;
   selection.halves = halves;
-  selection.attention = attended || (rotated && looks_at_queries(options));
+  selection.attention = attended || ((rotated || (keys && all.measured_queries)) && looks_at_queries(options));
   selection.attended = attended;
-  selection.moment = key_input || value_input;
   selection.rotated_keys =
-      rotated && (options.keys == KeyFold::post_rotation || options.key_metric == Metric::act_query);
+      all.rotates ? rotated && (options.keys == KeyFold::post_rotation || options.key_metric == Metric::act_query)
+                  : keys;
+  selection.values = value_grams;
+  selection.moment = key_input || (value_grams && !header.has_values);
+  selection.moment_0 =
+      sinks && (selection.moment || (selection.rotated_keys && header.has_rotated_keys) || selection.values);
   const calibration::LayerStatistics sums = statistics->layer(layer, selection);
-  const MomentsWanted wanted{selection.moment, false};
-  const auto finish = [&](LayerProblem& problem, const calibration::LayerStatistics& of, const MomentsWanted& which) {
-    problem.moments = moments_of(of, problem.weights, options.sink_weight, which);
+  const auto finish = [&](LayerProblem& problem, const calibration::LayerStatistics& of) {
+    problem.moments = moments_of(of, problem.weights, options.sink_weight, {of.moment.defined(), false});
     problem.has_moments = true;
   };
   if (halves) problems.even = problems.odd = all;
-  finish(all, sums, wanted);
+  finish(all, sums);
   all.group_grams = make_group_grams(all);
   if (!halves) return problems;
   const calibration::LayerStatistics even = sums.half(0);
-  finish(problems.even, even, wanted);
+  finish(problems.even, even);
+  // The other half's matrices follow from these by linearity.
   calibration::LayerStatistics rest = sums;
-  rest.moment = rest.moment_even = at::Tensor();
+  for (at::Tensor* matrix : {&rest.moment, &rest.moment_even, &rest.moment_0, &rest.moment_0_even, &rest.rotated_keys,
+                             &rest.rotated_keys_even, &rest.values, &rest.values_even})
+    *matrix = at::Tensor();
   const calibration::LayerStatistics odd = rest.half(1);
-  finish(problems.odd, odd, {false, false});
+  finish(problems.odd, odd);
+  const auto tokens = [&](const calibration::LayerStatistics& of) {
+    return of.count + options.sink_weight * of.count_0;
+  };
+  const double all_weight = tokens(sums) / tokens(odd), even_weight = tokens(even) / tokens(odd);
+  problems.odd.moments.rotated_keys.add(all_weight, all.moments.rotated_keys);
+  problems.odd.moments.rotated_keys.add(-even_weight, problems.even.moments.rotated_keys);
   for (LayerProblem* half : {&problems.even, &problems.odd}) {
     half->moments.rotated_queries = all.moments.rotated_queries;
     half->moments.distance_law = all.moments.distance_law;
   }
-  const auto tokens = [&](const calibration::LayerStatistics& of) {
-    return of.count + options.sink_weight * of.count_0;
-  };
   problems.even.group_grams = std::make_shared<GroupGrams>(problems.even, all.group_grams);
-  problems.odd.group_grams = std::make_shared<GroupGrams>(problems.odd, all.group_grams, problems.even.group_grams,
-                                                          tokens(sums) / tokens(odd), tokens(even) / tokens(odd));
+  problems.odd.group_grams =
+      std::make_shared<GroupGrams>(problems.odd, all.group_grams, problems.even.group_grams, all_weight, even_weight);
   return problems;
 }
 

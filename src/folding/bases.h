@@ -21,7 +21,9 @@ struct LayerProblem {
   LayerWeights weights;
   LayerMoments moments;
   bool has_moments = false;
-  bool rotates = false;         ///< RoPE
+  bool rotates = false;  ///< RoPE
+  /// Query Grams of the statistics stand for W~_Q E[x~ x~^T] W~_Q^T: no rotation, and position 0 weighs one as in them.
+  bool measured_queries = false;
   bool centred_values = false;  ///< the output projection has a bias that takes the values' mean (BLOOM, LLaMA with
                                 ///< attention biases; methods.md 4.5)
   at::Tensor frequencies;       ///< RoPE inverse frequencies [head_dim / 2], float64; undefined without RoPE
@@ -45,9 +47,9 @@ enum class Half { all, even, odd };
 /// For a problem whose weights and moments are set (tensors are shared).
 std::shared_ptr<GroupGrams> make_group_grams(const LayerProblem& problem);
 /// What a fold reads of a group: the Grams above where the problem has any (rows then stay undefined), else its rows.
-/// `metric` is that of `part`, keys or values; `with_queries`: query Grams, too.
+/// `metric` is that of `part`, keys or values; `with_queries`: query Grams, too; `with_value_mean`: the mean of values.
 GroupWeights fold_group(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, Part part,
-                        Metric metric, bool with_queries = true);
+                        Metric metric, bool with_queries = true, bool with_value_mean = true);
 /// `half` other than all needs statistics with halves (InternalError).
 LayerProblem load_problem(const checkpoint::Reader& reader, const calibration::StatisticsFile* statistics,
                           std::int64_t layer, Part part, const FoldOptions& options, Half half = Half::all);

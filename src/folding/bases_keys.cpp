@@ -35,7 +35,7 @@ KeySide key_side(const LayerProblem& problem, const std::vector<std::int64_t>& k
     side.context.distance_law = moments.distance_law.defined() ? moments.distance_law : triangular_law(problem.context);
   if (moments.rotated_keys.defined()) {
     const at::Tensor rows = block_index(kv_heads, problem.weights.head_dim);
-    side.context.rotated_keys = moments.rotated_keys.index_select(0, rows).index_select(1, rows);
+    side.context.rotated_keys = moments.rotated_keys.block(rows);
   }
   // Query Grams hold position 0 with weight one: they stand for the energies of E[x x^T] only where it does, too.
   if (moments.rotated_queries.defined() && (options.keys == KeyFold::post_rotation || options.sink_weight == 1.0))

@@ -76,7 +76,8 @@ void add_attended(const LayerProblem& problem, const std::vector<std::int64_t>& 
 
 ValueProblem value_problem(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads,
                            const FoldOptions& options) {
-  const GroupWeights group = fold_group(problem, kv_heads, Part::values, options.value_metric);
+  const bool needs_mean = problem.centred_values || options.mean_weight != 1;
+  const GroupWeights group = fold_group(problem, kv_heads, Part::values, options.value_metric, true, needs_mean);
   ValueProblem values;
   values.size = static_cast<std::int64_t>(kv_heads.size());
   values.head_dim = problem.weights.head_dim;

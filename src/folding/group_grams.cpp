@@ -10,7 +10,11 @@ GroupGrams::GroupGrams(const LayerProblem& problem, std::shared_ptr<GroupGrams> 
     : weights_(problem.weights),
       moment_(problem.moments.input),
       mean_(problem.moments.mean),
-      all_(std::move(queries_of)) {}
+      value_moments_(problem.moments.values),
+      all_(std::move(queries_of)) {
+  if (!problem.rotates) key_moments_ = problem.moments.rotated_keys;
+  if (problem.measured_queries) query_moments_ = problem.moments.rotated_queries;
+}
 
 GroupGrams::GroupGrams(const LayerProblem& problem, std::shared_ptr<GroupGrams> all, std::shared_ptr<GroupGrams> even,
                        double all_weight, double even_weight)
@@ -28,38 +32,63 @@ GroupGrams::Entry& GroupGrams::entry(const std::vector<std::int64_t>& kv_heads) 
   return *found;
 }
 
-GroupGrams::Gram GroupGrams::gram_of(const at::Tensor& rows, const Gram* of_all, const Gram* of_even) const {
-  if (of_even != nullptr)
-    return {all_weight_ * of_all->gram - even_weight_ * of_even->gram,
-            all_weight_ * of_all->mean - even_weight_ * of_even->mean};
+at::Tensor GroupGrams::other(const at::Tensor& all, const at::Tensor& even) const {
+  return all_weight_ * all - even_weight_ * even;
+}
+
+at::Tensor GroupGrams::gram_of(const std::vector<std::int64_t>& kv_heads, const HeadMoments& measured,
+                               const std::function<at::Tensor()>& rows) const {
+  if (measured.defined()) return measured.block(block_index(kv_heads, weights_.head_dim));
   if (!moment_.defined()) throw InternalError("a Gram was asked for without the input's moment");
   const Timed timed(Work::products);
-  return {linalg::symmetric_part(at::matmul(at::matmul(rows, moment_), rows.t())), at::mv(rows, mean_)};
+  const at::Tensor own = rows();
+  return linalg::symmetric_part(at::matmul(at::matmul(own, moment_), own.t()));
 }
 
 const GroupGrams::Gram& GroupGrams::keys(const std::vector<std::int64_t>& kv_heads) {
   Entry& found = entry(kv_heads);
   std::call_once(found.keys_once, [&] {
-    found.keys = even_ != nullptr ? gram_of({}, &all_->keys(kv_heads), &even_->keys(kv_heads))
-                                  : gram_of(group_of(weights_, kv_heads, Part::keys, false).key, nullptr, nullptr);
+    if (even_ != nullptr) {
+      const Gram &all = all_->keys(kv_heads), &even = even_->keys(kv_heads);
+      found.keys = {other(all.gram, even.gram), other(all.mean, even.mean)};
+      return;
+    }
+    const at::Tensor rows = group_of(weights_, kv_heads, Part::keys, false).key;
+    found.keys = {gram_of(kv_heads, key_moments_, [&] { return rows; }), at::mv(rows, mean_)};
   });
   return found.keys;
 }
 
-const GroupGrams::Gram& GroupGrams::values(const std::vector<std::int64_t>& kv_heads) {
+const at::Tensor& GroupGrams::values(const std::vector<std::int64_t>& kv_heads) {
   Entry& found = entry(kv_heads);
   std::call_once(found.values_once, [&] {
-    found.values = even_ != nullptr
-                       ? gram_of({}, &all_->values(kv_heads), &even_->values(kv_heads))
-                       : gram_of(group_of(weights_, kv_heads, Part::values, false).value, nullptr, nullptr);
+    found.values = even_ != nullptr ? other(all_->values(kv_heads), even_->values(kv_heads))
+                                    : gram_of(kv_heads, value_moments_,
+                                              [&] { return group_of(weights_, kv_heads, Part::values, false).value; });
   });
   return found.values;
+}
+
+const at::Tensor& GroupGrams::value_mean(const std::vector<std::int64_t>& kv_heads) {
+  Entry& found = entry(kv_heads);
+  std::call_once(found.value_mean_once, [&] {
+    found.value_mean = even_ != nullptr ? other(all_->value_mean(kv_heads), even_->value_mean(kv_heads))
+                                        : at::mv(group_of(weights_, kv_heads, Part::values, false).value, mean_);
+  });
+  return found.value_mean;
 }
 
 const at::Tensor& GroupGrams::queries(const std::vector<std::int64_t>& kv_heads) {
   if (all_ != nullptr) return all_->queries(kv_heads);
   Entry& found = entry(kv_heads);
   std::call_once(found.queries_once, [&] {
+    if (query_moments_.defined()) {
+      const std::int64_t repeat = weights_.key_repeat();
+      const at::Tensor heads = at::tensor(query_heads_of(kv_heads, repeat), at::kLong);
+      found.queries = query_moments_.index_select(0, heads).view(
+          {std::ssize(kv_heads), repeat, weights_.head_dim, weights_.head_dim});
+      return;
+    }
     if (!moment_.defined()) throw InternalError("a query Gram was asked for without the input's moment");
     const Timed timed(Work::products);
     const std::int64_t d = weights_.head_dim, repeat = weights_.key_repeat();
@@ -97,7 +126,7 @@ std::shared_ptr<GroupGrams> make_group_grams(const LayerProblem& problem) {
 }
 
 GroupWeights fold_group(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, Part part,
-                        Metric metric, bool with_queries) {
+                        Metric metric, bool with_queries, bool with_value_mean) {
   if (problem.grams != nullptr || problem.group_grams == nullptr || metric == Metric::weights)
     return group_of(problem, kv_heads, part);
   GroupGrams& grams = *problem.group_grams;
@@ -110,8 +139,8 @@ GroupWeights fold_group(const LayerProblem& problem, const std::vector<std::int6
     if (with_queries && metric != Metric::act) group.query_grams = grams.queries(kv_heads);
   } else {
     if (metric != Metric::attn_out) {
-      group.value_gram = grams.values(kv_heads).gram;
-      group.value_mean = grams.values(kv_heads).mean;
+      group.value_gram = grams.values(kv_heads);
+      if (with_value_mean) group.value_mean = grams.value_mean(kv_heads);
     }
     if (metric != Metric::act) group.output_grams = grams.outputs(kv_heads);
   }

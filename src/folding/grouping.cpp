@@ -364,7 +364,7 @@ class Surrogate {
     at::Tensor key = options.key_metric == Metric::weights ? grams.key_weights : grams.key;
     if (options.keys == KeyFold::post_rotation && options.key_metric != Metric::weights &&
         problem.moments.rotated_keys.defined())
-      key = problem.moments.rotated_keys;
+      key = problem.moments.rotated_keys.full();
     const bool by_frequency =
         problem.rotates && options.keys != KeyFold::latent && options.keys != KeyFold::post_rotation;
     if (by_frequency) {

@@ -2,6 +2,7 @@
 #include <headfold/base/profile.h>
 #include <headfold/checkpoint/layout.h>
 #include <headfold/folding/bases.h>
+#include <headfold/linalg/linalg.h>
 
 #include <map>
 
@@ -13,51 +14,82 @@ using checkpoint::ModelConfig;
 
 namespace {
 
-/// L [n, r] with L L^T = `gram` [n, n], the sum of x x^T of at most `most` vectors: pivoted Cholesky, n r^2 operations.
-/// Undefined when such a factor leaves more than rounding of calibration's own precision.
-at::Tensor thin_factor(const at::Tensor& gram, std::int64_t most) {
-  const std::int64_t n = gram.size(0);
-  const at::Tensor left = gram.diagonal().clone();
-  const double largest = left.max().item<double>();
-  if (!(largest > 0)) return at::zeros({n, 1}, at::kDouble);
-  at::Tensor columns = at::zeros({most, n}, at::kDouble);  // L^T
-  std::int64_t rank = 0;
-  for (; rank < most; ++rank) {
-    const auto pivot = left.argmax().item<std::int64_t>();
-    const double height = left[pivot].item<double>();
-    if (!(height > 1e-15 * largest)) break;
-    const at::Tensor known = columns.slice(0, 0, rank);
-    const at::Tensor column =
-        (gram.select(0, pivot) - at::mv(known.t(), known.select(1, pivot).contiguous())) / std::sqrt(height);
-    columns.select(0, rank).copy_(column);
-    left.sub_(column.square()).clamp_min_(0);
-    left.select(0, pivot).zero_();
+/// W~ S~ W~^T of keys and of values, S~ [hidden + 1, hidden + 1] the sum of x~ x~^T over position 0: through one thin
+/// factor of S~ where few sequences make one.
+class SinkSums {
+ public:
+  explicit SinkSums(const calibration::LayerStatistics& statistics)
+      : moment_(statistics.moment_0),
+        sum_(statistics.sum_0),
+        count_(statistics.count_0),
+        size_(statistics.sum_0.numel() + 1) {
+    if (!moment_.defined()) throw InternalError("moments with a sink weight need the sums of position 0");
+    if (count_ <= static_cast<double>(size_) / 4)
+      for_each_item(1, [&](std::int64_t) { factor_ = thin_factor(static_cast<std::int64_t>(count_)); });
+    if (factor_.defined()) return;
+    whole_ = at::empty({size_, size_}, at::kDouble);
+    const at::Tensor square = moment_.dim() == 1 ? linalg::unpack_lower(moment_, size_ - 1) : moment_;
+    whole_.slice(0, 0, size_ - 1).slice(1, 0, size_ - 1).copy_(square);
+    whole_.select(0, size_ - 1).copy_(row(size_ - 1));
+    whole_.select(1, size_ - 1).copy_(row(size_ - 1));
   }
-  if (left.max().item<double>() > 1e-6 * largest) return {};
-  return columns.slice(0, 0, std::max<std::int64_t>(rank, 1)).t();
-}
 
-/// W~_K S~ W~_K^T [keys, keys] of the sums over position 0, S~ [hidden + 1, hidden + 1]: through a thin factor where
-/// few sequences make one.
-at::Tensor sink_gram(const LayerWeights& weights, const at::Tensor& sums, double count) {
-  const std::int64_t rows = weights.key.size(0), d = weights.head_dim;
-  at::Tensor factor;
-  if (count <= static_cast<double>(sums.size(0)) / 4)
-    for_each_item(1, [&](std::int64_t) { factor = thin_factor(sums, static_cast<std::int64_t>(count)); });
-  const at::Tensor right = factor.defined() ? factor : sums;
-  const auto head = [&](std::int64_t k) {
-    return augmented(weights.key.slice(0, k * d, (k + 1) * d),
-                     weights.key_bias.defined() ? weights.key_bias.slice(0, k * d, (k + 1) * d) : at::Tensor());
-  };
-  at::Tensor once = at::empty({rows, right.size(1)}, at::kDouble);
-  for_each_item(rows / d, [&](std::int64_t k) { once.slice(0, k * d, (k + 1) * d).copy_(at::matmul(head(k), right)); });
-  at::Tensor gram = at::empty({rows, rows}, at::kDouble);
-  for_each_item(rows / d, [&](std::int64_t k) {
-    at::Tensor block = gram.slice(1, k * d, (k + 1) * d);
-    block.copy_(at::matmul(once, factor.defined() ? once.slice(0, k * d, (k + 1) * d).t() : head(k).t()));
-  });
-  return gram;
-}
+  /// `to` += share * W~ S~ W~^T of a projection [rows, hidden] with or without bias, heads of `d` rows.
+  void add_to(HeadMoments& to, double share, const at::Tensor& weight, const at::Tensor& bias, std::int64_t d) const {
+    const std::int64_t rows = weight.size(0);
+    const auto head = [&](std::int64_t k) {
+      return augmented(weight.slice(0, k * d, (k + 1) * d),
+                       bias.defined() ? bias.slice(0, k * d, (k + 1) * d) : at::Tensor());
+    };
+    const at::Tensor right = factor_.defined() ? factor_ : whole_;
+    at::Tensor once = at::empty({rows, right.size(1)}, at::kDouble);
+    for_each_item(rows / d,
+                  [&](std::int64_t k) { once.slice(0, k * d, (k + 1) * d).copy_(at::matmul(head(k), right)); });
+    if (factor_.defined()) return to.add_factor(share, once);
+    at::Tensor gram = at::empty({rows, rows}, at::kDouble);
+    for_each_item(rows / d,
+                  [&](std::int64_t k) { gram.slice(1, k * d, (k + 1) * d).copy_(at::matmul(once, head(k).t())); });
+    to.add(share, gram);
+  }
+
+ private:
+  /// Row of S~.
+  at::Tensor row(std::int64_t i) const {
+    if (i == size_ - 1) return at::cat({sum_, at::full({1}, count_, at::kDouble)});
+    const at::Tensor own = moment_.dim() == 1 ? linalg::packed_row(moment_, size_ - 1, i) : moment_.select(0, i);
+    return at::cat({own, sum_.slice(0, i, i + 1)});
+  }
+
+  /// L [n, r] with L L^T = S~, the sum over at most `most` vectors: pivoted Cholesky, n r^2 operations. Undefined when
+  /// such a factor leaves more than rounding of calibration's own precision.
+  at::Tensor thin_factor(std::int64_t most) const {
+    const at::Tensor left =
+        at::cat({moment_.dim() == 1 ? linalg::packed_diagonal(moment_, size_ - 1) : moment_.diagonal(),
+                 at::full({1}, count_, at::kDouble)});
+    const double largest = left.max().item<double>();
+    if (!(largest > 0)) return at::zeros({size_, 1}, at::kDouble);
+    at::Tensor columns = at::zeros({most, size_}, at::kDouble);  // L^T
+    std::int64_t rank = 0;
+    for (; rank < most; ++rank) {
+      const auto pivot = left.argmax().item<std::int64_t>();
+      const double height = left[pivot].item<double>();
+      if (!(height > 1e-15 * largest)) break;
+      const at::Tensor known = columns.slice(0, 0, rank);
+      const at::Tensor column =
+          (row(pivot) - at::mv(known.t(), known.select(1, pivot).contiguous())) / std::sqrt(height);
+      columns.select(0, rank).copy_(column);
+      left.sub_(column.square()).clamp_min_(0);
+      left.select(0, pivot).zero_();
+    }
+    if (left.max().item<double>() > 1e-6 * largest) return {};
+    return columns.slice(0, 0, std::max<std::int64_t>(rank, 1)).t();
+  }
+
+  at::Tensor moment_, sum_;
+  double count_;
+  std::int64_t size_;
+  at::Tensor factor_, whole_;  // one of them
+};
 
 /// Loads tensors of one layer by the last part of their name, in the shape that the configuration asks for; undefined
 /// where it knows none of that name.
@@ -139,6 +171,46 @@ LayerWeights load_layer_weights(const checkpoint::Reader& reader, std::int64_t l
   return w;
 }
 
+HeadMoments::HeadMoments(const at::Tensor& square) {
+  if (square.defined()) add(1, square);
+}
+
+void HeadMoments::add(double weight, const at::Tensor& matrix) {
+  matrices_.emplace_back(weight, matrix);
+}
+
+void HeadMoments::add_factor(double weight, const at::Tensor& factor) {
+  factors_.emplace_back(weight, factor);
+}
+
+void HeadMoments::add(double weight, const HeadMoments& other) {
+  for (const auto& [own, matrix] : other.matrices_) matrices_.emplace_back(weight * own, matrix);
+  for (const auto& [own, factor] : other.factors_) factors_.emplace_back(weight * own, factor);
+}
+
+at::Tensor HeadMoments::block(const at::Tensor& index) const {
+  at::Tensor sum = at::zeros({index.numel(), index.numel()}, at::kDouble);
+  for (const auto& [weight, matrix] : matrices_)
+    sum.add_(
+        matrix.dim() == 1 ? linalg::packed_block(matrix, index) : matrix.index_select(0, index).index_select(1, index),
+        weight);
+  for (const auto& [weight, factor] : factors_) {
+    const at::Tensor rows = factor.index_select(0, index);
+    sum.add_(at::matmul(rows, rows.t()), weight);
+  }
+  return sum;
+}
+
+at::Tensor HeadMoments::full() const {
+  if (!defined()) return {};
+  const at::Tensor& first = matrices_.empty() ? factors_.front().second : matrices_.front().second;
+  const std::int64_t n =
+      first.dim() == 1
+          ? static_cast<std::int64_t>(std::lround((std::sqrt(8 * static_cast<double>(first.numel()) + 1) - 1) / 2))
+          : first.size(0);
+  return block(at::arange(n, at::kLong));
+}
+
 LayerMoments moments_of(const calibration::LayerStatistics& statistics, const LayerWeights& weights, double sink_weight,
                         const MomentsWanted& wanted) {
   const Timed timed(Work::moments);
@@ -165,17 +237,21 @@ LayerMoments moments_of(const calibration::LayerStatistics& statistics, const La
   };
   moments.mean = at::cat({mean, at::ones({1}, at::kDouble)});
   if (wanted.input || wanted.centred)
-    moments.input = augment(statistics.moment, statistics.moment_0, sink_weight, tokens, mean, 1.0);
+    moments.input = augment(statistics.moment,
+                            statistics.moment_0.defined() && statistics.moment_0.dim() == 1
+                                ? linalg::unpack_lower(statistics.moment_0, hidden)
+                                : statistics.moment_0,
+                            sink_weight, tokens, mean, 1.0);
   if (wanted.centred) moments.centred = moments.input - at::outer(moments.mean, moments.mean);
-  if (statistics.rotated_keys.defined() && weights.key.defined()) {
-    if (sink_weight != 0 && statistics.count_0 > 0)
-      moments.rotated_keys =
-          sink_gram(weights, augment(statistics.moment_0, {}, 0, 1, statistics.sum_0, statistics.count_0),
-                    statistics.count_0)
-              .mul_(sink_weight / tokens)
-              .add_(statistics.rotated_keys, 1 / tokens);
-    else
-      moments.rotated_keys = statistics.rotated_keys / tokens;
+  const bool keys = statistics.rotated_keys.defined() && weights.key.defined();
+  const bool values = statistics.values.defined() && weights.value.defined();
+  if (keys) moments.rotated_keys.add(1 / tokens, statistics.rotated_keys);
+  if (values) moments.values.add(1 / tokens, statistics.values);
+  if ((keys || values) && sink_weight != 0 && statistics.count_0 > 0) {
+    const SinkSums sinks(statistics);
+    const double share = sink_weight / tokens;
+    if (keys) sinks.add_to(moments.rotated_keys, share, weights.key, weights.key_bias, weights.head_dim);
+    if (values) sinks.add_to(moments.values, share, weights.value, weights.value_bias, weights.head_dim);
   }
   if (statistics.has_attention()) {
     if (statistics.rotated_queries.size(0) != weights.heads || statistics.rotated_queries.size(1) != weights.head_dim ||

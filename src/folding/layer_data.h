@@ -38,13 +38,35 @@ enum class Part { keys, values, both };  ///< keys: query and key; values: value
 LayerWeights load_layer_weights(const checkpoint::Reader& reader, std::int64_t layer, Part part = Part::both,
                                 at::ScalarType dtype = at::kDouble);
 
+/// E[u u^T] of all heads' keys or values u, [heads * head_dim, same] float64, as a weighted sum of what the statistics
+/// hold. Groups take their blocks; the whole matrix is formed for none of them.
+class HeadMoments {
+ public:
+  HeadMoments() = default;
+  /// A matrix as it is.
+  HeadMoments(const at::Tensor& square);  // NOLINT(google-explicit-constructor): tests and callers have matrices
+  /// += weight * M: [n, n], or its packed lower triangle [n (n + 1) / 2].
+  void add(double weight, const at::Tensor& matrix);
+  /// += weight * F F^T, F [n, any].
+  void add_factor(double weight, const at::Tensor& factor);
+  void add(double weight, const HeadMoments& other);
+  bool defined() const { return !matrices_.empty() || !factors_.empty(); }
+  /// Rows and columns `index` [m] int64, [m, m].
+  at::Tensor block(const at::Tensor& index) const;
+  at::Tensor full() const;
+
+ private:
+  std::vector<std::pair<double, at::Tensor>> matrices_, factors_;
+};
+
 /// Means over calibration tokens of the augmented input x~ = [x; 1] (methods.md 2.1), sinks weighted. Float64.
 struct LayerMoments {
-  at::Tensor input;         ///< E[x~ x~^T], [hidden + 1, hidden + 1]
-  at::Tensor centred;       ///< E[x~ x~^T] - E[x~] E[x~]^T; its last row and column are zero
-  at::Tensor mean;          ///< E[x~], [hidden + 1]
-  at::Tensor rotated_keys;  ///< E[(R(n)k)(R(n)k)^T], [kv_heads * head_dim, same]; undefined unless the statistics and
-                            ///< the key weights were given
+  at::Tensor input;          ///< E[x~ x~^T], [hidden + 1, hidden + 1]
+  at::Tensor centred;        ///< E[x~ x~^T] - E[x~] E[x~]^T; its last row and column are zero
+  at::Tensor mean;           ///< E[x~], [hidden + 1]
+  HeadMoments rotated_keys;  ///< E[(R(n)k)(R(n)k)^T], without RoPE E[k k^T]; undefined unless the statistics and the
+                             ///< key weights were given
+  HeadMoments values;        ///< E[v v^T], likewise
   // From the attention statistics; undefined without them.
   at::Tensor rotated_queries;  ///< E[(R(n)q)(R(n)q)^T] of every query head, [heads, head_dim, head_dim]
   at::Tensor distance_law;     ///< attention mass by distance, mean over heads, sums to 1, [sequence length]
@@ -58,7 +80,8 @@ struct MomentsWanted {
   bool input = true;
   bool centred = true;
 };
-/// `weights.key` (with its bias) gives the rotated-key moment of position 0, which statistics files do not store. Bytes
+/// `weights.key` and `weights.value` (with their biases) give the moments of keys and values at position 0, which
+/// statistics files do not store. Packed statistics (LayerStatistics of a Selection with `packed`) stay packed. Bytes
 /// do not depend on the number of threads.
 LayerMoments moments_of(const calibration::LayerStatistics& statistics, const LayerWeights& weights, double sink_weight,
                         const MomentsWanted& wanted = {});

@@ -37,10 +37,13 @@ void add_grams(LayerProblem& problem, const FoldOptions& options) {
     const at::Tensor query = augmented(w.query, w.query_bias);
     const at::Tensor key = augmented(w.key, w.key_bias);
     const at::Tensor value = augmented(w.value, w.value_bias);
-    grams->key = gram(key, moments.input, d);
-    grams->value = gram(value, moments.input, d);
-    grams->queries = at::empty({w.heads, d, d}, at::kDouble);
-    for_each_item(w.heads, [&](std::int64_t head) {
+    // Grams that calibration formed itself are taken as group_grams.h takes them.
+    const bool keys = !problem.rotates && moments.rotated_keys.defined();
+    grams->key = keys ? moments.rotated_keys.full() : gram(key, moments.input, d);
+    grams->value = moments.values.defined() ? moments.values.full() : gram(value, moments.input, d);
+    const bool queries = problem.measured_queries && moments.rotated_queries.defined();
+    grams->queries = queries ? moments.rotated_queries : at::empty({w.heads, d, d}, at::kDouble);
+    for_each_item(queries ? 0 : w.heads, [&](std::int64_t head) {
       const at::Tensor rows = query.slice(0, head * d, (head + 1) * d);
       const at::Tensor product = at::matmul(at::matmul(rows, moments.input), rows.t());
       grams->queries[head].copy_(0.5 * (product + product.t()));

@@ -168,6 +168,64 @@ at::Tensor unpack_lower(const at::Tensor& packed, std::int64_t n) {
   return full;
 }
 
+at::Tensor packed_block(const at::Tensor& packed, const at::Tensor& index) {
+  const at::Tensor source = packed.contiguous();
+  const std::int64_t m = index.numel();
+  const double* from = source.data_ptr<double>();
+  const std::int64_t* row = index.data_ptr<std::int64_t>();
+  at::Tensor block = at::empty({m, m}, at::kDouble);
+  double* to = block.data_ptr<double>();
+  for (std::int64_t i = 0; i < m; ++i)
+    for (std::int64_t j = 0; j <= i; ++j) {
+      const auto [low, high] = std::minmax(row[i], row[j]);
+      if (low < 0 || packed_size(high) + low >= source.numel())
+        throw InternalError(fmt::format("row {} or {} of {} packed entries", low, high, source.numel()));
+      to[i * m + j] = to[j * m + i] = from[packed_size(high) + low];
+    }
+  return block;
+}
+
+at::Tensor packed_row(const at::Tensor& packed, std::int64_t n, std::int64_t row) {
+  if (packed.numel() != packed_size(n) || row < 0 || row >= n || !packed.is_contiguous())
+    throw InternalError(fmt::format("row {} of {} packed entries", row, packed.numel()));
+  const double* from = packed.data_ptr<double>();
+  at::Tensor values = at::empty({n}, at::kDouble);
+  double* to = values.data_ptr<double>();
+  std::copy_n(from + packed_size(row), row + 1, to);
+  for (std::int64_t i = row + 1; i < n; ++i) to[i] = from[packed_size(i) + row];
+  return values;
+}
+
+at::Tensor packed_diagonal(const at::Tensor& packed, std::int64_t n) {
+  if (packed.numel() != packed_size(n) || !packed.is_contiguous())
+    throw InternalError(fmt::format("the diagonal of {} packed entries, {} wide", packed.numel(), n));
+  at::Tensor values = at::empty({n}, at::kDouble);
+  for (std::int64_t i = 0; i < n; ++i) values.data_ptr<double>()[i] = packed.data_ptr<double>()[packed_size(i) + i];
+  return values;
+}
+
+double gram_operations(std::int64_t n) {
+  double sum = 0;
+#ifdef HEADFOLD_WITH_ONEDNN
+  const std::int64_t step = block_rows(n, 256);
+  for (std::int64_t first = 0; first < n; first += step)
+    sum += 2.0 * static_cast<double>(n - first) * static_cast<double>(std::min(n, first + step) - first);
+#elif defined(HEADFOLD_WITH_CBLAS)
+  const std::int64_t step = block_rows(n, 1024);
+  for (std::int64_t first = 0; first < n; first += step) {
+    const auto height = static_cast<double>(std::min(n, first + step) - first);
+    sum += 2 * height * static_cast<double>(first) + height * (height + 1);
+  }
+#else
+  const std::int64_t step = block_rows(n, 256);
+  for (std::int64_t first = 0; first < n; first += step) {
+    const std::int64_t last = std::min(n, first + step);
+    sum += 2.0 * static_cast<double>(last - first) * static_cast<double>(last);
+  }
+#endif
+  return sum;
+}
+
 at::Tensor pack_lower(const at::Tensor& matrix) {
   if (matrix.dim() != 2 || matrix.size(0) != matrix.size(1) || matrix.scalar_type() != at::kDouble)
     throw InternalError("pack_lower wants a square float64 matrix");

@@ -114,6 +114,15 @@ class GramAccumulator {
 std::int64_t packed_size(std::int64_t n);
 /// Packed lower triangle [n (n + 1) / 2] float64 -> full symmetric [n, n].
 at::Tensor unpack_lower(const at::Tensor& packed, std::int64_t n);
+/// Rows and columns `index` [m] int64 (each once) of a packed matrix -> [m, m].
+at::Tensor packed_block(const at::Tensor& packed, const at::Tensor& index);
+/// Row `row` of a packed [n, n] matrix -> [n].
+at::Tensor packed_row(const at::Tensor& packed, std::int64_t n, std::int64_t row);
+/// Diagonal of a packed [n, n] matrix -> [n].
+at::Tensor packed_diagonal(const at::Tensor& packed, std::int64_t n);
+/// Floating-point operations per row of x that GramAccumulator::add() carries out for n float32 or bfloat16 columns:
+/// more than the triangle's n^2, since blocks on the diagonal are computed whole.
+double gram_operations(std::int64_t n);
 /// [n, n] float64 -> packed lower triangle.
 at::Tensor pack_lower(const at::Tensor& matrix);
 

@@ -618,6 +618,9 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
     const std::int64_t seen = (cache != nullptr ? cache->length : 0) + tokens;
     observed.queries = large_empty({batch, tokens, config_.heads, key_width}, dtype_);
     observed.keys = large_empty({batch, seen, key_heads, key_width}, dtype_);
+  }
+  if (observer != nullptr && (observer->wants_attention() || observer->wants_values())) {
+    const std::int64_t seen = (cache != nullptr ? cache->length : 0) + tokens;
     observed.values = large_empty({batch, seen, shape_.kv_heads, shape_.value_width}, dtype_);
   }
   if (observer != nullptr && observer->wants_activated()) observed.inner = large_empty({rows, config_.ffn}, dtype_);
@@ -637,6 +640,8 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
   }
   if (cache != nullptr) cache->length += tokens;
   if (observed.rotated_keys.defined()) observer->rotated_keys(observed.rotated_keys);
+  if (observer != nullptr && observer->wants_values())
+    observer->values(observed.values.slice(1, observed.values.size(1) - tokens));
   if (observed.queries.defined()) observer->attention(observed.queries, observed.keys, observed.values);
   if (observed.attended.defined()) observer->attended(observed.attended);
 

@@ -29,6 +29,9 @@ class LayerObserver {
   /// `projected`: before the projection. `latent`: rebuilt; without rotation the latents [.., kv_heads, key_width].
   virtual void rotated_keys(const at::Tensor& keys) = 0;
   virtual bool wants_rotated_keys() const = 0;
+  /// Values of the new tokens, [batch, tokens, kv_heads, value_width], compute dtype; only when asked for.
+  virtual void values(const at::Tensor& /*values*/) {}
+  virtual bool wants_values() const { return false; }
   /// Queries and keys as they enter the scores (rotated, folded: [batch, tokens, heads, head_dim] and [batch, tokens,
   /// kv_heads, head_dim]) and values [batch, tokens, kv_heads, head_dim], compute dtype; only when asked for. With a
   /// cache, keys and values are those of every token so far. `latent`: rebuilt keys of the source_kv_heads, latents as

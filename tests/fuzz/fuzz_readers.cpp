@@ -38,6 +38,7 @@ void write_sound(const fs::path& path) {
   header.dtype = "float32";
   header.options = "{}";
   header.has_rotated_keys = true;
+  header.has_values = true;
   calibration::PackedStatistics packed;
   packed.count = 12;
   packed.count_0 = 3;
@@ -46,6 +47,7 @@ void write_sound(const fs::path& path) {
   packed.moment = at::arange(kPacked, at::kDouble) + 1;
   packed.moment_0 = at::arange(kPacked, at::kDouble) * 0.5 + 1;
   packed.rotated_keys = at::arange(kKeyPacked, at::kDouble) + 2;
+  packed.values = at::arange(kKeyPacked, at::kDouble) + 3;
   std::vector<calibration::OwnedLayer> own;
   for (std::int64_t layer = 0; layer < kLayers; ++layer) own.push_back({layer, &packed});
   calibration::write_statistics(path, header, comm::Communicator::self(), own);
@@ -139,12 +141,13 @@ void remake(hid_t file, const std::string& name, hid_t type, std::vector<hsize_t
 
 const std::vector<std::pair<std::string, std::int64_t>>& sizes() {
   static const std::vector<std::pair<std::string, std::int64_t>> all = {{"count", 2},
-                                                                        {"traces", 3},
+                                                                        {"traces", 11},
                                                                         {"sum", kHidden},
                                                                         {"sum_0", kHidden},
                                                                         {"moment", kPacked},
                                                                         {"moment_0", kPacked},
-                                                                        {"rotated_keys", kKeyPacked}};
+                                                                        {"rotated_keys", kKeyPacked},
+                                                                        {"values", kKeyPacked}};
   return all;
 }
 
@@ -237,9 +240,9 @@ void attribute(hid_t file, const char* name, hid_t type, hid_t memory, const voi
 TEST_F(StatisticsFuzz, attributes_of_other_types_and_values) {
   const std::vector<std::string> texts = {"format", "headfold_version", "model_hash", "data_hash", "family",
                                           "dtype",  "options"};
-  const std::vector<std::string> numbers = {"format_version",  "layers",   "hidden",
-                                            "kv_heads",        "head_dim", "samples",
-                                            "sequence_length", "seed",     "has_rotated_keys"};
+  const std::vector<std::string> numbers = {"format_version",   "layers",    "hidden",          "kv_heads",
+                                            "head_dim",         "samples",   "sequence_length", "seed",
+                                            "has_rotated_keys", "has_values"};
   const hid_t variable = H5Tcopy(H5T_C_S1), fixed = H5Tcopy(H5T_C_S1), longer = H5Tcopy(H5T_C_S1);
   H5Tset_size(variable, H5T_VARIABLE);
   H5Tset_size(fixed, 5);

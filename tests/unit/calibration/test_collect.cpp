@@ -39,11 +39,13 @@ const std::vector<std::pair<const char*, at::Tensor PackedStatistics::*>>& tenso
       {"moment", &Packed::moment},
       {"moment_0", &Packed::moment_0},
       {"rotated_keys", &Packed::rotated_keys},
+      {"values", &Packed::values},
       {"sum_even", &Packed::sum_even},
       {"sum_0_even", &Packed::sum_0_even},
       {"moment_even", &Packed::moment_even},
       {"moment_0_even", &Packed::moment_0_even},
       {"rotated_keys_even", &Packed::rotated_keys_even},
+      {"values_even", &Packed::values_even},
       {"rotated_queries", &Packed::rotated_queries},
       {"distance_mass", &Packed::distance_mass},
       {"attended", &Packed::attended},
@@ -94,7 +96,7 @@ TEST_P(CollectTest, every_grid_agrees_with_one_rank) {
     EXPECT_EQ(alone[0]->statistics().count_even, 4 * 32);
     EXPECT_EQ(alone[0]->statistics().count_0_even, 4);
     EXPECT_EQ(alone[0]->statistics().attention_count, 7 * 33);
-    EXPECT_EQ(alone[0]->statistics().rotated_keys.defined(), reader.config().family == checkpoint::Family::llama);
+    EXPECT_TRUE(alone[0]->statistics().rotated_keys.defined() && alone[0]->statistics().values_even.defined());
     for (int stages = 1; stages <= std::min(3, world().size()); ++stages) {
       if (world().size() % stages != 0) continue;
       const comm::Grid grid = comm::make_grid(world(), stages);
@@ -127,7 +129,9 @@ TEST_P(CollectTest, first_layer_sums_are_those_of_the_layer_run_by_hand) {
     void attention_input(const at::Tensor& x) override { input = x.to(at::kDouble); }
     void rotated_keys(const at::Tensor& k) override { keys = k.to(at::kDouble); }
     bool wants_rotated_keys() const override { return true; }
-    at::Tensor input, keys;
+    void values(const at::Tensor& v) override { seen_values = v.to(at::kDouble); }
+    bool wants_values() const override { return true; }
+    at::Tensor input, keys, seen_values;
   };
   const checkpoint::Reader reader(golden_folder() / GetParam());
   const at::Tensor ids = sequences(3, 20);
@@ -141,12 +145,16 @@ TEST_P(CollectTest, first_layer_sums_are_those_of_the_layer_run_by_hand) {
   EXPECT_LT(relative(statistics.sum, rest.sum(0)), 1e-5);
   const at::Tensor first = keep.input.select(1, 0);
   EXPECT_LT(relative(statistics.moment_0, at::matmul(first.t(), first)), 1e-6);
-  if (!statistics.rotated_keys.defined()) return;
+  const at::Tensor values = keep.seen_values.narrow(1, 1, 19).reshape({57, -1});
+  EXPECT_LT(relative(statistics.values, at::matmul(values.t(), values)), 1e-6);
   const at::Tensor keys = keep.keys.narrow(1, 1, 19).reshape({57, -1});
   EXPECT_LT(relative(statistics.rotated_keys, at::matmul(keys.t(), keys)), 1e-6);
   // Rotation keeps norms: the trace is that of the plain keys W_K S2 W_K^T.
   const auto& config = reader.config();
+  if (config.family != checkpoint::Family::llama) return;
   const std::int64_t width = config.kv_heads * config.head_dim;
+  const at::Tensor v = reader.load("model.layers.0.self_attn.v_proj.weight", {width, config.hidden}, at::kDouble);
+  EXPECT_LT(relative(statistics.values, at::matmul(at::matmul(v, statistics.moment), v.t())), 1e-5);
   const at::Tensor w = reader.load("model.layers.0.self_attn.k_proj.weight", {width, config.hidden}, at::kDouble);
   EXPECT_NEAR(statistics.rotated_keys.trace().item<double>() /
                   at::matmul(at::matmul(w, statistics.moment), w.t()).trace().item<double>(),
@@ -371,9 +379,19 @@ TEST(CollectShapeTest, share_of_arithmetic_at_7b_shapes) {
   config.heads = config.kv_heads = config.source_kv_heads = 32;
   config.head_dim = 128;
   config.ffn = 11008;
-  // 202e6 parameters: 0.421 Gflop per token forward; 32 heads x (2048 x (128 + 512) + 512^2 + 128^2) more.
-  EXPECT_NEAR(attention_statistics_share(config, 2048, 4), 0.1207, 0.001);
-  EXPECT_GT(attention_statistics_share(config, 2048, 32), 1);
+  CollectOptions options;
+  options.attention_statistics = true;
+  options.attended_heads = 4;
+  const StatisticsShape shape = collected_shape(config, options, 2048);
+  // 202e6 parameters: 0.4216 Gflop per token forward, and three Grams of 4096. Scores in blocks of 256 rows: the mean
+  // row sees 1152 tokens. Per head 2 x 1152 x (128 + 512) and Grams of 512 and 128.
+  const double grams = 3 * linalg::gram_operations(4096);
+  EXPECT_GE(grams, 3.0 * 4096 * 4096);
+  EXPECT_LE(grams, 3.0 * 4096 * (4096 + 1024));
+  const double added = 32 * (2.0 * 1152 * 640 + linalg::gram_operations(512) + linalg::gram_operations(128));
+  EXPECT_NEAR(attention_statistics_share(config, shape), added / (0.42153e9 + grams), 0.001);
+  options.attended_heads = 32;
+  EXPECT_GT(attention_statistics_share(config, collected_shape(config, options, 2048)), 1);
 }
 
 TEST(CollectGridTest, more_pipeline_ranks_than_layers_is_a_usage_error) {

@@ -181,6 +181,7 @@ StatisticsHeader header(bool keys = true, bool more = false) {
   header.dtype = "float32";
   header.options = R"({"text": "ünïcode"})";
   header.has_rotated_keys = keys;
+  header.has_values = keys;
   header.has_halves = header.has_attention = more;
   header.heads = more ? kQueryHeads : 0;
   header.attended_heads = more ? 1 : 0;
@@ -194,9 +195,10 @@ std::vector<std::unique_ptr<LayerAccumulator>> layers(bool keys = true, bool mor
     all.push_back(std::make_unique<LayerAccumulator>(header(keys, more).shape()));
     all.back()->attention_input(random({2, 6, kHidden}, 20 + layer));
     const at::Tensor k = random({2, 6, kHeads, kHeadDim}, 40 + layer);
+    const at::Tensor v = random({2, 6, kHeads, kHeadDim}, 80 + layer);
     all.back()->rotated_keys(k);
-    all.back()->attention(random({2, 6, kQueryHeads, kHeadDim}, 60 + layer), k,
-                          random({2, 6, kHeads, kHeadDim}, 80 + layer));
+    all.back()->values(v);
+    all.back()->attention(random({2, 6, kQueryHeads, kHeadDim}, 60 + layer), k, v);
     all.back()->finish(comm::Communicator::self(), 0);
   }
   return all;
@@ -232,8 +234,9 @@ TEST(StatisticsFileTest, written_by_all_ranks_reads_back_bit_for_bit) {
       EXPECT_TRUE(at::equal(found.sum, expected.sum) && at::equal(found.sum_0, expected.sum_0));
       EXPECT_TRUE(at::equal(found.moment, expected.moment) && at::equal(found.moment_0, expected.moment_0));
       ASSERT_EQ(found.rotated_keys.defined(), keys);
+      ASSERT_EQ(found.values.defined(), keys);
       if (keys) {
-        EXPECT_TRUE(at::equal(found.rotated_keys, expected.rotated_keys));
+        EXPECT_TRUE(at::equal(found.rotated_keys, expected.rotated_keys) && at::equal(found.values, expected.values));
       }
     }
     EXPECT_THROW(file.layer(kLayers), InputError);
@@ -262,7 +265,7 @@ TEST(StatisticsFileTest, halves_and_attention_read_back_bit_for_bit) {
     const fs::path path = folder / (keys ? "with.h5" : "without.h5");
     write_statistics(path, header(keys, true), world(), mine(all));
     const StatisticsFile file(path);
-    EXPECT_EQ(file.header().format_version, 2);
+    EXPECT_EQ(file.header().format_version, 3);
     EXPECT_TRUE(file.header().has_halves && file.header().has_attention);
     EXPECT_EQ(file.header().heads, kQueryHeads);
     EXPECT_EQ(file.header().attended_heads, 1);
@@ -282,6 +285,11 @@ TEST(StatisticsFileTest, halves_and_attention_read_back_bit_for_bit) {
       ASSERT_EQ(found.rotated_keys_even.defined(), keys);
       if (keys) {
         EXPECT_TRUE(at::equal(found.rotated_keys_even, expected.rotated_keys_even));
+        EXPECT_TRUE(at::equal(found.values_even, expected.values_even));
+        const LayerStatistics packed = file.layer(layer, {.values = false, .packed = true});
+        EXPECT_FALSE(packed.values.defined() || packed.values_even.defined());
+        EXPECT_TRUE(at::equal(packed.rotated_keys, linalg::pack_lower(found.rotated_keys)));
+        EXPECT_TRUE(at::equal(packed.half(1).moment_0, linalg::pack_lower(found.half(1).moment_0)));
       }
       EXPECT_EQ(found.attended.sizes(), at::IntArrayRef({kQueryHeads, kHeadDim, kHeadDim}));
       EXPECT_EQ(found.distance_mass.sizes(), at::IntArrayRef({kQueryHeads, kLength}));
@@ -335,6 +343,20 @@ TEST(StatisticsFileTest, files_of_version_1_are_read) {
   EXPECT_THROW(layer.half(0), InternalError);
   // Models folded from such files name them by this hash.
   EXPECT_EQ(file.content_hash(), "4f41d873f80bc925b59a55e93429b6f73b2b7b87d91bdec925179914c5d550ab");
+}
+
+TEST(StatisticsFileTest, files_of_version_2_are_read) {
+  // Written by the program before there were Grams of values.
+  const StatisticsFile file(testing_support::golden_folder() / "statistics" / "version2.h5");
+  EXPECT_EQ(file.header().format_version, 2);
+  EXPECT_TRUE(file.header().has_halves && file.header().has_attention && file.header().has_rotated_keys);
+  EXPECT_FALSE(file.header().has_values);
+  const LayerStatistics layer = file.layer(1);
+  EXPECT_EQ(layer.count, 60);
+  EXPECT_EQ(layer.count_even, 30);
+  EXPECT_FALSE(layer.values.defined() || layer.half(1).values.defined());
+  EXPECT_NEAR(layer.moment.trace().item<double>() / 60, 23.9995, 1e-4);
+  EXPECT_EQ(file.content_hash(), "c91e4a08fa4e3a524a61b2ec66011e895c9b51980a738b8fd368b2c177c79e86");
 }
 
 TEST(StatisticsFileTest, layers_nobody_or_two_ranks_write_are_an_internal_error) {
@@ -450,11 +472,13 @@ TEST_F(DamagedFileTest, every_truncation_is_noticed) {
 }
 
 TEST_F(DamagedFileTest, version_and_sizes_are_checked) {
-  damage([](hid_t file) { set_integer(file, "format_version", 3); });
-  EXPECT_THAT(complaint(), HasSubstr("version 3, this build reads versions 1 to 2"));
+  damage([](hid_t file) { set_integer(file, "format_version", 4); });
+  EXPECT_THAT(complaint(), HasSubstr("version 4, this build reads versions 1 to 3"));
   damage([](hid_t file) { set_integer(file, "format_version", 1); });
-  EXPECT_THAT(complaint(), HasSubstr("/layer_0000/traces has 9 values, expected 3"));
+  EXPECT_THAT(complaint(), HasSubstr("/layer_0000/traces has 11 values, expected 3"));
   damage([](hid_t file) { set_integer(file, "format_version", 2); });
+  EXPECT_THAT(complaint(), HasSubstr("/layer_0000/traces has 11 values, expected 9"));
+  damage([](hid_t file) { set_integer(file, "format_version", 3); });
   const auto changed = [&](const char* name, std::int64_t bad, std::int64_t good) {
     damage([&](hid_t file) { set_integer(file, name, bad); });
     const std::string text = complaint();
@@ -468,6 +492,7 @@ TEST_F(DamagedFileTest, version_and_sizes_are_checked) {
   EXPECT_THAT(changed("attended_heads", 3, 1), HasSubstr("attended_heads is 3"));
   EXPECT_THAT(changed("sequence_length", 35, kLength),
               HasSubstr("/layer_0000/distance_mass has 136 values, expected 140"));
+  EXPECT_THAT(changed("has_values", 2, 1), HasSubstr("has_values is 2"));
   EXPECT_THAT(changed("has_halves", 2, 1), HasSubstr("has_halves is 2"));
   EXPECT_THAT(changed("has_attention", -1, 1), HasSubstr("has_attention is -1"));
   EXPECT_EQ(complaint(), "");
@@ -523,6 +548,8 @@ TEST_F(DamagedFileTest, new_datasets_are_checked) {
                                                            {"moment_even", packed},
                                                            {"moment_0_even", packed},
                                                            {"rotated_keys_even", 136},
+                                                           {"values", 136},
+                                                           {"values_even", 136},
                                                            {"attention_count", 1},
                                                            {"rotated_queries", kQueryHeads * 36},
                                                            {"distance_mass", kQueryHeads * kLength},
@@ -542,7 +569,8 @@ TEST_F(DamagedFileTest, new_datasets_are_checked) {
     wrong("is missing", [&](hid_t file) { H5Ldelete(file, where.c_str(), H5P_DEFAULT); });
     wrong("contains NaN", [&](hid_t file) { poke(file, where, size - 1, std::nan("")); });
   }
-  for (const char* name : {"moment_even", "moment_0_even", "rotated_keys_even", "rotated_queries", "attended"}) {
+  for (const char* name :
+       {"moment_even", "moment_0_even", "rotated_keys_even", "values", "values_even", "rotated_queries", "attended"}) {
     damage([&](hid_t file) { poke(file, std::string("/layer_0001/") + name, 2, 1e4); });
     EXPECT_THAT(complaint(), HasSubstr(std::string("/layer_0001/") + name + " has trace"));
     write_file(path_, whole);

@@ -322,8 +322,28 @@ TEST(MomentsTest, sinks_enter_the_rotated_gram_with_their_weight_and_bias) {
   const at::Tensor keys = at::matmul(x, w.key.t()) + w.key_bias, keys0 = at::matmul(x0, w.key.t()) + w.key_bias;
   s.rotated_keys = at::matmul(keys.t(), keys);
   const LayerMoments half = moments_of(s, w, 0.5);
-  EXPECT_LT(relative(half.rotated_keys, (s.rotated_keys + 0.5 * at::matmul(keys0.t(), keys0)) / 21.5), 1e-12);
-  EXPECT_LT(relative(moments_of(s, w, 0.0).rotated_keys, s.rotated_keys / 20.0), 1e-12);
+  EXPECT_LT(relative(half.rotated_keys.full(), (s.rotated_keys + 0.5 * at::matmul(keys0.t(), keys0)) / 21.5), 1e-12);
+  EXPECT_LT(relative(moments_of(s, w, 0.0).rotated_keys.full(), s.rotated_keys / 20.0), 1e-12);
+  // Values likewise, from packed sums as well, by blocks; a thin factor stands for few sequences, the whole for many.
+  const at::Tensor values = at::matmul(x, w.value.t()) + w.value_bias,
+                   values0 = at::matmul(x0, w.value.t()) + w.value_bias;
+  s.values = at::matmul(values.t(), values);
+  const at::Tensor expected = (s.values + 0.5 * at::matmul(values0.t(), values0)) / 21.5;
+  EXPECT_LT(relative(moments_of(s, w, 0.5).values.full(), expected), 1e-12);
+  for (const double factors : {1.0, 40.0}) {  // of 3 sequences, and as if of 120
+    calibration::LayerStatistics packed = s;
+    packed.count_0 *= factors;
+    packed.sum_0 = s.sum_0 * factors;
+    packed.moment_0 = linalg::pack_lower(s.moment_0 * factors);
+    packed.rotated_keys = linalg::pack_lower(s.rotated_keys);
+    packed.values = linalg::pack_lower(s.values);
+    const LayerMoments found = moments_of(packed, w, 0.5 / factors, {false, false});
+    EXPECT_FALSE(found.input.defined());
+    EXPECT_LT(relative(found.values.full(), expected), 1e-12);
+    EXPECT_LT(relative(found.rotated_keys.full(), half.rotated_keys.full()), 1e-12);
+    const at::Tensor rows = block_index({1}, kDim);
+    EXPECT_LT(relative(found.values.block(rows), expected.index_select(0, rows).index_select(1, rows)), 1e-12);
+  }
   const at::Tensor ones = at::ones({20, 1}, at::kDouble);
   const at::Tensor plain = at::cat({x, ones}, 1);
   EXPECT_LT(relative(moments_of(s, w, 0.0).input, at::matmul(plain.t(), plain) / 20.0), 1e-12);
@@ -483,6 +503,37 @@ TEST(SpearmanTest, known_values) {
   EXPECT_NEAR(spearman({1, 2, 3, 4}, {2, 1, 4, 3}), 0.6, 1e-12);
   EXPECT_NEAR(spearman({1, 2, 2, 3}, {1, 2, 3, 4}), 0.9486832980505138, 1e-12);
   EXPECT_DOUBLE_EQ(spearman({1, 1}, {1, 2}), 0.0);
+}
+
+TEST(LayerOrderTest, only_pairs_that_the_measurement_tells_apart_count) {
+  // 2 and 1 differ by 0.1, within two standard errors of the difference (0.1 * sqrt 2); the prediction swaps them.
+  const LayerOrder order = layer_order({1, 3, 2, 5}, {1, 2, 2.1, 4}, {{0.1}, {0.1}, {0.1}, {0.1}});
+  EXPECT_EQ(order.pairs, 6);
+  EXPECT_EQ(order.told_apart, 5);
+  EXPECT_EQ(order.in_order, 5);
+  EXPECT_NEAR(order.spread, 3 / 2.275, 1e-12);
+  const LayerOrder sure = layer_order({1, 3, 2, 5}, {1, 2, 2.1, 4}, {{0.01}, {0.01}, {0.01}, {0.01}});
+  EXPECT_EQ(sure.told_apart, 6);
+  EXPECT_EQ(sure.in_order, 5);
+  EXPECT_EQ(layer_order({1, 2}, {1, 2}, {{0.0}, std::nullopt}).told_apart, 0);
+  EXPECT_EQ(layer_order({2, 1}, {1, 2}, {{0.0}, {0.0}}).in_order, 0);
+}
+
+TEST(ErrorSumsTest, deviation_is_the_spread_of_the_ratio_over_sequences) {
+  ErrorSums errors;
+  EXPECT_FALSE(errors.key_deviation());
+  const std::vector<std::pair<double, double>> sequences = {{1, 2}, {3, 4}, {2, 5}};
+  for (const auto& [error, total] : sequences) {
+    errors.sums[ErrorSums::key_error] += error;
+    errors.sums[ErrorSums::key_total] += total;
+    errors.sums[ErrorSums::key_error_error] += error * error;
+    errors.sums[ErrorSums::key_error_total] += error * total;
+    errors.sums[ErrorSums::key_total_total] += total * total;
+    errors.sums[ErrorSums::sequences] += 1;
+  }
+  double squares = 0;
+  for (const auto& [error, total] : sequences) squares += std::pow(error - 6.0 / 11.0 * total, 2);
+  EXPECT_NEAR(*errors.key_deviation(), std::sqrt(squares * 3 / 2) / 11, 1e-12);
 }
 
 }  // namespace
