@@ -13,7 +13,8 @@
 
 namespace headfold::finetune {
 
-/// A tensor that training changes, float32.
+/// A tensor that training changes, float32 (float64 in float64 models). `value` and `gradient` may be replaced by other
+/// contiguous tensors of the same shape and type between calls.
 struct Parameter {
   std::string name;         ///< as in the PEFT file, or the checkpoint's name with `full`
   std::int64_t layer = -1;  ///< -1: embedding; layers(): final norm and output projection
@@ -26,7 +27,12 @@ struct Parameter {
 struct Batch {
   at::Tensor ids;      ///< [batch, tokens] int64
   at::Tensor targets;  ///< [batch, tokens] int64: the token that position must predict, -1: not scored
-  at::Tensor segments; ///< [batch, tokens] int64: attention stays inside equal, adjacent numbers; undefined: one segment
+  /// [batch, tokens] int64: attention stays inside equal, adjacent numbers, and positions start again with each such
+  /// segment; undefined: one segment.
+  at::Tensor segments;
+  /// [batch] int64: number of each sequence in the global batch, which decides its dropout masks, so that these do not
+  /// depend on how a batch is cut into micro-batches and spread over ranks; undefined: 0, 1, 2, …
+  at::Tensor numbers;
 };
 
 /// What a teacher says about positions. One of the two forms.
@@ -47,7 +53,7 @@ struct LossOptions {
 /// Sums over scored positions.
 struct LossSums {
   double cross_entropy = 0, divergence = 0;
-  std::int64_t tokens = 0, agreements = 0;  ///< agreements: student's first choice is the target
+  std::int64_t tokens = 0, agreements = 0;        ///< agreements: student's first choice is the target
   double loss(const LossOptions& options) const;  ///< mean; 0 without tokens
 };
 
@@ -75,15 +81,15 @@ class TrainableModel {
                             std::uint64_t dropout_seed, const std::function<void(std::int64_t layer)>& layer_done = {});
   /// Loss without gradients and dropout.
   LossSums evaluate(const Batch& batch, const TeacherView* teacher, const LossOptions& options) const;
-  /// Logits [positions, vocab] float32 of the scored positions [begin, end) after hidden(batch): for a teacher that is a
-  /// TrainableModel itself (options.targets empty: nothing trains).
+  /// Logits [positions, vocab] float32 of the scored positions [begin, end) after hidden(batch): for a teacher that is
+  /// a TrainableModel itself (options.targets empty: nothing trains).
   at::Tensor hidden(const Batch& batch) const;  ///< final hidden states of scored positions [positions, hidden]
   at::Tensor logits(const at::Tensor& hidden) const;
 
   /// Base weight plus adapter of the tensor `name` (checkpoint name), float32; undefined when no adapter changes it.
   at::Tensor merged(const std::string& name) const;
 
-  /// What a rank holds or needs at its peak, in bytes, by component; for `--dry-run`. See memory_of().
+  /// Bytes of all weights, adapters and gradients, those that are mapped from the checkpoint included.
   std::int64_t bytes() const;
 
  private:
@@ -93,13 +99,13 @@ class TrainableModel {
 
 /// Estimated bytes by component for a configuration, without loading weights.
 struct MemoryEstimate {
-  std::int64_t weights = 0;     ///< frozen base (or all trained weights)
-  std::int64_t adapter = 0;     ///< parameters, float32
-  std::int64_t gradients = 0;   ///< float32
-  std::int64_t optimizer = 0;   ///< two moments, float32 (sharded: divided by ranks)
-  std::int64_t activations = 0; ///< kept layer inputs, and the live layer's intermediate values at their peak
-  std::int64_t logits = 0;      ///< one chunk of logits and its gradient
-  std::int64_t teacher = 0;     ///< its weights, and hidden states
+  std::int64_t weights = 0;      ///< frozen base (or all trained weights)
+  std::int64_t adapter = 0;      ///< parameters, float32
+  std::int64_t gradients = 0;    ///< float32
+  std::int64_t optimizer = 0;    ///< two moments, float32 (sharded: divided by ranks)
+  std::int64_t activations = 0;  ///< kept layer inputs, and the live layer's intermediate values at their peak
+  std::int64_t logits = 0;       ///< one chunk of logits and its gradient
+  std::int64_t teacher = 0;      ///< its weights, and hidden states
   std::int64_t total() const { return weights + adapter + gradients + optimizer + activations + logits + teacher; }
 };
 MemoryEstimate memory_of(const checkpoint::ModelConfig& config, const LoraOptions& options, at::ScalarType dtype,

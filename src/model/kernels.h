@@ -43,6 +43,22 @@ struct Table {
   void (*load)(const void* x, float* values, std::int64_t n);
   /// x = round(values), float to the element type.
   void (*store)(const float* values, void* x, std::int64_t n);
+  /// Derivatives, for training. dx += the gradient of rms_norm with respect to x given dy; dweight += the weight's own
+  /// (float, of this row alone) unless null.
+  void (*rms_norm_backward)(const void* x, const void* weight, const void* dy, void* dx, float* dweight, std::int64_t n,
+                            float eps);
+  /// The same of layer_norm; dweight and dbias are both given or both null.
+  void (*layer_norm_backward)(const void* x, const void* weight, const void* dy, void* dx, float* dweight, float* dbias,
+                              std::int64_t n, float eps);
+  /// gate and up become their gradients, given that of silu(gate) * up.
+  void (*silu_times_backward)(void* gate, void* up, const void* dy, std::int64_t n);
+  /// x becomes its gradient, given that of gelu(x).
+  void (*gelu_backward)(void* x, const void* dy, std::int64_t n);
+  /// dscores[j] = scale * p[j] * (dp[j] - sum of p * dp) over n entries: gradient of the raw scores given that of the
+  /// probabilities (float). May overwrite dp.
+  void (*softmax_backward)(const void* probabilities, const float* dp, void* dscores, std::int64_t n, float scale);
+  /// y = exp((x - shift) * factor), gives the sum of y (float whatever the table's type).
+  float (*exponential_sum)(const float* x, float* y, std::int64_t n, float shift, float factor);
   /// y = exp(x) as the other kernels compute it: relative error below 3e-7 within [-87, 88], 0 below. For tests.
   void (*exponential)(const float* x, float* y, std::int64_t n);
 };

@@ -172,11 +172,115 @@ static void store(const float* values, void* x_, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) put(x[i], values[i]);
 }
 
+static void rms_norm_backward(const void* x_, const void* weight_, const void* dy_, void* dx_, float* dweight,
+                              std::int64_t n, float eps) {
+  const auto* x = static_cast<const HEADFOLD_ELEMENT*>(x_);
+  const auto* weight = static_cast<const HEADFOLD_ELEMENT*>(weight_);
+  const auto* dy = static_cast<const HEADFOLD_ELEMENT*>(dy_);
+  auto* dx = static_cast<HEADFOLD_ELEMENT*>(dx_);
+  float squares = 0, product = 0;
+#pragma omp simd reduction(+ : squares, product)
+  for (std::int64_t i = 0; i < n; ++i) {
+    squares += get(x[i]) * get(x[i]);
+    product += get(x[i]) * get(dy[i]) * get(weight[i]);
+  }
+  const float factor = 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
+  const float along = product * factor * factor / static_cast<float>(n);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i)
+    put(dx[i], get(dx[i]) + factor * (get(dy[i]) * get(weight[i]) - get(x[i]) * along));
+  if (dweight == nullptr) return;
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) dweight[i] += get(dy[i]) * get(x[i]) * factor;
+}
+
+static void layer_norm_backward(const void* x_, const void* weight_, const void* dy_, void* dx_, float* dweight,
+                                float* dbias, std::int64_t n, float eps) {
+  const auto* x = static_cast<const HEADFOLD_ELEMENT*>(x_);
+  const auto* weight = static_cast<const HEADFOLD_ELEMENT*>(weight_);
+  const auto* dy = static_cast<const HEADFOLD_ELEMENT*>(dy_);
+  auto* dx = static_cast<HEADFOLD_ELEMENT*>(dx_);
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t i = 0; i < n; ++i) sum += get(x[i]);
+  const float mean = sum / static_cast<float>(n);
+  float squares = 0, product = 0, total = 0;
+#pragma omp simd reduction(+ : squares, product, total)
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float d = get(x[i]) - mean;
+    const float g = get(dy[i]) * get(weight[i]);
+    squares += d * d;
+    product += d * g;
+    total += g;
+  }
+  const float factor = 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
+  const float along = product * factor * factor / static_cast<float>(n);
+  const float level = total / static_cast<float>(n);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i)
+    put(dx[i], get(dx[i]) + factor * (get(dy[i]) * get(weight[i]) - level - (get(x[i]) - mean) * along));
+  if (dweight == nullptr) return;
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    dweight[i] += get(dy[i]) * (get(x[i]) - mean) * factor;
+    dbias[i] += get(dy[i]);
+  }
+}
+
+static void silu_times_backward(void* gate_, void* up_, const void* dy_, std::int64_t n) {
+  auto* gate = static_cast<HEADFOLD_ELEMENT*>(gate_);
+  auto* up = static_cast<HEADFOLD_ELEMENT*>(up_);
+  const auto* dy = static_cast<const HEADFOLD_ELEMENT*>(dy_);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float g = get(gate[i]);
+    const float u = get(up[i]);
+    const float d = get(dy[i]);
+    const float sigmoid = 1.0f / (1.0f + exp_of(-g));
+    put(gate[i], d * u * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+    put(up[i], d * g * sigmoid);
+  }
+}
+
+static void gelu_backward(void* x_, const void* dy_, std::int64_t n) {
+  auto* x = static_cast<HEADFOLD_ELEMENT*>(x_);
+  const auto* dy = static_cast<const HEADFOLD_ELEMENT*>(dy_);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float v = get(x[i]);
+    const float u = 0.79788456f * v * (1.0f + 0.044715f * v * v);
+    const float slope = 0.79788456f * (1.0f + 3.0f * 0.044715f * v * v);
+    const float half = 1.0f / (1.0f + exp_of(-2.0f * u));  // 0.5 (1 + tanh u)
+    put(x[i], get(dy[i]) * (half + 2.0f * v * half * (1.0f - half) * slope));
+  }
+}
+
+static void softmax_backward(const void* probabilities_, const float* dp, void* dscores_, std::int64_t n, float scale) {
+  const auto* probabilities = static_cast<const HEADFOLD_ELEMENT*>(probabilities_);
+  auto* dscores = static_cast<HEADFOLD_ELEMENT*>(dscores_);
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t i = 0; i < n; ++i) sum += get(probabilities[i]) * dp[i];
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) put(dscores[i], scale * get(probabilities[i]) * (dp[i] - sum));
+}
+
+static float exponential_sum(const float* x, float* y, std::int64_t n, float shift, float factor) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float e = exp_of((x[i] - shift) * factor);
+    y[i] = e;
+    sum += e;
+  }
+  return sum;
+}
+
 static void exponential(const float* x, float* y, std::int64_t n) {
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) y[i] = exp_of(x[i]);
 }
 
 static constexpr Table make_table(const char* isa) {
-  return {isa, rms_norm, layer_norm, rotate, silu_times, gelu, softmax, dots, add_scaled, load, store, exponential};
+  return {isa, rms_norm, layer_norm, rotate, silu_times, gelu, softmax, dots, add_scaled, load, store, rms_norm_backward, layer_norm_backward, silu_times_backward, gelu_backward, softmax_backward, exponential_sum, exponential};
 }

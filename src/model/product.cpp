@@ -230,15 +230,21 @@ void Product::apply_to_few_rows(const at::Tensor& x, const at::Tensor& y, bool a
 
 void multiply(const Matrix& a, const Matrix& b, bool transposed, at::ScalarType dtype, void* c, std::int64_t c_stride,
               at::ScalarType result) {
-  const std::int64_t m = a.rows;
-  const std::int64_t k = a.columns;
-  const std::int64_t n = transposed ? b.rows : b.columns;
-  if ((transposed ? b.columns : b.rows) != k)
-    throw InternalError(fmt::format("product of [{}, {}] and [{}, {}]{}", a.rows, a.columns, b.rows, b.columns,
-                                    transposed ? "^T" : ""));
+  multiply(a, b, Operation{.transpose_b = transposed}, dtype, c, c_stride, result);
+}
+
+void multiply(const Matrix& a, const Matrix& b, const Operation& operation, at::ScalarType dtype, void* c,
+              std::int64_t c_stride, at::ScalarType result) {
+  const std::int64_t m = operation.transpose_a ? a.columns : a.rows;
+  const std::int64_t k = operation.transpose_a ? a.rows : a.columns;
+  const std::int64_t n = operation.transpose_b ? b.rows : b.columns;
+  if ((operation.transpose_b ? b.columns : b.rows) != k)
+    throw InternalError(fmt::format("product of [{}, {}]{} and [{}, {}]{}", a.rows, a.columns,
+                                    operation.transpose_a ? "^T" : "", b.rows, b.columns,
+                                    operation.transpose_b ? "^T" : ""));
   if (m == 0 || n == 0) return;
 #ifdef HEADFOLD_WITH_ONEDNN
-  if (uses_onednn()) {
+  if (uses_onednn() && dtype != at::kDouble) {
     thread_local PrimitiveCache<PlainProduct> cache;
     const Key key{m,
                   n,
@@ -246,15 +252,15 @@ void multiply(const Matrix& a, const Matrix& b, bool transposed, at::ScalarType 
                   a.stride,
                   b.stride,
                   c_stride,
-                  transposed,
+                  (operation.transpose_a ? 1 : 0) + (operation.transpose_b ? 2 : 0) + (operation.accumulate ? 4 : 0),
                   static_cast<int>(dtype),
                   static_cast<int>(result),
                   threads_here()};
     PlainProduct& product = cache.get(key, [&] {
-      const auto x = describe_matrix(m, k, a.stride, dtype, false);
-      const auto w = describe_matrix(b.rows, b.columns, b.stride, dtype, transposed);
+      const auto x = describe_matrix(a.rows, a.columns, a.stride, dtype, operation.transpose_a);
+      const auto w = describe_matrix(b.rows, b.columns, b.stride, dtype, operation.transpose_b);
       const auto y = describe_matrix(m, n, c_stride, result, false);
-      return PlainProduct{dnnl::matmul(describe_product(x, w, nullptr, y, false)), x, w, y};
+      return PlainProduct{dnnl::matmul(describe_product(x, w, nullptr, y, operation.accumulate)), x, w, y};
     });
     product.primitive.execute(stream(),
                               {{DNNL_ARG_SRC, dnnl::memory(product.a, engine(), const_cast<void*>(a.data))},
@@ -265,15 +271,20 @@ void multiply(const Matrix& a, const Matrix& b, bool transposed, at::ScalarType 
   }
 #endif
   const auto options = at::TensorOptions().dtype(dtype);
-  const at::Tensor x = at::from_blob(const_cast<void*>(a.data), {m, k}, {a.stride, 1}, options);
+  at::Tensor x = at::from_blob(const_cast<void*>(a.data), {a.rows, a.columns}, {a.stride, 1}, options);
   at::Tensor w = at::from_blob(const_cast<void*>(b.data), {b.rows, b.columns}, {b.stride, 1}, options);
-  if (transposed) w = w.t();
+  if (operation.transpose_a) x = x.t();
+  if (operation.transpose_b) w = w.t();
   at::Tensor y = at::from_blob(c, {m, n}, {c_stride, 1}, options.dtype(result));
-  if (result == dtype) {
-    at::mm_out(y, x, w);
+  // Scores keep float32 as oneDNN does, at the price of a wider copy of the operands.
+  if (result != dtype) {
+    x = x.to(result);
+    w = w.to(result);
+  }
+  if (operation.accumulate) {
+    y.addmm_(x, w);
   } else {
-    // Scores keep float32 as oneDNN does, at the price of a wider copy of the operands.
-    at::mm_out(y, x.to(result), w.to(result));
+    at::mm_out(y, x, w);
   }
 }
 

@@ -43,6 +43,15 @@ struct Matrix {
 /// stride c_stride. Runs on the threads that the calling context has: one inside at::parallel_for.
 void multiply(const Matrix& a, const Matrix& b, bool transposed, at::ScalarType dtype, void* c, std::int64_t c_stride,
               at::ScalarType result);
+/// The general form: c = op(a) op(b), or c += op(a) op(b) with `accumulate`, where op transposes on demand. Matrices
+/// are described as they are stored. float64 is possible too (`dtype` and `result` both), for tests.
+struct Operation {
+  bool transpose_a = false;
+  bool transpose_b = false;
+  bool accumulate = false;
+};
+void multiply(const Matrix& a, const Matrix& b, const Operation& operation, at::ScalarType dtype, void* c,
+              std::int64_t c_stride, at::ScalarType result);
 
 /// Whether new products use oneDNN; settable by tests so that both paths are compared. False when it is not compiled
 /// in.
