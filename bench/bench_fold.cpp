@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 #include <headfold/device/device.h>
 #include <headfold/folding/apply.h>
+#include <headfold/linalg/linalg.h>
 
 #include <cstdlib>
 #include <ctime>
@@ -99,6 +100,27 @@ int main(int argc, char** argv) {
                  problem.moments.input.slice(0, 0, hidden).slice(1, 0, hidden));
     });
   });
+  {
+    FoldOptions plain = options;
+    plain.value_metric = Metric::act;
+    const auto plan = [&](const LayerProblem& of) {
+      each_group([&](const auto& g) {
+        value_basis(of, g, plain);
+        value_conditioning(of, g, plain);
+      });
+    };
+    LayerProblem measured = problem;
+    at::Tensor gram = at::empty({kv_heads * d, kv_heads * d}, at::kDouble);
+    const at::Tensor rows = augmented(problem.weights.value, problem.weights.value_bias);
+    gram.copy_(at::matmul(at::matmul(rows, problem.moments.input), rows.t()));
+    measured.moments.values.add(1, headfold::linalg::pack_lower(headfold::linalg::symmetric_part(gram)));
+    measured.moments.input = at::Tensor();
+    measured.group_grams = make_group_grams(measured);
+    timed("plan: values, act, Gram of values in the statistics", [&] { plan(measured); });
+    LayerProblem products = problem;
+    products.group_grams = make_group_grams(products);
+    timed("plan: values, act, without it", [&] { plan(products); });
+  }
   timed("plan: keys, rope-commuting act+query",
         [&] { each_group([&](const auto& g) { key_basis(problem, g, options); }); });
   problem.group_grams = make_group_grams(problem);

@@ -324,7 +324,7 @@ std::string plan_text(const Settings& settings, const checkpoint::ModelConfig& c
       "attention   {}\n",
       shape.attention
           ? fmt::format("rotated queries, mass by distance, attended values of {} KV heads in blocks of {}: {} per "
-                        "layer; {:.0f} % more arithmetic",
+                        "layer; {:.0f} % more matrix products",
                         shape.kv_heads, shape.attended_heads, human_bytes(bytes - halves - base),
                         100 * calibration::attention_statistics_share(config, shape))
           : "no attention statistics: metrics that need them will not be possible");
