@@ -3,7 +3,7 @@
 
 set(HEADFOLD_INCLUDE_ROOT "${PROJECT_BINARY_DIR}/include")
 file(MAKE_DIRECTORY "${HEADFOLD_INCLUDE_ROOT}/headfold")
-foreach(_folder base comm device linalg checkpoint tokenizer model calibration folding report)
+foreach(_folder base comm device linalg checkpoint tokenizer model calibration folding finetune report)
   file(CREATE_LINK "${PROJECT_SOURCE_DIR}/src/${_folder}" "${HEADFOLD_INCLUDE_ROOT}/headfold/${_folder}" SYMBOLIC)
 endforeach()
 file(CREATE_LINK "${PROJECT_SOURCE_DIR}/evaluation" "${HEADFOLD_INCLUDE_ROOT}/headfold/evaluation" SYMBOLIC)
@@ -45,6 +45,7 @@ function(headfold_library name)
   set_target_properties(headfold_${name} PROPERTIES EXPORT_NAME ${name})
   target_include_directories(headfold_${name} PUBLIC $<BUILD_INTERFACE:${HEADFOLD_INCLUDE_ROOT}>
                                                      $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+  target_compile_features(headfold_${name} PUBLIC cxx_std_20)  # of the headers, for projects that use the installed library
   target_link_libraries(headfold_${name} PUBLIC headfold_torch nlohmann_json::nlohmann_json spdlog::spdlog fmt::fmt
                                                 OpenMP::OpenMP_CXX ${arg_LINK}
                                          PRIVATE ${arg_PRIVATE_LINK})

@@ -31,6 +31,7 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
 void convert(const Context& context, const std::vector<std::string>& arguments);
 void evaluate(const Context& context, const std::vector<std::string>& arguments);
 void export_model(const Context& context, const std::vector<std::string>& arguments);
+void finetune_model(const Context& context, const std::vector<std::string>& arguments);
 void generate(const Context& context, const std::vector<std::string>& arguments);
 void inspect(const Context& context, const std::vector<std::string>& arguments);
 void logits(const Context& context, const std::vector<std::string>& arguments);

@@ -17,6 +17,7 @@ namespace {
 constexpr Job kJobs[] = {
     {"calibrate", "collect calibration statistics of a model over a text", calibrate},
     {"convert", "fold KV heads: statistics + model -> smaller model", convert},
+    {"finetune", "train adapters of a model on text, from a teacher or without one", finetune_model},
     {"evaluate", "perplexity, KL divergence and agreement of a model", evaluate},
     {"verify", "measure what a fold changed, layer by layer, against what was predicted", verify},
     {"export", "write a folded model for runtimes that do not know its layout", export_model},
@@ -33,7 +34,7 @@ std::string help_text() {
       "usage: headfold JOB [options]      headfold JOB --help      headfold --version\n"
       "       mpirun -np N headfold JOB [options]                  srun --mpi=pmix headfold JOB [options]\n\njobs:\n";
   for (const Job& job : kJobs) text += fmt::format("  {:<12}{}\n", job.name, job.summary);
-  return text + "\nexit codes: 0 done, 64 usage, 65 bad input, 70 internal, 74 input/output\n";
+  return text + "\nexit codes: 0 done, 64 usage, 65 bad input, 70 internal, 74 input/output, 75 stopped on request\n";
 }
 
 const Job& find_job(const std::string& name) {
@@ -86,6 +87,10 @@ int run(int argc, char** argv) {
     context.world.barrier("end of job");
   } catch (const HelpShown&) {
     return 0;
+  } catch (const Stopped& stopped) {
+    // Every rank stopped at the same step: an orderly end, not an abort.
+    spdlog::info("{}: {}\n  hint: {}", name, stopped.what(), stopped.hint());
+    return static_cast<int>(stopped.code());
   } catch (const std::bad_alloc&) {
     fail(*environment, name,
          Error(ExitCode::internal, "out of memory",

@@ -326,7 +326,7 @@ struct Trainer::State {
     const fs::path path = folder / "state.json";
     const Json json = read_json(path);
     const std::string file = path.string();
-    if (optional<std::string>(json, "format", "", file) != kStateFormat)
+    if (const auto format = json.find("format"); format == json.end() || *format != kStateFormat)
       throw CorruptFile(file, "is no training state of headfold");
     if (const auto version = required<std::int64_t>(json, "format_version", file); version != kStateVersion)
       throw InputError(fmt::format("{}: format_version is {}, this headfold reads {}", file, version, kStateVersion));

@@ -323,6 +323,56 @@ Grid budget_grid(const ModelRow& row) {
   return grid;
 }
 
+// Trainings.
+
+/// At most `most` points: means over stretches of equal length.
+std::vector<std::pair<double, double>> thinned(const std::vector<std::pair<double, double>>& points, std::size_t most) {
+  const std::size_t stretch = (points.size() + most - 1) / most;
+  if (stretch < 2) return points;
+  std::vector<std::pair<double, double>> means;
+  for (std::size_t begin = 0; begin < points.size(); begin += stretch) {
+    const std::size_t end = std::min(points.size(), begin + stretch);
+    double x = 0, y = 0;
+    for (std::size_t i = begin; i < end; ++i) {
+      x += points[i].first;
+      y += points[i].second;
+    }
+    means.emplace_back(x / static_cast<double>(end - begin), y / static_cast<double>(end - begin));
+  }
+  return means;
+}
+
+std::string training_chart(const Section& section, bool validation, const std::string& id) {
+  Chart chart;
+  chart.id = id;
+  chart.heading = validation ? "Perplexity on the validation text" : "Loss on the training text";
+  chart.title = chart.heading + " by step, " + section.name;
+  chart.width = 440;
+  std::vector<double> steps = {0}, values;
+  for (std::size_t t = 0; t < section.trainings.size(); ++t) {
+    const Training& training = section.trainings[t];
+    const auto points = validation ? training.validations : thinned(training.losses, 60);
+    if (points.empty()) continue;
+    Series series;
+    series.name = last_part(training.folder);
+    series.colour = static_cast<int>(t) % kSeriesColours;
+    series.marker = validation ? Marker::filled : Marker::none;
+    for (const auto& [step, value] : points) {
+      series.points.push_back(
+          {step, value, fmt::format("{}: step {:.0f}, {}", series.name, step, format_significant(value, 4))});
+      steps.push_back(step);
+      values.push_back(value);
+    }
+    chart.description += fmt::format("{}: from {} to {}. ", series.name, format_significant(points.front().second, 4),
+                                     format_significant(points.back().second, 4));
+    chart.series.push_back(std::move(series));
+  }
+  if (chart.series.empty()) return {};
+  chart.x = make_axis(steps, "step", "", false, true);
+  chart.y = make_axis(values, validation ? "perplexity" : "nats per token", "", false, false);
+  return chart.svg();
+}
+
 }  // namespace
 
 void frequency_maps(Document& document, const Section& section, const NewId& id) {
@@ -595,6 +645,62 @@ void layer_budgets(Document& document, const Section& section, const NewId& id) 
     if (!drawn.empty()) document.figure(drawn, "panels wide", caption);
     document.folded("What every layer of " + row->name + " keeps", budget_grid(*row));
   }
+}
+
+void trainings(Document& document, const Section& section, const NewId& id) {
+  if (section.trainings.empty()) return;
+  document.heading(3, "Healing");
+  Grid grid;
+  grid.name = "Trainings of models folded from " + section.name;
+  grid.columns = {{"Training", "of", false, true},
+                  {"Trains", "teacher", false},
+                  {"Steps", "kept", true},
+                  {"Tokens", "", true},
+                  {"Perplexity before", "after", true},
+                  {"Change", "", true},
+                  {"KL before", "after", true},
+                  {"Tokens/s", "", true},
+                  {"Time", "", true}};
+  for (const Training& training : section.trainings) {
+    std::vector<Cell> cells(grid.columns.size(), Cell{kNone});
+    cells[0].text = last_part(training.folder.empty() ? training.model : training.folder);
+    cells[0].small = training.model + (training.finished ? "" : "; not finished");
+    cells[1].text = training.full    ? "all weights"
+                    : training.width ? fmt::format("adapters of {}", *training.width)
+                                     : "adapters";
+    cells[1].small = training.teacher.empty() || training.distill.value_or(0) == 0
+                         ? std::string("text alone")
+                         : fmt::format("{}, weight {}", training.teacher, format_significant(*training.distill, 2));
+    cells[2].text = count(training.steps);
+    if (training.chosen_step) cells[2].small = format_count(*training.chosen_step);
+    cells[3].text = count(training.tokens);
+    cells[4].text = shown(training.perplexity_before, format_perplexity);
+    cells[4].small = shown(training.perplexity_best, format_perplexity);
+    if (training.perplexity_before && training.perplexity_best && *training.perplexity_before > 0)
+      cells[5].text = format_change(*training.perplexity_best / *training.perplexity_before);
+    cells[6].text = shown(training.kl_before, [](double v) { return format_significant(v, 3); });
+    cells[6].small = shown(training.kl_last, [](double v) { return format_significant(v, 3); });
+    cells[7].text = shown(training.tokens_per_second, [](double v) { return fmt::format("{:.0f}", v); });
+    cells[8].text = seconds_text(training.record.seconds);
+    grid.rows.push_back(std::move(cells));
+  }
+  document.table(grid);
+  document.paragraph(
+      "Perplexity and KL on the validation text of each training, which chose the step that was kept; compare models "
+      "by "
+      "the quality table, on text that chose nothing.",
+      "note");
+  std::vector<std::string> charts;
+  for (const bool validation : {true, false})
+    if (std::string svg = training_chart(section, validation, id("training")); !svg.empty())
+      charts.push_back(std::move(svg));
+  if (charts.empty()) return;
+  Words caption;
+  caption.strong("Healing, step by step.");
+  caption.add(
+      " Left, where there is a validation text: its perplexity. Otherwise the loss on the training text, averaged over "
+      "stretches of steps.");
+  document.figure(charts, "panels", caption);
 }
 
 void compared_plans(Document& document, const Section& section) {

@@ -1,6 +1,6 @@
 #pragma once
 // The parts of a base model's section that look into its folds: frequencies, held-out losses, refit, what each layer
-// keeps, plans compared. Each writes nothing where the run has nothing to say. Private to src/report.
+// keeps, trainings, plans compared. Each writes nothing where the run has nothing to say. Private to src/report.
 
 #include <headfold/report/document.h>
 #include <headfold/report/run_data.h>
@@ -21,6 +21,8 @@ void held_out_losses(Document& document, const Section& section, const NewId& id
 void refit_tables(Document& document, const Section& section, const NewId& id);
 /// What every layer keeps, where layers differ; exchange rates where they were measured.
 void layer_budgets(Document& document, const Section& section, const NewId& id);
+/// Trainings: what they brought, validation perplexity and training loss by step.
+void trainings(Document& document, const Section& section, const NewId& id);
 /// Plans that convert --compare tried, ranked.
 void compared_plans(Document& document, const Section& section);
 

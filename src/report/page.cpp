@@ -293,6 +293,7 @@ class Builder {
       frequency_maps(document_, one, new_id);
       energy_figure(one);
     }
+    trainings(document_, one, [this](const std::string& name) { return id(name); });
     compared_plans(document_, one);
     if (folded || evaluated) budget(one);
     done(one);
@@ -731,7 +732,7 @@ class Builder {
       grid.columns.push_back({"Values held out", "(fitted)", true});
     }
     const auto pair = [](const Maybe& unseen, const Maybe& fitted) {
-      return Cell{shown(unseen, loss_percent), fitted ? fmt::format("({})", loss_percent(*fitted)) : std::string()};
+      return Cell{shown(unseen, loss_percent), fitted ? loss_percent(*fitted) : std::string()};
     };
     for (const Layer& layer : layers_of(*row.conversion)) {
       const LayerCheck& check = layer.check;
@@ -1048,6 +1049,8 @@ class Builder {
         visit(one, "calibrate", calibration.file, calibration.record, calibration.tokens_per_second);
       for (const Comparison& comparison : one.comparisons)
         visit(one, "compare", comparison.file, comparison.record, Maybe());
+      for (const Training& training : one.trainings)
+        visit(one, "finetune", training.folder, training.record, training.tokens_per_second);
       for (const ModelRow& row : one.models) {
         if (row.conversion) {
           if (row.conversion->record) visit(one, "convert", row.conversion->folder, *row.conversion->record, Maybe());

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <regex>
 #include <set>
 #include <tuple>
 
@@ -159,7 +160,8 @@ class Reader {
           folders.push_back(entry.path());
         } else if (entry.is_regular_file(code) &&
                    (name == "headfold.json" || name == "verification.json" || name == "compare.json" ||
-                    name.ends_with(".h5.json") || (name.starts_with("results_") && name.ends_with(".json")))) {
+                    name == "finetune.json" || name.ends_with(".h5.json") ||
+                    (name.starts_with("results_") && name.ends_with(".json")))) {
           found.push_back(entry.path());
         }
       }
@@ -178,7 +180,7 @@ class Reader {
 
   bool empty() const {
     return calibrations_.empty() && conversions_.empty() && results_.empty() && verifications_.empty() &&
-           comparisons_.empty();
+           comparisons_.empty() && trainings_.empty();
   }
 
  private:
@@ -192,15 +194,21 @@ class Reader {
   std::string relative(const fs::path& path) const { return path.lexically_relative(run_).generic_string(); }
   std::string hide(const std::string& text) const { return hide_paths(text, roots_); }
 
-  /// The file as JSON, or nothing when it is broken and nothing says that it is ours.
+  /// Text that Python reads as JSON and JSON's grammar does not: the harness writes NaN for what it did not compute.
+  static bool python_json(const std::string& text) {
+    static const std::regex constants("-?\\b(NaN|Infinity)\\b");
+    return Json::accept(std::regex_replace(text, constants, "null"));
+  }
+
+  /// The file as JSON, or nothing when it is another program's.
   std::optional<Json> open(const fs::path& path, bool ours_by_name) {
     const std::string text = read_file(path, kLargestFile);
     try {
       return parse_json(text, path.string());
     } catch (const CorruptFile& error) {
-      // A broken file is ours when its name or its remains say so; others (harness results with NaN in them) are none
-      // of our business.
-      if (ours_by_name || text.find("\"headfold-") != std::string::npos)
+      // Harness results with NaN in them are none of our business; a file cut off is, whoever wrote it: left out in
+      // silence, a line would be missing from the tables.
+      if (ours_by_name || text.find("\"headfold-") != std::string::npos || !python_json(text))
         throw CorruptFile(path.string(), std::string(error.what()).substr(path.string().size() + 2),
                           "make it again or remove it from the run folder");
       return std::nullopt;
@@ -230,6 +238,9 @@ class Reader {
     } else if (name == "compare.json") {
       if (format != "headfold-comparison") return ignore(path);
       read_comparison(path, *json, file);
+    } else if (name == "finetune.json") {
+      if (format != "headfold-finetune") return ignore(path);
+      read_training(path, *json, file);
     } else if (name.ends_with(".h5.json")) {
       if (format != "headfold-calibration") return ignore(path);
       read_calibration(path, *json, file);
@@ -306,6 +317,7 @@ class Reader {
     conversion.sink_weight = number_at(fold, "sink_weight");
     conversion.weight_ridge = number_at(fold, "weight_ridge");
     conversion.extras = extras_of(fold);
+    conversion.extras.healed = json.contains("merged");
     conversion.layout = required<std::string>(json, "layout", file);
     conversion.stock = required<bool>(json, "stock", file);
     const Json heads = object_at(json, "kv_heads", file), cache = object_at(json, "cache_bytes_per_token", file),
@@ -415,6 +427,53 @@ class Reader {
     }
     std::sort(refit.layers.begin(), refit.layers.end(), [](const auto& a, const auto& b) { return a.layer < b.layer; });
     return refit;
+  }
+
+  void read_training(const fs::path& path, const Json& json, const std::string& file) {
+    check_version(json, file);
+    Training training;
+    training.folder = relative(path.parent_path());
+    training.record = record_of(json);
+    training.finished = optional<bool>(json, "finished", false, file);
+    const Json model = object_at(json, "model", file), how = object_at(json, "identity", file);
+    training.model = last_part(required<std::string>(model, "folder", file));
+    training.fingerprint = required<std::string>(model, "fingerprint", file);
+    training.source_fingerprint = text_at(model, "source_fingerprint");
+    if (const auto teacher = json.find("teacher"); teacher != json.end() && teacher->is_object())
+      training.teacher = last_part(text_at(*teacher, "folder"));
+    training.full = optional<bool>(how, "full", false, file);
+    training.width = count_at(how, "rank");
+    training.batch = count_at(how, "batch");
+    training.sequence = count_at(how, "seq_len");
+    training.distill = share_at(how, "distill");
+    training.learning_rate = share_at(how, "learning_rate");
+    if (const auto results = json.find("results"); results != json.end() && results->is_object()) {
+      training.steps = integer_at(*results, "steps");
+      training.chosen_step = integer_at(*results, "chosen_step");
+      training.tokens = integer_at(*results, "tokens");
+      training.tokens_per_second = number_at(*results, "tokens_per_second");
+      training.perplexity_before = number_at(*results, "validation_perplexity_before");
+      training.perplexity_best = number_at(*results, "validation_perplexity_best");
+      training.kl_before = number_at(*results, "validation_kl_before");
+      training.kl_last = number_at(*results, "validation_kl_last");
+    }
+    const fs::path lines = path.parent_path() / "train.jsonl";
+    std::error_code code;
+    if (fs::is_regular_file(lines, code)) {
+      const std::string text = read_file(lines, kLargestFile);
+      std::size_t number = 0;
+      for (std::size_t begin = 0, end = 0; (end = text.find('\n', begin)) != std::string::npos; begin = end + 1) {
+        const std::string place = fmt::format("{}:{}", lines.string(), ++number);
+        const Json line = parse_json(std::string_view(text).substr(begin, end - begin), place);
+        if (!line.is_object()) throw CorruptFile(place, "is no JSON object");
+        const auto step = number_at(line, "step");
+        const auto loss = number_at(line, "cross_entropy"), perplexity = number_at(line, "validation_perplexity");
+        if (step && loss) training.losses.emplace_back(*step, *loss);
+        if (step && perplexity) training.validations.emplace_back(*step, *perplexity);
+      }
+      data_.files.push_back(relative(lines));
+    }
+    trainings_.push_back(std::move(training));
   }
 
   void read_comparison(const fs::path& path, const Json& json, const std::string& file) {
@@ -710,6 +769,13 @@ class Reader {
       note_date(section, comparison.record.date);
       section.comparisons.push_back(std::move(comparison));
     }
+    for (Training& training : trainings_) {
+      const bool folded = !training.source_fingerprint.empty();
+      Section& section = section_of(folded ? training.source_fingerprint : training.fingerprint,
+                                    folded ? training.teacher : training.model);
+      note_date(section, training.record.date);
+      section.trainings.push_back(std::move(training));
+    }
     for (std::size_t c = 0; c < conversions_.size(); ++c) {
       Section& section = section_of(conversions_[c].source_fingerprint, conversions_[c].source);
       ModelRow row;
@@ -791,6 +857,11 @@ class Reader {
     std::map<std::string, int> uses;
     const auto short_name = [&](const ModelRow& row) {
       if (row.original) return section.name;
+      // A healed model is called "merged" everywhere: the name of its training says more.
+      if (row.conversion && row.conversion->extras.healed && last_part(row.conversion->folder) == "merged") {
+        const fs::path parent = fs::path(row.conversion->folder).parent_path();
+        if (!parent.empty()) return last_part(parent.generic_string());
+      }
       return row.conversion
                  ? last_part(row.conversion->folder == "." ? row.evaluation ? row.evaluation->name : "converted"
                                                            : row.conversion->folder)
@@ -1030,6 +1101,7 @@ class Reader {
   RunData data_;
   std::vector<Calibration> calibrations_;
   std::vector<Comparison> comparisons_;
+  std::vector<Training> trainings_;
   std::vector<Conversion> conversions_;
   std::vector<std::pair<std::string, Verification>> verifications_;
   std::vector<Result> results_;
@@ -1058,8 +1130,9 @@ std::pair<std::int64_t, std::int64_t> Conversion::kv_heads_range() const {
 
 std::string words_of(const FoldExtras& extras) {
   std::string text;
-  for (const std::string& part : {extras.mean_weight, extras.latents, extras.widths, extras.slow_band, extras.polish,
-                                  extras.grouping, extras.budget, std::string(extras.refit ? "refit" : "")})
+  for (const std::string& part :
+       {extras.mean_weight, extras.latents, extras.widths, extras.slow_band, extras.polish, extras.grouping,
+        extras.budget, std::string(extras.refit ? "refit" : ""), std::string(extras.healed ? "healed" : "")})
     if (!part.empty()) text += (text.empty() ? "" : "; ") + part;
   return text;
 }
@@ -1073,12 +1146,14 @@ RunData read_run(const std::filesystem::path& run, const std::filesystem::path& 
   Reader reader(run.lexically_normal() / "", skip);
   reader.scan();
   if (reader.empty())
-    throw InputError(fmt::format("{}: nothing to report. Looked in all its folders for calibrations (*.h5.json), "
-                                 "converted models (headfold.json with "
-                                 "format headfold-model), verifications (verification.json) and evaluations "
-                                 "(results_*.json with format headfold-results) and comparisons (compare.json)",
-                                 run.string()),
-                     "run headfold calibrate, convert or evaluate with --out inside this folder first");
+    throw InputError(
+        fmt::format(
+            "{}: nothing to report. Looked in all its folders for calibrations (*.h5.json), "
+            "converted models (headfold.json with "
+            "format headfold-model), verifications (verification.json) and evaluations "
+            "(results_*.json with format headfold-results), comparisons (compare.json) and trainings (finetune.json)",
+            run.string()),
+        "run headfold calibrate, convert or evaluate with --out inside this folder first");
   return reader.take();
 }
 

@@ -78,6 +78,7 @@ struct Decisions {
 struct FoldExtras {
   std::string slow_band, polish, grouping, budget, latents, widths, mean_weight;
   bool refit = false;
+  bool healed = false;  ///< trained after the fold
 };
 
 /// One layer of a verification.
@@ -149,6 +150,21 @@ struct Comparison {
   std::vector<ComparedPlan> plans;  ///< best first: by KL, then perplexity; those without either last
 };
 
+/// One training (headfold finetune).
+struct Training {
+  std::string folder;  ///< relative to the run folder
+  Record record;
+  bool finished = false;
+  std::string model, fingerprint, source_fingerprint;  ///< what was trained; the last one empty for models not folded
+  std::string teacher;                                 ///< name of the teacher's folder; empty: none
+  bool full = false;                                   ///< all weights instead of adapters
+  std::optional<std::int64_t> width, batch, sequence, steps, chosen_step, tokens;
+  std::optional<double> distill, learning_rate, tokens_per_second;
+  std::optional<double> perplexity_before, perplexity_best, kl_before, kl_last;  ///< on the validation text
+  std::vector<std::pair<double, double>> losses;       ///< step, cross-entropy of the training text in nats per token
+  std::vector<std::pair<double, double>> validations;  ///< step, perplexity
+};
+
 /// One task of a results file. A metric that was recorded but is no finite number has an empty value.
 struct TaskResult {
   std::string file;
@@ -194,6 +210,7 @@ struct Section {
   std::optional<Shapes> shapes;
   std::vector<Calibration> calibrations;
   std::vector<Comparison> comparisons;
+  std::vector<Training> trainings;
   std::vector<ModelRow> models;    ///< the original first, then by KV heads and quality
   std::vector<std::string> folds;  ///< labels, index = ModelRow::series
   std::string perplexity_task;  ///< the task of ModelRow::perplexity, e.g. "ppl_blocks@256"; empty when there is none
