@@ -204,7 +204,9 @@ TEST_F(FinetuneTest, wrong_input_is_named_and_leaves_nothing_behind) {
     EXPECT_EQ(outcome.code, one.code) << testing::PrintToString(one.changed) << outcome.output;
     EXPECT_THAT(outcome.output, HasSubstr(one.mentions));
     EXPECT_FALSE(fs::exists(root_ / "wrong" / "adapter"));
-    if (one.code != 70) EXPECT_FALSE(fs::exists(root_ / "wrong")) << testing::PrintToString(one.changed);
+    if (one.code != 70) {
+      EXPECT_FALSE(fs::exists(root_ / "wrong")) << testing::PrintToString(one.changed);
+    }
   }
 }
 
