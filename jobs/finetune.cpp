@@ -67,6 +67,7 @@ po::options_description options() {
       "beginning-of-sequence token before every document: default (what the model's own tokenizer does), always, "
       "never");
   add("separate-documents", po::bool_switch(), "keep attention inside documents that share a sequence");
+  add("skip-long", po::bool_switch(), "leave out instructions whose prompt leaves no room for an answer");
   add("validation", po::value<std::vector<std::string>>()->multitoken(),
       "text whose perplexity is measured while training; the best step's weights are the result");
   add("validation-sequences", po::value<std::int64_t>()->default_value(128),
@@ -153,6 +154,7 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   s.bos_name = values["bos"].as<std::string>();
   s.data.bos = evaluation::parse_bos(s.bos_name);
   s.data.separate_documents = values["separate-documents"].as<bool>();
+  s.data.skip_long = values["skip-long"].as<bool>();
   s.validation = paths(values, "validation");
   s.validation_limit = at_least(values, "validation-sequences", 0);
   s.validate_every = at_least(values, "validate-every", -1);
@@ -221,6 +223,7 @@ OrderedJson identity_of(const Settings& s, const std::string& model, const std::
   json["field"] = s.data.field;
   json["seq_len"] = s.data.length;
   json["bos"] = s.bos_name;
+  json["skip_long"] = s.data.skip_long;
   json["separate_documents"] = s.data.separate_documents;
   json["validation_sequences"] = s.validation.empty() ? 0 : s.validation_limit;
   json["validate_every"] = s.validation.empty() ? 0 : s.validate_every;

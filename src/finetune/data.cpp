@@ -119,11 +119,15 @@ void pack_row(Packed& packed, const Row& row, const tokenizer::Tokenizer& tokeni
   if (tokenizer.eos() >= 0) ids.push_back(tokenizer.eos());
   const auto departed = std::mismatch(prompt.begin(), prompt.end(), ids.begin(), ids.end()).second - ids.begin();
   const std::int64_t answer = std::max<std::int64_t>(departed, 1);  // the first token of all is predicted by none
+  if (answer >= options.length && options.skip_long) {
+    ++packed.origin.skipped;
+    return;
+  }
   if (answer >= options.length)
     throw InputError(
         fmt::format("{}: the prompt alone has {} tokens, a sequence has {}: nothing of the answer would be left",
                     row.place, answer, options.length),
-        "raise --seq-len, shorten the prompt, or take such rows out of the file");
+        "raise --seq-len, or leave such rows out with --skip-long");
   auto size = static_cast<std::int64_t>(ids.size());
   packed.origin.tokens += size;
   if (size > options.length) {
@@ -156,6 +160,10 @@ Packed pack_instructions(const tokenizer::Tokenizer& tokenizer, const DataOption
       return true;
     });
   }
+  if (packed.origin.documents == packed.origin.skipped && packed.origin.skipped > 0)
+    throw InputError(fmt::format("{}: none of the {} prompts leaves room for an answer in {} tokens",
+                                 names_of(options.files), packed.origin.skipped, options.length),
+                     "raise --seq-len");
   if (packed.origin.documents == 0)
     throw InputError(fmt::format("there are no instructions in {}", names_of(options.files)),
                      "name files with rows in them with --data");
@@ -310,11 +318,14 @@ Dataset read_dataset(const comm::Communicator& world, const std::filesystem::pat
     if (origin.cut > 0)
       spdlog::warn("{} of {} rows are longer than a sequence of {} tokens and were cut", origin.cut, origin.documents,
                    options.length);
+    if (origin.skipped > 0)
+      spdlog::warn("{} of {} rows were left out: their prompts leave no room for an answer in {} tokens",
+                   origin.skipped, origin.documents, options.length);
   });
   std::string origin;
   if (world.root())
-    origin = Json{packed.origin.kind, packed.origin.documents, packed.origin.tokens,
-                  packed.origin.cut,  packed.origin.left_out,  packed.origin.padding}
+    origin = Json{packed.origin.kind,     packed.origin.documents, packed.origin.tokens, packed.origin.cut,
+                  packed.origin.left_out, packed.origin.padding,   packed.origin.skipped}
                  .dump();
   world.broadcast(origin);
   std::array<std::int64_t, 1> count{static_cast<std::int64_t>(packed.flags.size())};
@@ -325,8 +336,14 @@ Dataset read_dataset(const comm::Communicator& world, const std::filesystem::pat
   world.broadcast(std::as_writable_bytes(std::span(packed.tokens)));
   Dataset dataset(options.length, std::move(packed.tokens), std::move(packed.flags));
   const Json list = Json::parse(origin);
-  dataset.origin = {list[0].get<std::string>(),  list[1].get<std::int64_t>(), list[2].get<std::int64_t>(),
-                    list[3].get<std::int64_t>(), list[4].get<std::int64_t>(), list[5].get<std::int64_t>()};
+  const auto number = [&](std::size_t i) { return list[i].get<std::int64_t>(); };
+  dataset.origin.kind = list[0].get<std::string>();
+  dataset.origin.documents = number(1);
+  dataset.origin.tokens = number(2);
+  dataset.origin.cut = number(3);
+  dataset.origin.left_out = number(4);
+  dataset.origin.padding = number(5);
+  dataset.origin.skipped = number(6);
   return dataset;
 }
 

@@ -32,6 +32,9 @@ struct DataOptions {
   /// As `evaluate` scores: sequences are blocks of `length` tokens whose first token is not predicted. Otherwise the
   /// last position of a sequence predicts the first token of the next one, so that every token is predicted once.
   bool blocks = false;
+  /// Instructions: leave rows out, with a count in the log, whose prompt leaves no room for an answer. Otherwise they
+  /// are an error.
+  bool skip_long = false;
   std::int64_t limit = 0;  ///< text: only the first so many sequences; 0: all
 };
 
@@ -60,6 +63,7 @@ class Dataset {
     std::int64_t documents = 0;              ///< or rows
     std::int64_t tokens = 0;                 ///< of the whole text
     std::int64_t cut = 0;                    ///< rows longer than a sequence, cut
+    std::int64_t skipped = 0;                ///< rows left out
     std::int64_t left_out = 0, padding = 0;  ///< tokens of the text's end that fill no sequence; padding of rows
   };
   Origin origin;

@@ -157,7 +157,14 @@ TEST(InstructionDataTest, long_rows_are_cut_and_vanishing_answers_refused) {
   options.format = DataFormat::instructions;
   EXPECT_THAT(error_of(options), HasSubstr("prompt.jsonl:1"));  // the row of text
   write(scratch / "prompt.jsonl", "{\"prompt\": \"" + std::string(400, 'x') + "\", \"response\": \"y\"}\n");
-  EXPECT_THAT(error_of(options), testing::AllOf(HasSubstr("prompt.jsonl:1"), HasSubstr("16"), HasSubstr("--seq-len")));
+  EXPECT_THAT(error_of(options),
+              testing::AllOf(HasSubstr("prompt.jsonl:1"), HasSubstr("16"), HasSubstr("--skip-long")));
+  write(scratch / "prompt.jsonl", "{\"prompt\": \"" + std::string(400, 'x') +
+                                      "\", \"response\": \"y\"}\n{\"prompt\": \"A: \", \"response\": \"y\"}\n");
+  options.skip_long = true;
+  const Dataset rest = read_dataset(world(), llama(), kVocab, options);
+  EXPECT_EQ(rest.origin.skipped, 1);
+  EXPECT_EQ(rest.sequences(), 1);
 }
 
 TEST(DataErrorsTest, name_file_row_and_reason) {
