@@ -1,10 +1,11 @@
-// headfold export: folded models for runtimes that do not know their layout.
+// headfold export: folded models for runtimes that do not know their layout, and adapters merged into their base.
 
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
 #include <headfold/base/table.h>
 #include <headfold/checkpoint/expanded.h>
 #include <headfold/checkpoint/writer.h>
+#include <headfold/finetune/lora.h>
 
 #include <chrono>
 #include <filesystem>
@@ -13,24 +14,66 @@
 #include "job.h"
 
 namespace headfold::jobs {
+namespace {
+
+void say_dry_run(const Context& context) {
+  if (context.world.root()) spdlog::info("dry run: nothing was written");
+}
+
+void say_written(const Context& context, const std::filesystem::path& out, std::chrono::steady_clock::time_point start,
+                 const std::string& what) {
+  if (!context.world.root()) return;
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  spdlog::info("wrote {} in {}: {}", out.string(), human_seconds(seconds), what);
+}
+
+void export_merged(const Context& context, const checkpoint::Reader& reader, const std::filesystem::path& folder,
+                   const std::filesystem::path& out, std::uint64_t max_shard_bytes, bool dry_run) {
+  const finetune::Adapter adapter = finetune::read_adapter(folder, reader.config());
+  if (context.world.root()) {
+    Table table({"what", "value"});
+    table.add({"base", reader.folder().string()});
+    table.add({"adapter", folder.string()});
+    table.add({"made for", adapter.base.empty() ? "not stated" : adapter.base});
+    table.add({"modules", fmt::format("{}", fmt::join(adapter.options.targets, ", "))});
+    table.add({"rank, scale", fmt::format("{}, {:g}", adapter.options.rank, adapter.options.scale())});
+    table.add({"dtype", reader.config().dtype});
+    table.add({"out", out.string()});
+    std::cout << table.text() << std::flush;
+  }
+  if (dry_run) return say_dry_run(context);
+  const auto start = std::chrono::steady_clock::now();
+  finetune::write_merged(context.world, reader, adapter, out, static_cast<std::int64_t>(max_shard_bytes));
+  say_written(context, out, start, fmt::format("{} with its adapter merged", reader.folder().string()));
+}
+
+}  // namespace
 
 void export_model(const Context& context, const std::vector<std::string>& arguments) {
   namespace fs = std::filesystem;
   po::options_description own("export");
   own.add_options()("model", po::value<std::string>()->required(), "folded model folder")(
       "format", po::value<std::string>()->required(),
-      "expanded: ordinary attention of full size with the same logits, for scoring; its cache is not smaller")(
+      "expanded: ordinary attention of full size with the same logits, for scoring; its cache is not smaller. merged: "
+      "the model with an adapter added to its weights")("adapter", po::value<std::string>(),
+                                                        "merged: adapter folder in PEFT's format")(
       "out", po::value<std::string>()->required(), "model folder to write")(
       "dtype", po::value<std::string>()->default_value("float32"),
-      "float32, float16 or bfloat16 of the written tensors; 16 bits round the products of two stored matrices")(
-      "max-shard-size", po::value<std::string>()->default_value("5GiB"),
-      "largest shard, in bytes or as 500MB, 5GiB, …")("dry-run", po::bool_switch(),
-                                                      "say what would be written, and stop");
-  const po::variables_map values =
-      parse(context, "export", "headfold export --model DIR --format expanded --out DIR [options]", own, arguments);
+      "expanded: float32, float16 or bfloat16 of the written tensors; 16 bits round the products of two stored "
+      "matrices")("max-shard-size", po::value<std::string>()->default_value("5GiB"),
+                  "largest shard, in bytes or as 500MB, 5GiB, …")("dry-run", po::bool_switch(),
+                                                                  "say what would be written, and stop");
+  const po::variables_map values = parse(
+      context, "export", "headfold export --model DIR --format expanded|merged --out DIR [options]", own, arguments);
   const auto format = values["format"].as<std::string>();
-  if (format != "expanded")
-    throw UsageError(fmt::format("--format {}: there is no such format", format), "choose expanded");
+  const bool merges = format == "merged";
+  if (format != "expanded" && !merges)
+    throw UsageError(fmt::format("--format {}: there is no such format", format), "choose expanded or merged");
+  if (merges != (values.count("adapter") > 0))
+    throw UsageError(merges ? "--format merged needs --adapter" : "--adapter goes with --format merged",
+                     "give the folder that finetune wrote the adapter to");
+  if (merges && !values["dtype"].defaulted())
+    throw UsageError("--dtype does not go with --format merged: tensors keep the dtype they are stored in");
   const fs::path folder = values["model"].as<std::string>();
   const fs::path out = values["out"].as<std::string>();
   const auto dtype = values["dtype"].as<std::string>();
@@ -42,6 +85,8 @@ void export_model(const Context& context, const std::vector<std::string>& argume
   check_output_folder(out);
 
   const checkpoint::Reader reader(folder);
+  const bool dry_run = values["dry-run"].as<bool>();
+  if (merges) return export_merged(context, reader, values["adapter"].as<std::string>(), out, max_shard_bytes, dry_run);
   const checkpoint::ModelConfig& before = reader.config();
   const checkpoint::ModelConfig after = checkpoint::expanded_config(before, dtype);
   if (context.world.root()) {
@@ -58,16 +103,11 @@ void export_model(const Context& context, const std::vector<std::string>& argume
     table.add({"KV cache per token", cache(before), cache(after)});
     std::cout << table.text() << std::flush;
   }
-  if (values["dry-run"].as<bool>()) {
-    if (context.world.root()) spdlog::info("dry run: nothing was written");
-    return;
-  }
+  if (dry_run) return say_dry_run(context);
   const auto start = std::chrono::steady_clock::now();
   checkpoint::write_expanded(context.world, reader, out, dtype, max_shard_bytes);
-  if (context.world.root())
-    spdlog::info("wrote {} in {}: same logits as {}, for scoring; its KV cache is not smaller", out.string(),
-                 human_seconds(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()),
-                 folder.string());
+  say_written(context, out, start,
+              fmt::format("same logits as {}, for scoring; its KV cache is not smaller", folder.string()));
 }
 
 }  // namespace headfold::jobs

@@ -283,39 +283,29 @@ double exponential_sum(const double* x, double* y, std::int64_t n, double shift,
 
 namespace {
 
-/// splitmix64's finaliser: every bit of the input changes every bit of the output.
-std::uint64_t mixed(std::uint64_t x) {
-  x += 0x9e3779b97f4a7c15U;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9U;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebU;
-  return x ^ (x >> 31);
-}
-
 /// Multiplies the elements of every row by 0 or by 1 / (1 - p).
-template <class T>
 void apply_mask(const at::Tensor& x, const DropoutMask& mask) {
-  const auto threshold = static_cast<std::uint64_t>(std::lround(mask.p * 65536));
-  const auto keep = static_cast<float>(65536.0 / static_cast<double>(65536 - threshold));
+  using kernels::mixed_bits;
+  require_dense(x);
+  const auto threshold = static_cast<std::uint32_t>(std::lround(mask.p * 65536));
+  const double keep = 65536.0 / static_cast<double>(65536 - threshold);
   const std::int64_t n = x.size(1);
   for_rows(x, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       const auto number = static_cast<std::uint64_t>((*mask.numbers)[static_cast<std::size_t>(row / mask.tokens)]);
-      const std::uint64_t key = mixed(mixed(mask.key ^ mixed(number)) + static_cast<std::uint64_t>(row % mask.tokens));
-      auto* v = reinterpret_cast<T*>(row_of(x, row));
-      for (std::int64_t i = 0; i < n; i += 4) {
-        std::uint64_t bits = mixed(key + static_cast<std::uint64_t>(i));
-        for (std::int64_t j = i; j < std::min(n, i + 4); ++j, bits >>= 16)
-          v[j] = (bits & 0xffff) < threshold ? T(0) : static_cast<T>(v[j] * keep);
+      const std::uint64_t key =
+          mixed_bits(mixed_bits(mask.key ^ mixed_bits(number)) + static_cast<std::uint64_t>(row % mask.tokens));
+      if (!is_double(x)) {
+        kernels::table(x.scalar_type()).drop(row_of(x, row), n, key, threshold, static_cast<float>(keep));
+        continue;
+      }
+      auto* v = x.data_ptr<double>() + row * n;
+      for (std::int64_t i = 0; i < n; ++i) {
+        const std::uint64_t bits = mixed_bits(key + static_cast<std::uint64_t>(i / 4 * 4)) >> (i % 4 * 16);
+        v[i] = (bits & 0xffff) < threshold ? 0 : v[i] * keep;
       }
     }
   });
-}
-
-void apply_mask(const at::Tensor& x, const DropoutMask& mask) {
-  require_dense(x);
-  if (x.scalar_type() == at::kFloat) return apply_mask<float>(x, mask);
-  if (x.scalar_type() == at::kDouble) return apply_mask<double>(x, mask);
-  apply_mask<c10::BFloat16>(x, mask);
 }
 
 }  // namespace

@@ -173,7 +173,9 @@ Adapter read_adapter(const std::filesystem::path& folder, const ModelConfig& bas
   options.rslora = optional<bool>(json, "use_rslora", false, file);
   if (options.rank < 1 || options.rank > (std::int64_t{1} << 20))
     throw InputError(fmt::format("{}: \"r\" is {}: adapters have a rank of at least 1", file, options.rank));
-  if (!std::isfinite(options.alpha)) throw InputError(fmt::format("{}: \"lora_alpha\" is no finite number", file));
+  // The scale is applied in float32.
+  if (!(std::abs(options.alpha) < 1e38))
+    throw InputError(fmt::format("{}: \"lora_alpha\" is {}, which float32 cannot hold", file, options.alpha));
   if (!(options.dropout >= 0 && options.dropout < 1))
     throw InputError(fmt::format("{}: \"lora_dropout\" is {}, expected 0 to 1", file, options.dropout));
   options.targets = targets_of(json, file, base, known);

@@ -59,9 +59,20 @@ struct Table {
   void (*softmax_backward)(const void* probabilities, const float* dp, void* dscores, std::int64_t n, float scale);
   /// y = exp((x - shift) * factor), gives the sum of y (float whatever the table's type).
   float (*exponential_sum)(const float* x, float* y, std::int64_t n, float shift, float factor);
+  /// Dropout of one row: x[i] becomes 0 or keep * x[i]. Four elements share a hash of key + i (i of the first of them);
+  /// an element is dropped when its 16 bits of it are below `threshold`. See mixed_bits().
+  void (*drop)(void* x, std::int64_t n, std::uint64_t key, std::uint32_t threshold, float keep);
   /// y = exp(x) as the other kernels compute it: relative error below 3e-7 within [-87, 88], 0 below. For tests.
   void (*exponential)(const float* x, float* y, std::int64_t n);
 };
+
+/// splitmix64: every bit of x changes every bit of the result.
+constexpr std::uint64_t mixed_bits(std::uint64_t x) {
+  x += 0x9e3779b97f4a7c15U;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9U;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebU;
+  return x ^ (x >> 31);
+}
 
 /// The table for `dtype` (float32 or bfloat16).
 const Table& table(at::ScalarType dtype);

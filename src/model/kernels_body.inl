@@ -276,11 +276,31 @@ static float exponential_sum(const float* x, float* y, std::int64_t n, float shi
   return sum;
 }
 
+static void drop(void* x_, std::int64_t n, std::uint64_t key, std::uint32_t threshold, float keep) {
+  auto* x = static_cast<HEADFOLD_ELEMENT*>(x_);
+  constexpr std::int64_t kTile = 64;
+  for (std::int64_t first = 0; first < n; first += kTile) {
+    std::uint64_t hashes[kTile / 4];
+#pragma omp simd
+    for (std::int64_t j = 0; j < kTile / 4; ++j) {
+      std::uint64_t h = key + static_cast<std::uint64_t>(first + 4 * j) + 0x9e3779b97f4a7c15U;
+      h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9U;
+      h = (h ^ (h >> 27)) * 0x94d049bb133111ebU;
+      hashes[j] = h ^ (h >> 31);
+    }
+    std::uint16_t bits[kTile];
+    __builtin_memcpy(bits, hashes, sizeof(bits));
+    const std::int64_t count = n - first < kTile ? n - first : kTile;
+#pragma omp simd
+    for (std::int64_t j = 0; j < count; ++j) put(x[first + j], bits[j] < threshold ? 0.0f : get(x[first + j]) * keep);
+  }
+}
+
 static void exponential(const float* x, float* y, std::int64_t n) {
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) y[i] = exp_of(x[i]);
 }
 
 static constexpr Table make_table(const char* isa) {
-  return {isa, rms_norm, layer_norm, rotate, silu_times, gelu, softmax, dots, add_scaled, load, store, rms_norm_backward, layer_norm_backward, silu_times_backward, gelu_backward, softmax_backward, exponential_sum, exponential};
+  return {isa, rms_norm, layer_norm, rotate, silu_times, gelu, softmax, dots, add_scaled, load, store, rms_norm_backward, layer_norm_backward, silu_times_backward, gelu_backward, softmax_backward, exponential_sum, drop, exponential};
 }

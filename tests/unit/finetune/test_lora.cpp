@@ -210,6 +210,7 @@ TEST_F(AdapterTest, what_does_not_fit_is_named) {
   EXPECT_EQ(refused([&] {}), "no error");
   EXPECT_NE(refused([&] { config_["r"] = 3; }).find("[2, 64]"), std::string::npos);
   EXPECT_NE(refused([&] { config_["r"] = 0; }).find("\"r\""), std::string::npos);
+  EXPECT_NE(refused([&] { config_["lora_alpha"] = 1e39; }).find("\"lora_alpha\""), std::string::npos);
   EXPECT_NE(refused([&] { config_["r"] = "2"; }).find("\"r\""), std::string::npos);
   std::string message = refused([&] { tensors_[stem + "B.weight"] = at::zeros({64, 2}); });
   EXPECT_NE(message.find("InputError"), std::string::npos);
@@ -362,7 +363,8 @@ TEST(MergeFilesTest, stored_dtypes_companions_and_tied_tables_stay) {
 
   // Sums beyond the stored type.
   Adapter huge = adapter_of(model, options);
-  huge.options.alpha = 1e39;
+  huge.options.alpha = 1e37;
+  for (auto& entry : huge.tensors) entry.second = at::full_like(entry.second, 1e3);
   EXPECT_THROW(write_merged(comm::Communicator::self(), reader, huge, folder / fmt::format("huge{}", world().rank()),
                             std::int64_t{1} << 30),
                InputError);

@@ -10,6 +10,36 @@ namespace {
 
 using testing_models::relative_difference;
 
+TEST(ProductTest, operands_are_transposed_and_results_added_on_demand) {
+  at::manual_seed(6);
+  for (const bool onednn : {false, true}) {
+    use_onednn(onednn);
+    for (const auto& [dtype, result] : {std::pair(at::kFloat, at::kFloat),
+                                        {at::kDouble, at::kDouble},
+                                        {at::kBFloat16, at::kFloat},
+                                        {at::kBFloat16, at::kBFloat16}}) {
+      for (const int bits : {0, 1, 2, 3, 4, 5, 6, 7}) {
+        const Operation operation{(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0};
+        const at::Tensor a = at::randn({17, 9}, at::kDouble).to(dtype), b = at::randn({9, 13}, at::kDouble).to(dtype);
+        // Both stand in wider matrices.
+        const at::Tensor own_a = at::cat(
+            {operation.transpose_a ? a.t() : a, at::zeros({operation.transpose_a ? 9 : 17, 3}, a.options())}, 1);
+        const at::Tensor own_b = at::cat(
+            {operation.transpose_b ? b.t() : b, at::zeros({operation.transpose_b ? 13 : 9, 2}, b.options())}, 1);
+        const at::Tensor c = at::randn({17, 16}, at::kDouble).to(result);
+        const at::Tensor expected = at::matmul(a.to(at::kDouble), b.to(at::kDouble)) +
+                                    (operation.accumulate ? 1 : 0) * c.slice(1, 0, 13).to(at::kDouble);
+        multiply({own_a.data_ptr(), own_a.size(0), own_a.size(1) - 3, own_a.size(1)},
+                 {own_b.data_ptr(), own_b.size(0), own_b.size(1) - 2, own_b.size(1)}, operation, dtype, c.data_ptr(),
+                 16, result);
+        EXPECT_LE(relative_difference(c.slice(1, 0, 13), expected), result == at::kBFloat16 ? 1e-2 : 1e-5)
+            << onednn << " " << c10::toString(dtype) << " " << bits;
+      }
+    }
+  }
+  use_onednn(true);
+}
+
 TEST(KernelsTest, exponential_is_std_exp_to_the_last_bits) {
   std::vector<float> x, y;
   for (float v = -87.0F; v <= 88.0F; v += 0.00137F) x.push_back(v);
@@ -51,6 +81,49 @@ TEST_P(KernelsOfType, agree_with_plain_formulas) {
         const at::Tensor centred = X - X.mean();
         EXPECT_LE(relative_difference(y, centred / at::sqrt((centred * centred).mean() + 1e-5) * W + B), bound);
       }
+      // Derivatives: dy = u, what stands in dx (v) stays.
+      const at::Tensor u = at::randn({n}, at::kFloat).to(dtype), v = at::randn({n}, at::kFloat).to(dtype);
+      const at::Tensor U = u.to(at::kDouble), V = v.to(at::kDouble);
+      at::Tensor dw = at::ones({n}, at::kFloat), db = at::ones({n}, at::kFloat);
+      const at::Tensor r = 1 / at::sqrt((X * X).mean() + 1e-5);
+      y.copy_(v);
+      kernel.rms_norm_backward(x.data_ptr(), w.data_ptr(), u.data_ptr(), y.data_ptr(), dw.data_ptr<float>(), n, 1e-5F);
+      EXPECT_LE(relative_difference(y, V + r * (U * W - X * r * r * (X * U * W).mean())), bound);
+      EXPECT_LE(relative_difference(dw, 1 + U * X * r), bound);
+      if (n > 2) {
+        const at::Tensor c = X - X.mean(), q = 1 / at::sqrt((c * c).mean() + 1e-5), g = U * W;
+        y.copy_(v);
+        dw.fill_(1);
+        kernel.layer_norm_backward(x.data_ptr(), w.data_ptr(), u.data_ptr(), y.data_ptr(), dw.data_ptr<float>(),
+                                   db.data_ptr<float>(), n, 1e-5F);
+        EXPECT_LE(relative_difference(y, V + q * (g - g.mean() - c * q * q * (c * g).mean())), bound);
+        EXPECT_LE(relative_difference(dw, 1 + U * c * q), bound);
+        EXPECT_LE(relative_difference(db, 1 + U), bound);
+      }
+      const at::Tensor gate = x.clone(), up = w.clone(), sigmoid = 1 / (1 + at::exp(-X));
+      kernel.silu_times_backward(gate.data_ptr(), up.data_ptr(), u.data_ptr(), n);
+      EXPECT_LE(relative_difference(gate, U * W * sigmoid * (1 + X * (1 - sigmoid))), bound);
+      EXPECT_LE(relative_difference(up, U * X * sigmoid), bound);
+      const at::Tensor tanh = at::tanh(0.79788456 * X * (1 + 0.044715 * X * X));
+      y.copy_(x);
+      kernel.gelu_backward(y.data_ptr(), u.data_ptr(), n);
+      EXPECT_LE(relative_difference(
+                    y, U * 0.5 * (1 + tanh + X * (1 - tanh * tanh) * 0.79788456 * (1 + 3 * 0.044715 * X * X))),
+                bound);
+      const at::Tensor p = at::softmax(X, 0).to(dtype), dp = U.to(at::kFloat), P = p.to(at::kDouble);
+      kernel.softmax_backward(p.data_ptr(), dp.data_ptr<float>(), y.data_ptr(), n, 0.7F);
+      // One or two entries: what is left of the difference is rounding.
+      if (n > 2) {
+        EXPECT_LE(relative_difference(y, 0.7 * P * (U - (P * U).sum())), bound);
+      }
+      y.copy_(x);
+      kernel.drop(y.data_ptr(), n, 12345, 20000, 2.0F);
+      for (std::int64_t i = 0; i < n; ++i) {
+        const bool drops =
+            (kernels::mixed_bits(12345 + static_cast<std::uint64_t>(i / 4 * 4)) >> (i % 4 * 16) & 0xffff) < 20000;
+        EXPECT_EQ(y[i].item<float>(), drops ? 0 : 2 * x[i].item<float>()) << i;
+      }
+
       y.copy_(x);
       kernel.silu_times(y.data_ptr(), w.data_ptr(), n);
       EXPECT_LE(relative_difference(y, X / (1 + at::exp(-X)) * W), bound);
