@@ -186,17 +186,28 @@ double layer_memory(const checkpoint::ModelConfig& config) {
   return 8 * (2 * hidden * width * 2 + 2 * hidden * kv * 2 + 6 * hidden * hidden + 2 * kv * kv);
 }
 
-bool finished(const fs::path& out, const OrderedJson& request) {
-  if (!fs::exists(out / "convert.json") || !fs::exists(out / "headfold.json") || !fs::exists(out / "config.json"))
-    return false;
-  if (!fs::exists(out / "model.safetensors") && !fs::exists(out / "model.safetensors.index.json")) return false;
+/// What `out` holds: nothing of this command, its result, or a result that was damaged since.
+enum class Found : std::int64_t { other, damaged, result };
+
+Found found_in(const fs::path& out, const OrderedJson& request) {
   try {
+    if (!fs::exists(out / "convert.json")) return Found::other;
     const Json record = read_json(out / "convert.json");
     const auto found = record.find("request");
-    return found != record.end() && *found == Json::parse(request.dump());
+    if (found == record.end() || *found != Json::parse(request.dump())) return Found::other;
   } catch (const Error&) {
-    return false;
+    return Found::other;
   }
+  try {
+    read_json(out / "headfold.json");
+    const checkpoint::Reader reader(out);  // sizes of all shards against their headers
+    const std::vector<std::string> problems = checkpoint::layout_problems(reader);
+    if (!problems.empty()) throw InputError(problems.front());
+  } catch (const Error& error) {
+    spdlog::warn("{} was made by this very command but is damaged ({}); it is made again", out.string(), error.what());
+    return Found::damaged;
+  }
+  return Found::result;
 }
 
 }  // namespace
@@ -248,6 +259,10 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   folding::check_options(options, config);
   const std::vector<folding::LayerTarget> given_targets =
       from_plan ? folding::targets_of(given) : std::vector<folding::LayerTarget>{};
+  if (from_plan) {
+    folding::check_options(options, config);
+    folding::check_targets(given_targets, options, config, values["plan"].as<std::string>());
+  }
   const bool by_layer =
       options.allocation == folding::Allocation::greedy || options.allocation == folding::Allocation::dp;
   if (values.count("stock") > 0 && (!is_stock(options, config) || by_layer))
@@ -324,17 +339,20 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   if (by_layer && !from_plan) request["probe"] = describe_text(probe_source);
   request["max_shard_bytes"] = shard;
   const bool plan_only = values.count("plan-only") > 0;
-  std::int64_t done = 0;
-  world.on_root([&] { done = !plan_only && finished(out, request) ? 1 : 0; });
-  if (world.all_reduce(done) > 0) {
+  auto found = static_cast<std::int64_t>(Found::other);
+  world.on_root([&] {
+    if (!plan_only) found = static_cast<std::int64_t>(found_in(out, request));
+  });
+  found = world.all_reduce(found);  // zeros on the other ranks
+  if (found == static_cast<std::int64_t>(Found::result)) {
     if (speaks)
       std::cout << fmt::format("{} is already the result of this very command; nothing to do\n", out.string());
     return;
   }
 
   world.on_root([&] {
-    if (!plan_only && values.count("overwrite") == 0 && fs::exists(out / "headfold.json") &&
-        fs::exists(out / "convert.json"))
+    if (!plan_only && values.count("overwrite") == 0 && found == static_cast<std::int64_t>(Found::other) &&
+        fs::exists(out / "headfold.json") && fs::exists(out / "convert.json"))
       throw UsageError(fmt::format("{} holds another conversion", out.string()),
                        "choose another --out, or replace it with --overwrite");
   });

@@ -10,9 +10,9 @@ namespace {
 /// which come before it.
 const std::vector<const char*>& option_names() {
   static const std::vector<const char*> names = {
-      "kv-heads",       "ratio",         "sink-weight",   "mean-weight", "weight-ridge", "slow-band",
-      "polish",         "context",       "latent-groups", "min-width",   "max-width",    "grouping",
-      "grouping-seeds", "grouping-seed", "budget",        "refit",       "refit-parts",  "refit-ridge"};
+      "kv-heads", "ratio",         "sink-weight", "mean-weight",  "weight-ridge", "slow-band",      "polish",
+      "context",  "latent-groups", "min-width",   "max-width",    "grouping",     "grouping-seeds", "grouping-seed",
+      "budget",   "refit",         "refit-parts", "refit-sweeps", "refit-ridge"};
   return names;
 }
 

@@ -10,7 +10,9 @@
 #include <headfold/linalg/linalg.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -124,7 +126,24 @@ std::vector<Dataset> datasets(const StatisticsShape& shape, std::int64_t version
     all.push_back({"attended", shape.heads * linalg::packed_size(block), Part::attention, &Packed::attended, block, 8});
     all.push_back({"attended_sum", shape.heads * block, Part::attention, &Packed::attended_sum});
   }
+  if (version > 2) {
+    const auto tensors =
+        std::count_if(all.begin(), all.end(), [](const Dataset& one) { return one.tensor != nullptr; });
+    all.insert(all.begin() + 2, {"checksums", tensors});
+  }
   return all;
+}
+
+/// 53 bits that any changed or moved word changes (but for a chance of 2^-53), so that a double holds them exactly. One
+/// pass at the speed of memory: a cryptographic hash would cost more than reading the file.
+double checksum(const at::Tensor& values) {
+  const double* data = values.data_ptr<double>();
+  std::uint64_t sum = 1, sums = 0;
+  for (std::int64_t i = 0; i < values.numel(); ++i) {
+    sum += std::bit_cast<std::uint64_t>(data[i]);
+    sums += sum;
+  }
+  return static_cast<double>(((sum ^ std::rotl(sums, 32)) * 0x9E3779B97F4A7C15U) >> 11);
 }
 
 /// Sum of the diagonals of packed lower triangles [n, n], one after the other; 0 when undefined.
@@ -142,6 +161,12 @@ std::vector<double> numbers(const PackedStatistics& part, const StatisticsShape&
   if (name == "count") return {part.count, part.count_0};
   if (name == "count_even") return {part.count_even, part.count_0_even};
   if (name == "attention_count") return {part.attention_count};
+  if (name == "checksums") {
+    std::vector<double> sums;
+    for (const Dataset& dataset : datasets(shape))
+      if (dataset.tensor != nullptr) sums.push_back(checksum(part.*dataset.tensor));
+    return sums;
+  }
   std::vector<double> traces(kTraces, 0.0);
   for (const Dataset& dataset : datasets(shape))
     if (dataset.trace >= 0)
@@ -543,7 +568,7 @@ LayerStatistics StatisticsFile::layer(std::int64_t index, const Selection& selec
   PackedStatistics packed;
   packed.heads = shape.heads;
   packed.attended_heads = shape.attended_heads;
-  at::Tensor traces;
+  at::Tensor traces, checksums;
   for (const Dataset& dataset : datasets(shape, header_.format_version)) {
     const bool attended = dataset.name == "attended" || dataset.name == "attended_sum";
     if ((dataset.part == Part::halves && !selection.halves) ||
@@ -557,6 +582,8 @@ LayerStatistics StatisticsFile::layer(std::int64_t index, const Selection& selec
     const double* value = values.data_ptr<double>();
     if (dataset.tensor != nullptr) {
       packed.*dataset.tensor = values;
+    } else if (dataset.name == "checksums") {
+      checksums = values;
     } else if (dataset.name == "traces") {
       traces = values;
     } else if (dataset.name == "count") {
@@ -577,7 +604,7 @@ LayerStatistics StatisticsFile::layer(std::int64_t index, const Selection& selec
       if (packed.attention_count <= 0) complain("attention_count", fmt::format("holds {} tokens", value[0]));
     }
   }
-  // The traces are stored apart: a flipped or unwritten block of a matrix contradicts them.
+  // The traces are stored apart: before version 3 they alone could tell a damaged matrix.
   for (const Dataset& dataset : datasets(shape, header_.format_version)) {
     if (dataset.trace < 0 || !(packed.*dataset.tensor).defined()) continue;
     const double found = trace(packed.*dataset.tensor, dataset.matrix);
@@ -594,6 +621,16 @@ LayerStatistics StatisticsFile::layer(std::int64_t index, const Selection& selec
       complain("distance_mass", fmt::format("is no attention of {} heads: its sum is {:.6g}, expected {:.6g}",
                                             packed.heads, found, expected));
   }
+  if (checksums.defined()) {
+    const double* recorded = checksums.data_ptr<double>();
+    for (const Dataset& dataset : datasets(shape, header_.format_version)) {
+      if (dataset.tensor == nullptr) continue;
+      const double expected = *recorded++;
+      const at::Tensor& values = packed.*dataset.tensor;
+      if (values.defined() && checksum(values) != expected)
+        complain(dataset.name, "is not what calibrate wrote: its checksum differs");
+    }
+  }
   const Timed unpacking(Work::moments);
   return packed.full(selection.packed);
 }
@@ -604,7 +641,8 @@ std::string StatisticsFile::content_hash() const {
   const Input input(path_);
   for (std::int64_t layer = 0; layer < header_.layers; ++layer) {
     for (const Dataset& dataset : datasets(header_.shape(), header_.format_version)) {
-      if (dataset.tensor != nullptr) continue;
+      // Checksums tell bits apart that another number of ranks rounds otherwise.
+      if (dataset.tensor != nullptr || dataset.name == "checksums") continue;
       const at::Tensor values = input.read(layer, dataset);
       for (std::int64_t i = 0; i < dataset.size; ++i) hash.update(fmt::format("{:.8e};", values.data_ptr<double>()[i]));
     }

@@ -32,7 +32,8 @@ std::vector<std::int64_t> token_stream(const tokenizer::Tokenizer& tokenizer, co
 std::vector<std::int64_t> shuffled(std::int64_t count, std::uint64_t seed, std::int64_t first = -1);
 
 /// `samples` sequences of `length` tokens [samples, length] int64: the stream is cut into windows of `length`, and
-/// windows are drawn without replacement by `seed` (shuffled()). InputError when the text has fewer windows, with both numbers.
+/// windows are drawn without replacement by `seed` (shuffled()). InputError when the text has fewer windows, with both
+/// numbers.
 at::Tensor draw_sequences(const std::vector<std::int64_t>& stream, std::int64_t samples, std::int64_t length,
                           std::uint64_t seed);
 

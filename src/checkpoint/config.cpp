@@ -107,9 +107,7 @@ void read_rope(const Json& json, ModelConfig& config, const std::string& file) {
                                      scaling.high_freq_factor, scaling.low_freq_factor));
     } else if (scaling.type != "default") {
       throw InputError(fmt::format("{}: {} has type \"{}\", which headfold does not apply", file, key, scaling.type),
-                       "supported are default, linear and llama3; the rotation of dynamic, yarn and longrope depends "
-                       "on the length of the "
-                       "text, so a fold of rotated keys would not be exact");
+                       "supported are default, linear and llama3");
     }
     if (positive(rope, "partial_rotary_factor", 1.0, file) != 1.0)
       throw InputError(fmt::format("{}: {}: partial_rotary_factor other than 1 is not supported", file, key));
@@ -455,9 +453,46 @@ Json layer_list(const std::vector<LayerShape>& shapes) {
   return list;
 }
 
+/// The configuration in the spellings that every version of transformers reads (reference: "read both, write the old
+/// names"): a loader that does not know a new one would take its default without a word.
+Json in_old_names(const ModelConfig& config) {
+  Json json = config.raw;
+  const auto rename = [&](const char* old_name, std::initializer_list<const char*> others) {
+    for (const char* other : others) {
+      if (!json.contains(other)) continue;
+      if (!present(json, old_name)) json[old_name] = json[other];
+      json.erase(other);
+    }
+  };
+  rename("torch_dtype", {"dtype"});
+  if (config.family == Family::bloom) {
+    rename("n_layer", {"num_hidden_layers"});
+    rename("n_head", {"num_attention_heads"});
+    rename("hidden_size", {"n_embed"});
+    return json;
+  }
+  rename("hidden_size", {"n_embd", "n_embed"});
+  rename("num_hidden_layers", {"n_layer", "n_layers"});
+  rename("num_attention_heads", {"n_head", "n_heads"});
+  if (present(json, "rope_parameters")) {
+    Json scaling = json["rope_parameters"];
+    json["rope_theta"] = config.rope_theta;
+    scaling.erase("rope_theta");
+    if (config.rope_scaling.type == "default") {
+      scaling = nullptr;
+    } else {
+      scaling["rope_type"] = config.rope_scaling.type;
+      if (config.rope_scaling.type == "linear") scaling["type"] = "linear";  // before version 4.43 only this was read
+    }
+    json["rope_scaling"] = scaling;
+  }
+  json.erase("rope_parameters");
+  return json;
+}
+
 /// DeciLM (Nemotron-NAS) config with the KV heads of `shapes`: the key set of NVIDIA's published files.
 Json decilm_config(const ModelConfig& source, const std::vector<LayerShape>& shapes) {
-  Json json = source.raw;
+  Json json = in_old_names(source);
   // Rounded to six digits (mlx does); the truncated product may then end one below the width, which the step to the
   // next multiple of 256 makes good.
   const double exact = 1.5 * static_cast<double>(source.ffn) / static_cast<double>(source.hidden);
@@ -573,7 +608,7 @@ ModelConfig read_config(const std::filesystem::path& folder) {
 }
 
 Json stock_config(const ModelConfig& config, std::int64_t kv_heads) {
-  Json json = config.raw;
+  Json json = in_old_names(config);
   for (const char* key : {"headfold", "block_configs", "num_key_value_heads_per_layer"}) json.erase(key);
   const bool llama = config.family == Family::llama;
   if (!json.contains("model_type") || json["model_type"] != name_of(config.family)) {
@@ -620,15 +655,15 @@ Json folded_config(const ModelConfig& source, const std::vector<LayerShape>& sha
   const bool llama = source.family == Family::llama;
   const bool decilm = present(source.raw, "block_configs") || present(source.raw, "num_key_value_heads_per_layer");
   if (layout == KvLayout::gqa && even) {
-    if (!llama && most == source.heads && !source.split_qkv) return source.raw;
-    Json json = source.raw;
+    if (!llama && most == source.heads && !source.split_qkv) return in_old_names(source);
+    Json json = in_old_names(source);
     if (decilm || present(json, "headfold")) json = stock_config(source, most);
     if (!llama) set_own(json, source.family);
     json["num_key_value_heads"] = most;
     return json;
   }
   if (layout == KvLayout::gqa && decilm_obstacle(source).empty()) return decilm_config(source, shapes);
-  Json json = decilm ? stock_config(source, most) : source.raw;
+  Json json = decilm ? stock_config(source, most) : in_old_names(source);
   set_own(json, source.family);
   json["num_key_value_heads"] = most;
   json["headfold"] = {{"layout", name_of(layout)}};

@@ -178,7 +178,7 @@ at::Tensor Reader::view(const std::string& name) const {
   return state_->shard(stored).view(stored);
 }
 
-at::Tensor Reader::load(const std::string& name, const std::vector<std::int64_t>& shape, at::ScalarType dtype) const {
+at::Tensor Reader::weight(const std::string& name, const std::vector<std::int64_t>& shape) const {
   const std::string stored = stored_name(*this, name);
   const SafetensorsFile& shard = state_->shard(stored);
   const TensorInfo& where = shard.info(stored);
@@ -190,9 +190,14 @@ at::Tensor Reader::load(const std::string& name, const std::vector<std::int64_t>
     throw InputError(fmt::format("{}: tensor {} has dtype {}, expected F32, F16 or BF16", shard.map().path().string(),
                                  stored, where.dtype),
                      "quantised checkpoints cannot be read; use the original");
-  shard.map().will_need(where.begin, where.end);
+  return shard.view(stored);
+}
+
+at::Tensor Reader::load(const std::string& name, const std::vector<std::int64_t>& shape, at::ScalarType dtype) const {
+  const at::Tensor stored = weight(name, shape);
+  will_need(name);
   at::Tensor copy = at::empty(shape, at::TensorOptions().dtype(dtype));
-  return copy.copy_(shard.view(stored));
+  return copy.copy_(stored);
 }
 
 void Reader::will_need(const std::string& name) const {

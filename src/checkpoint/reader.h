@@ -32,7 +32,10 @@ class Reader {
   const std::filesystem::path& file_of(const std::string& name) const;
   /// The files that hold tensors, in order of name.
   std::vector<std::filesystem::path> files() const;
-  /// A copy in `dtype`, checked against `shape` (InputError naming file, tensor, both shapes).
+  /// view() of a weight: InputError naming file and tensor where it is absent, has another shape (both are named) or a
+  /// dtype other than F64, F32, F16, BF16.
+  at::Tensor weight(const std::string& name, const std::vector<std::int64_t>& shape) const;
+  /// A copy of weight() in `dtype`.
   at::Tensor load(const std::string& name, const std::vector<std::int64_t>& shape, at::ScalarType dtype) const;
   /// Tells the kernel that a tensor's pages will be read soon.
   void will_need(const std::string& name) const;

@@ -153,7 +153,8 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
 at::ScalarType scalar_type(const std::string& dtype) {
   const DtypeRow* row = find_dtype(dtype);
   if (row == nullptr || row->scalar < 0)
-    throw InputError(fmt::format("headfold cannot compute with tensors of dtype {}", quote_name(dtype)));
+    throw InputError(fmt::format("headfold cannot compute with tensors of dtype {}", quote_name(dtype)),
+                     "a checkpoint in F32, F16 or BF16 is needed");
   return static_cast<at::ScalarType>(row->scalar);
 }
 

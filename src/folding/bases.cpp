@@ -77,7 +77,9 @@ FoldProblems load_problems(const checkpoint::Reader& reader, const calibration::
   calibration::StatisticsFile::Selection selection;
   selection.packed = true;
   selection.halves = halves;
-  selection.attention = attended || ((rotated || (keys && all.measured_queries)) && looks_at_queries(options));
+  // Every fold of rotated keys looks at the measured distances in act+query+dist, whatever it takes its queries from.
+  selection.attention = attended || ((rotated || (keys && all.measured_queries)) && looks_at_queries(options)) ||
+                        (keys && all.rotates && options.key_metric == Metric::act_query_dist);
   selection.attended = attended;
   selection.rotated_keys =
       all.rotates ? rotated && (options.keys == KeyFold::post_rotation || options.key_metric == Metric::act_query)

@@ -243,9 +243,17 @@ void LayerComparison::add(const at::Tensor& inputs) {
     sums[ErrorSums::value_total] += linalg::square_sum(whole);
   };
   const at::Tensor positions = at::arange(tokens, at::kLong);
+  // act+query+dist weighs pairs as the original's attention does: by distance, means over pairs times attention mass.
+  const bool by_distance = options_.key_metric == Metric::act_query_dist;
+  std::array<at::Tensor, 3> distances;  // sums of squared errors, squared scores and attention, [tokens]
+  if (by_distance)
+    for (at::Tensor& sum : distances) sum = at::zeros({tokens}, at::kDouble);
   for (std::int64_t begin = 0; begin < tokens; begin += kQueryRows) {
     const std::int64_t end = std::min(tokens, begin + kQueryRows);
     const at::Tensor future = positions.slice(0, 0, end).unsqueeze(0) > positions.slice(0, begin, end).unsqueeze(1);
+    std::array<at::Tensor, 3> over_heads;
+    if (by_distance)
+      for (at::Tensor& sum : over_heads) sum = at::zeros({end - begin, end}, at::kFloat);
     for (std::int64_t h = 0; h < heads; ++h) {
       const std::int64_t k = h / repeat;
       const std::int64_t place = place_of_head_[static_cast<std::size_t>(k)] * repeat + h % repeat;
@@ -256,6 +264,10 @@ void LayerComparison::add(const at::Tensor& inputs) {
       at::Tensor scores = scores_of(query, h, key), folded_scores = scores_of(folded_query, place, met_key);
       sums[ErrorSums::score_error] += linalg::square_sum(scores - folded_scores);
       sums[ErrorSums::score_total] += linalg::square_sum(scores);
+      if (by_distance) {
+        over_heads[0] += (scores - folded_scores).square();
+        over_heads[1] += scores.square();
+      }
       if (!rotates_) {
         const at::Tensor bias = slopes_[h] * positions.slice(0, 0, end).to(at::kFloat).unsqueeze(0);
         scores = scores + bias;
@@ -269,12 +281,22 @@ void LayerComparison::add(const at::Tensor& inputs) {
         return at::matmul(attention, values.select(1, k).slice(0, 0, end));
       };
       const at::Tensor attention = attention_of(scores);
+      if (by_distance) over_heads[2] += attention;
       const at::Tensor wanted = attend(attention, value);
       attended.slice(0, begin, end).select(1, h).copy_(wanted);
       folded_attended.slice(0, begin, end).select(1, place).copy_(attend(attention_of(folded_scores), met_value));
       if (options_.value_metric == Metric::act_out)
         add_behind(h, place, value.select(1, k).slice(0, begin, end), met_value.select(1, k).slice(0, begin, end));
       if (options_.value_metric == Metric::attn_out) add_behind(h, place, wanted, attend(attention, met_value));
+    }
+    if (by_distance) {
+      const at::Tensor distance =
+          (positions.slice(0, begin, end).unsqueeze(1) - positions.slice(0, 0, end).unsqueeze(0))
+              .clamp_min(0)
+              .flatten();
+      const at::Tensor past = at::logical_not(future);
+      for (std::size_t i = 0; i < distances.size(); ++i)
+        distances[i].index_add_(0, distance, (over_heads[i] * past).to(at::kDouble).flatten());
     }
   }
   // Attention rows sum to one: the means that were taken off the values come back as constants.
@@ -297,7 +319,12 @@ void LayerComparison::add(const at::Tensor& inputs) {
   sums[ErrorSums::output_error] +=
       linalg::square_sum(result - output(folded_attended, folded_mean, folded_, folded_.value_up));
   sums[ErrorSums::output_total] += linalg::square_sum(result);
-  if (options_.key_metric == Metric::act_query || options_.key_metric == Metric::act_query_dist) {
+  if (by_distance) {
+    const at::Tensor law = distances[2] / distances[2].sum() / (tokens - positions).to(at::kDouble);
+    sums[ErrorSums::key_error] += at::dot(law, distances[0]).item<double>();
+    sums[ErrorSums::key_total] += at::dot(law, distances[1]).item<double>();
+  }
+  if (options_.key_metric == Metric::act_query) {
     sums[ErrorSums::key_error] = sums[ErrorSums::score_error];
     sums[ErrorSums::key_total] = sums[ErrorSums::score_total];
   }

@@ -55,7 +55,8 @@ struct ErrorSums {
 };
 
 /// Original and folded attention of one layer. Products in float32, sums in float64.
-/// Keys, by the plan's metric: act+query and act+query+dist the score error itself; act the error of keys rebuilt by
+/// Keys, by the plan's metric: act+query the score error itself; act+query+dist the same, its mean at every distance
+/// weighed by the original's attention mass at that distance on the same sequence; act the error of keys rebuilt by
 /// the decoder (rotated ones for post-rotation); weights the same of the weight rows. Values: act and weights likewise;
 /// act+out the error of every query head's values behind the output projection, attn+out the same of the values that
 /// the original attention attends to. Decoders that are not stored are recovered by least squares from W_Q' = B^T W_Q

@@ -104,9 +104,7 @@ struct Source {
 
 Source source_of(const checkpoint::Reader& reader) {
   return {[&reader](const std::string& name, const std::vector<std::int64_t>& shape) {
-            // load() says in one message which file lacks the tensor or holds another shape.
-            if (!reader.has(name) || reader.info(name).shape != shape) return reader.load(name, shape, at::kFloat);
-            return reader.view(name);
+            return reader.weight(name, shape);
           },
           [&reader](const std::string& name) { reader.done_with(name); }};
 }

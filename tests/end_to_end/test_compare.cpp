@@ -63,7 +63,8 @@ TEST_P(Compare, gives_the_figures_of_written_checkpoints_at_every_rank_count) {
                                            "--seq-len",
                                            std::to_string(kLength)};
   const std::string folds = fmt::format(
-      "meanpool,{0}:weights/svd:weights@kv-heads=2,{1},{0}/svd:act+out@refit,latent@sink-weight=0.5", keys, other);
+      "meanpool,{0}:weights/svd:weights@kv-heads=2,{1},{0}/svd:act+out@refit-sweeps=1@refit,latent@sink-weight=0.5",
+      keys, other);
   Json first;
   for (const int ranks : llama ? std::vector<int>{1, 2, 4} : std::vector<int>{2}) {
     const fs::path out = run / fmt::format("compared-{}", ranks);
@@ -101,7 +102,8 @@ TEST_P(Compare, gives_the_figures_of_written_checkpoints_at_every_rank_count) {
       {"meanpool", {"--keys", "meanpool", "--values", "meanpool", "--kv-heads", "4"}},
       {keys + ":weights/svd:weights@kv-heads=2",
        {"--keys", keys, "--key-metric", "weights", "--value-metric", "weights", "--kv-heads", "2"}},
-      {keys + "/svd:act+out@refit", {"--keys", keys, "--value-metric", "act+out", "--kv-heads", "4", "--refit"}},
+      {keys + "/svd:act+out@refit-sweeps=1@refit",
+       {"--keys", keys, "--value-metric", "act+out", "--kv-heads", "4", "--refit-sweeps", "1", "--refit"}},
       {"latent@sink-weight=0.5",
        {"--keys", "latent", "--value-metric", "act+out", "--kv-heads", "4", "--sink-weight", "0.5"}}};
   int compared = 0;

@@ -86,6 +86,29 @@ TEST(Pipeline, from_calibration_to_report_on_two_ranks) {
   EXPECT_THAT(page, testing::Not(testing::HasSubstr("NaN")));
 }
 
+TEST(Pipeline, a_damaged_result_is_made_again_by_the_same_command) {
+  const ScratchFolder run;
+  const std::vector<std::string> command{"convert",    "--model",   demo_model("prose-llama"),
+                                         "--kv-heads", "4",         "--keys",
+                                         "meanpool",   "--values",  "meanpool",
+                                         "--out",      run / "made"};
+  const auto again = [&] { return run_headfold(1, command, run / "log.txt", 120); };
+  ASSERT_EQ(again().code, 0);
+  const fs::path folder = run.path() / "made", weights = folder / "model.safetensors",
+                 record = folder / "headfold.json";
+  const std::string tensors = read_file(weights), provenance = read_file(record);
+  EXPECT_THAT(again().output, testing::HasSubstr("nothing to do"));
+  write_file(weights, tensors.substr(0, tensors.size() - 5000));
+  Outcome outcome = again();
+  EXPECT_EQ(outcome.code, 0) << outcome.output;
+  EXPECT_THAT(outcome.output, testing::HasSubstr("is damaged"));
+  EXPECT_TRUE(read_file(weights) == tensors);
+  write_file(record, provenance.substr(0, 100));
+  outcome = again();
+  EXPECT_EQ(outcome.code, 0) << outcome.output;
+  EXPECT_EQ(read_json(record)["source"], Json::parse(provenance)["source"]);
+}
+
 TEST(Evaluate, gives_the_held_out_figures_of_the_demo_models) {
   const ScratchFolder run;
   for (const auto& [name, expected] : {std::pair{"prose-llama", 29.5}, std::pair{"prose-bloom", 37.6}}) {

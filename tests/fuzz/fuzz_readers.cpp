@@ -140,14 +140,10 @@ void remake(hid_t file, const std::string& name, hid_t type, std::vector<hsize_t
 }
 
 const std::vector<std::pair<std::string, std::int64_t>>& sizes() {
-  static const std::vector<std::pair<std::string, std::int64_t>> all = {{"count", 2},
-                                                                        {"traces", 11},
-                                                                        {"sum", kHidden},
-                                                                        {"sum_0", kHidden},
-                                                                        {"moment", kPacked},
-                                                                        {"moment_0", kPacked},
-                                                                        {"rotated_keys", kKeyPacked},
-                                                                        {"values", kKeyPacked}};
+  static const std::vector<std::pair<std::string, std::int64_t>> all = {
+      {"count", 2},          {"traces", 11},      {"checksums", 6},      {"sum", kHidden},
+      {"sum_0", kHidden},    {"moment", kPacked}, {"moment_0", kPacked}, {"rotated_keys", kKeyPacked},
+      {"values", kKeyPacked}};
   return all;
 }
 

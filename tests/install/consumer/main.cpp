@@ -1,5 +1,7 @@
 // A second project that uses an installed headfold: one low-rank problem whose answer is known.
 #include <headfold/base/version.h>
+#include <headfold/checkpoint/reader.h>
+#include <headfold/folding/apply.h>
 #include <headfold/linalg/linalg.h>
 
 #include <cstdio>

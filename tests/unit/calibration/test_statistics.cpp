@@ -591,6 +591,21 @@ TEST_F(DamagedFileTest, new_datasets_are_checked) {
   EXPECT_THAT(complaint(), HasSubstr("/layer_0000/attention_count holds 0"));
 }
 
+TEST_F(DamagedFileTest, a_changed_value_anywhere_is_noticed) {
+  const std::string whole = read_file(path_);
+  // What no trace sees: sums, and entries beside a diagonal (entry 1 of a packed triangle is row 1, column 0).
+  for (const char* name :
+       {"sum", "sum_0", "moment", "moment_0", "rotated_keys", "values", "sum_even", "sum_0_even", "moment_even",
+        "rotated_keys_even", "values_even", "rotated_queries", "attended", "attended_sum"}) {
+    const std::string where = std::string("/layer_0002/") + name;
+    damage([&](hid_t file) { poke(file, where, 1, 0.125); });
+    EXPECT_THAT(complaint(), HasSubstr(where + " is not what calibrate wrote"));
+    write_file(path_, whole);
+  }
+  damage([](hid_t file) { poke(file, "/layer_0002/checksums", 0, 1); });
+  EXPECT_THAT(complaint(), HasSubstr("/layer_0002/sum is not what calibrate wrote"));
+}
+
 TEST_F(DamagedFileTest, values_are_checked) {
   damage([](hid_t file) { poke(file, "/layer_0003/rotated_keys", 5, std::nan("")); });
   EXPECT_THAT(complaint(), HasSubstr("/layer_0003/rotated_keys contains NaN"));

@@ -110,7 +110,23 @@ TEST(ConfigTest, old_and_new_spellings_mean_the_same) {
     EXPECT_EQ(config.rope_scaling.type, "llama3");
     EXPECT_DOUBLE_EQ(config.rope_scaling.factor, 8.0);
     EXPECT_EQ(config.rope_scaling.original_max_positions, 8192);
+    // Written with the old spellings, which every loader knows.
+    const Json written = folded_config(config, 1, KvLayout::gqa);
+    EXPECT_EQ(parse(written).rope_scaling.original_max_positions, 8192);
+    EXPECT_DOUBLE_EQ(written.at("rope_theta").get<double>(), 500000.0);
+    EXPECT_FALSE(written.contains("rope_parameters") || written.contains("dtype")) << written;
+    EXPECT_THAT(written.at("torch_dtype").get<std::string>(), testing::EndsWith("bfloat16"));
+    EXPECT_DOUBLE_EQ(written.at("rope_scaling").at("factor").get<double>(), 8.0);
   }
+  modern["rope_parameters"] = {{"rope_type", "linear"}, {"rope_theta", 10000.0}, {"factor", 4.0}};
+  modern["n_head"] = modern["num_attention_heads"];
+  modern.erase("num_attention_heads");
+  const Json linear = folded_config(parse(modern), 1, KvLayout::projected);
+  EXPECT_EQ(linear.at("rope_scaling"), Json({{"rope_type", "linear"}, {"type", "linear"}, {"factor", 4.0}}));
+  EXPECT_EQ(linear.at("num_attention_heads"), 4);
+  EXPECT_FALSE(linear.contains("n_head"));
+  modern["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 250000.0}};
+  EXPECT_TRUE(folded_config(parse(modern), 1, KvLayout::gqa).at("rope_scaling").is_null());
   Json bloom = bloom_json();
   for (const auto& [from, to] : {std::pair("hidden_size", "n_embed"), std::pair("n_layer", "num_hidden_layers"),
                                  std::pair("n_head", "num_attention_heads")}) {

@@ -258,6 +258,30 @@ TEST(SearchAllLayers, EveryMetricFindsPlantedGroupsAndPricesThemAsThePlanDoes) {
   }
 }
 
+TEST(Loading, EveryFoldOfRotatedKeysSeesTheMeasuredDistances) {
+  const ScratchFolder folder;
+  const Json config = testing_support::small_llama(4, 4, 8, 1);
+  testing_support::write_model(folder / "model", config, testing_support::small_tensors(config, 31));
+  testing_support::calibrate(folder / "model", folder / "model.h5");
+  world().barrier("calibrated");
+  const checkpoint::Reader reader(folder / "model");
+  const calibration::StatisticsFile statistics(folder / "model.h5");
+  for (const KeyFold keys : {KeyFold::meanpool, KeyFold::procrustes, KeyFold::rope_commuting, KeyFold::latent}) {
+    FoldOptions options;
+    options.keys = keys;
+    options.values = keys == KeyFold::meanpool ? ValueFold::meanpool : ValueFold::svd;
+    options.key_metric = Metric::act_query_dist;
+    options.kv_heads = 2;
+    // All of the statistics, against what planning reads of them.
+    LayerProblem whole = load_problem(reader, &statistics, 0, Part::keys, options);
+    const LayerProblem planned = load_problems(reader, &statistics, 0, Part::keys, options, false).all;
+    const double loss = key_basis(whole, {0, 1}, options).loss;
+    EXPECT_NEAR(key_basis(planned, {0, 1}, options).loss / loss, 1.0, 1e-6) << name_of(keys);
+    whole.moments.distance_law = at::Tensor();  // all pairs alike
+    EXPECT_GT(std::abs(key_basis(whole, {0, 1}, options).loss / loss - 1.0), 1e-4) << name_of(keys);
+  }
+}
+
 TEST(SearchAllLayers, RandomModelsNeverGetWorseAtAnyThreadCount) {
   const ScratchFolder folder;
   const Json config = testing_support::small_llama(24, 24, 4, 2);

@@ -320,6 +320,21 @@ TEST(ErrorsTest, missing_and_misshapen_tensors_and_bad_ids_are_named) {
     EXPECT_NO_THROW(load_layer(reader, 0, at::kFloat));
     EXPECT_THROW(load_layer(reader, 0, at::kDouble), UsageError);
   }
+  // Numbers that are no weights are not taken for any, whichever part of the model asks.
+  for (const at::ScalarType type : {at::kShort, at::kBool, at::kLong}) {
+    model.tensors[name] = at::ones({32, 64}).to(type);
+    model.tensors["model.embed_tokens.weight"] = model.tensors["model.embed_tokens.weight"].to(type);
+    model.tensors["lm_head.weight"] = model.tensors["lm_head.weight"].to(type);
+    model.write(scratch.path());
+    const checkpoint::Reader reader(scratch.path());
+    for (const std::string& text :
+         {message([&] { load_layer(reader, 1, at::kFloat); }), message([&] { Embedding(reader, at::kFloat); }),
+          message([&] { Head(reader, at::kFloat); })}) {
+      EXPECT_NE(text.find("expected F32, F16 or BF16"), std::string::npos) << text;
+      EXPECT_NE(text.find(".weight has dtype"), std::string::npos) << text;
+    }
+  }
+  model = make_model(llama_json(64, 4, 2));
   model.tensors.erase(name);
   model.write(scratch.path());
   const checkpoint::Reader reader(scratch.path());

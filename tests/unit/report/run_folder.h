@@ -127,6 +127,7 @@ class RunFolder {
                                  {"value_measured", 0.03 - 0.001 * l},
                                  {"score_error", 0.1},
                                  {"output_error", 0.05}});
+    check["key_order"] = {{"pairs", 15}, {"told_apart", 13}, {"in_order", 12}, {"spread", 0.25}};
     check["record"] = record("verify", "--model x", 4.5);
     write_json(folder_ / path / "verification.json", check);
   }

@@ -85,6 +85,9 @@ TEST(ReportTest, arithmetic_of_the_quality_table) {
     EXPECT_THAT(row, HasSubstr(cell));
   EXPECT_THAT(row_with(page.html, "Quality of the original and of every conversion of prose-llama", "post-rotation-4"),
               HasSubstr("|headfold only|"));
+  // Keys: spread and pairs in order, as the verification has them; values: not recorded.
+  EXPECT_THAT(row_with(page.html, "Mean loss of every conversion of prose-llama", "rope-commuting-4"),
+              HasSubstr("||1.00||25.0\xC2\xA0%||12 of 13||"));
   EXPECT_EQ(
       headline(data.sections[0]),
       "prose-llama: half the KV cache costs +9.9\xC2\xA0% perplexity as a stock checkpoint (rope-commuting); a quarter "
@@ -290,6 +293,9 @@ TEST(ReportTest, foreign_files_are_ignored_broken_own_ones_are_errors) {
   expect_error("y/headfold.json", good.dump().substr(0, 700), "not valid JSON");
   expect_error("y/c.h5.json", "{\"format\": \"headfold-cal", "not valid JSON");
   expect_error("y/c.h5.json", "{\"format\": \"headfold-calibration\"}", "\"model\"");
+  // Cut off before anything says whose it is, with NaN or without.
+  expect_error("results_x.json", "{\"results\": {\"a\": {\"word_perplexity,none\": 3", "not valid JSON");
+  expect_error("results_x.json", "{\"results\": {\"a\": {\"acc,none\": NaN, ", "not valid JSON");
   expect_error("results_x.json", "{\"headfold\": {\"format\": \"headfold-results\", ", "not valid JSON");
   expect_error("results_x.json",
                R"({"headfold": {"format": "headfold-results", "model": {"name": "m"}}, "results": {"t": 3}})", "\"t\"");
