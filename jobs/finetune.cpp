@@ -179,7 +179,7 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   s.train.batch = at_least(values, "batch", 1);
   s.train.micro_batch = std::min(at_least(values, "micro-batch", 1), s.train.batch);
   s.train.seed = s.lora.seed;
-  s.train.schedule.peak = in_range<double>(values, "learning-rate", 1e-12, 100, "a positive number is needed");
+  s.train.schedule.peak = in_range<double>(values, "learning-rate", 1e-12, 1e30, "a positive number is needed");
   s.train.schedule.decay = finetune::parse_decay(values["schedule"].as<std::string>());
   s.train.schedule.final_share = in_range<double>(values, "final-rate", 0, 1, "between 0 and 1");
   s.warm_up = at_least(values, "warm-up", -1);
@@ -424,6 +424,9 @@ std::unique_ptr<finetune::Teacher> cached_teacher(const Context& context, const 
 void finetune_model(const Context& context, const std::vector<std::string>& arguments) {
   const po::variables_map values = parse(
       context, "finetune", "headfold finetune --model DIR --data FILE... --out DIR [options]", options(), arguments);
+  // From here on a signal ends the job in good order: after the step at hand, with everything saved.
+  std::signal(SIGTERM, request_stop);
+  std::signal(SIGUSR1, request_stop);
   const comm::Communicator& world = context.world;
   const checkpoint::ModelConfig config = checkpoint::read_config(values["model"].as<std::string>());
   Settings s = read_settings(values, config);
@@ -483,10 +486,6 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   if (known[1] == 1)
     throw Stopped(fmt::format("{} exists: nothing is trained before it is removed", (s.out / "STOP").string()));
   const auto start = std::chrono::steady_clock::now();
-  // From here on a signal ends the job in good order: after the step at hand, with everything saved.
-  std::signal(SIGTERM, request_stop);
-  std::signal(SIGUSR1, request_stop);
-
   if (world.root()) std::cout << plan_text(context, s, config, teacher_config ? &*teacher_config : nullptr, budget);
   const finetune::Dataset data = finetune::read_dataset(world, s.model, config.vocab, s.data);
   std::optional<finetune::Dataset> validation;
