@@ -1012,6 +1012,7 @@ class Reader {
           row.fold += parts[p];
         }
         if (row.conversion->extras.refit) row.fold += " + refit";
+        if (row.conversion->extras.healed) row.fold += " + healed";
       } else {
         row.fold = row.name;
       }
