@@ -12,7 +12,6 @@ namespace headfold::calibration {
 namespace {
 
 namespace kernels = model::kernels;
-using model::Matrix;
 
 /// Rows of scores that are formed together: enough for the pace of the products, few enough that the causal half is
 /// most of what is computed. No sum runs over rows, so that results do not depend on it.
@@ -57,6 +56,7 @@ void add_column_sums(double* sum, const T* x, std::int64_t rows, std::int64_t n)
 
 at::Tensor joined(std::vector<linalg::GramAccumulator>& grams) {
   std::vector<at::Tensor> parts;
+  parts.reserve(grams.size());
   for (linalg::GramAccumulator& gram : grams) parts.push_back(gram.packed());
   at::Tensor all = at::cat(parts);
   grams.clear();

@@ -630,6 +630,7 @@ std::vector<GroupingResult> search_all_layers(const comm::Communicator& world, c
 
 std::vector<Groups> groups_of(const std::vector<GroupingResult>& results) {
   std::vector<Groups> groups;
+  groups.reserve(results.size());
   for (const GroupingResult& result : results) groups.push_back(result.groups);
   return groups;
 }

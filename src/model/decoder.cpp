@@ -103,10 +103,9 @@ struct Source {
 };
 
 Source source_of(const checkpoint::Reader& reader) {
-  return {[&reader](const std::string& name, const std::vector<std::int64_t>& shape) {
-            return reader.weight(name, shape);
-          },
-          [&reader](const std::string& name) { reader.done_with(name); }};
+  return {
+      [&reader](const std::string& name, const std::vector<std::int64_t>& shape) { return reader.weight(name, shape); },
+      [&reader](const std::string& name) { reader.done_with(name); }};
 }
 
 /// What an observer asked for of one forward pass, filled sequence by sequence; undefined what it did not ask for.
@@ -349,7 +348,7 @@ at::Tensor DecoderLayer::rebuild_keys(const at::Tensor& latents, std::int64_t fi
   const std::int64_t tokens = latents.size(1);
   const std::int64_t members = source_heads_ / shape_.kv_heads;
   const std::int64_t blocks = (tokens + kBlock - 1) / kBlock;
-  const at::Tensor keys = scratch(slot_rebuilt_keys, {count, tokens, d}, dtype_);
+  at::Tensor keys = scratch(slot_rebuilt_keys, {count, tokens, d}, dtype_);
   const auto row_bytes = d * static_cast<std::int64_t>(keys.element_size());
   at::parallel_for(0, count * blocks, 1, [&](std::int64_t from, std::int64_t to) {
     for (std::int64_t task = from; task < to; ++task) {
@@ -625,7 +624,7 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
   if (observer != nullptr && observer->wants_attended())
     observed.attended = large_empty({batch, tokens, config_.heads * attended_width_}, dtype_);
 
-  const at::Tensor result = large_empty({batch, tokens, config_.hidden}, dtype_);
+  at::Tensor result = large_empty({batch, tokens, config_.hidden}, dtype_);
   const at::Tensor out = result.view({rows, config_.hidden});
   out.copy_(config_.post_layernorm_residual ? x : flat);
   if (tokens > 0) {
@@ -698,7 +697,7 @@ bool bloom(const ModelConfig& config) {
 
 at::Tensor load_table(const checkpoint::Reader& reader, const std::string& name, at::ScalarType dtype) {
   require_dtype(dtype);
-  const at::Tensor table = reader.load(name, {reader.config().vocab, reader.config().hidden}, dtype);
+  at::Tensor table = reader.load(name, {reader.config().vocab, reader.config().hidden}, dtype);
   reader.done_with(name);
   return table;
 }
@@ -744,7 +743,7 @@ at::Tensor Head::logits(const at::Tensor& hidden) const {
   normalise(flat, norm_weight_, norm_bias_, config_.norm_eps, x);
   std::vector<std::int64_t> shape = hidden.sizes().vec();
   shape.back() = config_.vocab;
-  const at::Tensor result = large_empty(shape, dtype_);
+  at::Tensor result = large_empty(shape, dtype_);
   projection_->apply(x, result.view({-1, config_.vocab}));
   return result;
 }
