@@ -462,7 +462,7 @@ class Refitter {
   }
   /// Those of one query head, as its query before any folding of queries sees them.
   at::Tensor key_of(const at::Tensor& keys, std::int64_t h) const {
-    const at::Tensor own = keys.select(0, h / (config_.heads / keys.size(0)));
+    at::Tensor own = keys.select(0, h / (config_.heads / keys.size(0)));
     if (!query_fold_.defined()) return own;
     return at::mm(own, query_fold_.select(0, h / (config_.heads / query_fold_.size(0))));
   }
