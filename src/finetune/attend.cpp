@@ -216,7 +216,7 @@ void attend_backward(const AttentionPlan& plan, const at::Tensor& queries, const
     }
   });
   const auto total = [&](const at::Tensor& sums, const at::Tensor& to) {
-    at::Tensor result = to;
+    const at::Tensor& result = to;
     result.copy_(split == 1 ? sums.select(0, 0) : sums.sum(0));
   };
   total(key_sums, dkeys);

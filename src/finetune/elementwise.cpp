@@ -76,7 +76,7 @@ void norm_row_backward(const double* x, const double* weight, bool centred, cons
 
 at::Tensor normalise(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
   require_dense(x);
-  const at::Tensor y = at::empty_like(x);
+  at::Tensor y = at::empty_like(x);
   const std::int64_t n = x.size(1);
   for_rows(x, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
@@ -172,7 +172,7 @@ void rotate(const at::Tensor& x, const Rotation& rotation, bool inverse) {
 
 at::Tensor silu_times(const at::Tensor& gate, const at::Tensor& up) {
   require_dense(up);
-  const at::Tensor y = gate.clone();
+  at::Tensor y = gate.clone();
   for_elements(y, [&](std::int64_t offset, std::int64_t n) {
     if (is_double(y)) {
       auto* g = reinterpret_cast<double*>(bytes_of(y) + offset);
@@ -206,7 +206,7 @@ void silu_times_backward(const at::Tensor& gate, const at::Tensor& up, const at:
 }
 
 at::Tensor gelu_of(const at::Tensor& x) {
-  const at::Tensor y = x.clone();
+  at::Tensor y = x.clone();
   for_elements(y, [&](std::int64_t offset, std::int64_t n) {
     if (is_double(y)) {
       auto* v = reinterpret_cast<double*>(bytes_of(y) + offset);
@@ -311,14 +311,14 @@ void apply_mask(const at::Tensor& x, const DropoutMask& mask) {
 }  // namespace
 
 at::Tensor drop(const at::Tensor& x, const DropoutMask& mask) {
-  const at::Tensor y = x.clone();
+  at::Tensor y = x.clone();
   apply_mask(y, mask);
   return y;
 }
 
 void add_dropped(const at::Tensor& dx, const at::Tensor& dy, const DropoutMask& mask) {
   apply_mask(dy, mask);
-  at::Tensor sum = dx;
+  const at::Tensor& sum = dx;
   sum.add_(dy);
 }
 

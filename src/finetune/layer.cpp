@@ -31,7 +31,7 @@ at::Tensor rows_like(const at::Tensor& x, std::int64_t columns) {
 
 /// Gradient of a vector added to every row.
 void add_rows(const at::Tensor& gradient, const at::Tensor& dy) {
-  at::Tensor sum = gradient;
+  const at::Tensor& sum = gradient;
   sum.add_(dy.sum(0, false, gradient.scalar_type()));
 }
 
@@ -122,7 +122,7 @@ DropoutMask Pass::mask(const Linear& linear) const {
 void project(const Pass& pass, const Linear& linear, const at::Tensor& x, const at::Tensor& y, bool accumulate,
              LinearState* state) {
   if (linear.bias.defined()) {
-    at::Tensor sum = y;
+    const at::Tensor& sum = y;
     if (accumulate) {
       sum.add_(pass.value(linear.bias));
     } else {
@@ -202,7 +202,7 @@ struct HeadProducts {
   }
 
   at::Tensor forward(const at::Tensor& x) const {
-    const at::Tensor y = rows_like(x, items * width_out());
+    at::Tensor y = rows_like(x, items * width_out());
     each([&](std::int64_t item) {
       multiply(columns(x, item / inputs_shared, width_in()), factor(item), Operation{.transpose_b = !transposed},
                x.scalar_type(), static_cast<char*>(y.data_ptr()) + item * width_out() * size(), y.stride(0),
@@ -212,7 +212,7 @@ struct HeadProducts {
   }
   /// Gradient with respect to x; adds that of the matrices to `dmatrices` if defined.
   at::Tensor backward(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& dmatrices) const {
-    const at::Tensor dx = rows_like(dy, items / inputs_shared * width_in());
+    at::Tensor dx = rows_like(dy, items / inputs_shared * width_in());
     each([&](std::int64_t item) {
       const Matrix d = columns(dy, item, width_out());
       multiply(d, factor(item), Operation{.transpose_b = transposed, .accumulate = item % inputs_shared != 0},
@@ -424,7 +424,7 @@ at::Tensor TrainableLayer::forward(const Pass& pass, const at::Tensor& hidden, L
   }
   state.normed2 = normalise(state.middle, pass.value(norm2_.weight),
                             norm2_.bias.defined() ? pass.value(norm2_.bias) : at::Tensor(), eps);
-  const at::Tensor out =
+  at::Tensor out =
       config_.post_layernorm_residual ? state.normed2.clone() : (keep ? state.middle.clone() : state.middle);
   state.up = rows_like(hidden, config_.ffn);
   project(pass, up_, state.normed2, state.up, false, &state.up_low);
@@ -453,7 +453,7 @@ at::Tensor TrainableLayer::feed_forward_backward(const Pass& pass, LayerState& s
   const at::Tensor dinner = rows_like(dout, config_.ffn);
   project_backward(pass, down_, state.down_low, inner, dout, dinner, true);
   inner.reset();
-  const at::Tensor dx = rows_like(dout, config_.hidden);
+  at::Tensor dx = rows_like(dout, config_.hidden);
   if (llama_) {
     silu_times_backward(state.gate, state.up, dinner);
     project_backward(pass, gate_, state.gate_low, state.normed2, state.gate, dx, true);
@@ -478,7 +478,7 @@ at::Tensor TrainableLayer::attention_backward(const Pass& pass, LayerState& stat
   if (value_up_.defined())
     dheads = HeadProducts{pass.value(value_up_.weight), config_.heads, 1, repeat}.backward(
         state.attended, dattended, pass.gradient(value_up_.weight));
-  const at::Tensor dx = wants_input ? rows_like(dattended, config_.hidden) : at::Tensor();
+  at::Tensor dx = wants_input ? rows_like(dattended, config_.hidden) : at::Tensor();
   const at::Tensor dqueries = rows_like(dattended, q_.out);
   if (fused_) {
     const auto part = [&](const at::Tensor& x, std::int64_t i) { return fused_part(x, i, config_.heads, d); };

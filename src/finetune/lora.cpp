@@ -51,6 +51,7 @@ std::vector<std::string> target_modules(const LoraOptions& options, const checkp
     }
     if (found) continue;
     std::vector<std::string> names;
+    names.reserve(projections.size());
     for (const auto& [name, short_names] : projections)
       names.push_back(fmt::format("{} ({})", name, fmt::join(short_names, ", ")));
     throw InputError(fmt::format("target module \"{}\": {} has no such projection", target, config.file),

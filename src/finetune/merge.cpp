@@ -56,7 +56,8 @@ void write_merged(const comm::Communicator& world, const checkpoint::Reader& bas
   checkpoint::ParallelWriter writer(world, out, specs, static_cast<std::uint64_t>(max_shard_bytes));
   const auto ranks = static_cast<std::size_t>(world.size());
   const auto rank = static_cast<std::size_t>(world.rank());
-  Progress progress("merge", "tensors", static_cast<double>((specs.size() + ranks - 1 - rank) / ranks), world.root());
+  const std::size_t own = (specs.size() + ranks - 1 - rank) / ranks;
+  Progress progress("merge", "tensors", static_cast<double>(own), world.root());
   for (std::size_t i = rank; i < specs.size(); i += ranks) {
     const std::string& name = specs[i].name;
     const auto known = canonical.find(name);
