@@ -125,7 +125,7 @@ struct TrainableModel::State {
   }
 
   at::Tensor embed(const Pass& pass, const Batch& batch) const {
-    const at::Tensor rows = embed_rows(pass, batch);
+    at::Tensor rows = embed_rows(pass, batch);
     if (!embedding_norm.weight.defined()) return rows;
     return normalise(rows, pass.value(embedding_norm.weight), pass.value(embedding_norm.bias), config.norm_eps);
   }
@@ -327,8 +327,7 @@ at::Tensor TrainableModel::logits(const at::Tensor& hidden) const {
                                     c10::toString(hidden.scalar_type()), state.config.hidden,
                                     c10::toString(state.dtype)));
   const Pass pass = state.bare_pass();
-  const at::Tensor out =
-      at::empty({hidden.size(0), state.config.vocab}, hidden.options().dtype(parameter_type(state.dtype)));
+  at::Tensor out = at::empty({hidden.size(0), state.config.vocab}, hidden.options().dtype(parameter_type(state.dtype)));
   state.project_logits(state.final_norm(pass, hidden.contiguous()), pass.value(state.head), out);
   return out;
 }
