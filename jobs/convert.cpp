@@ -141,8 +141,12 @@ void print_refit(const folding::LayerRefit& layer) {
 }
 
 std::string loads_in(const FoldOptions& options, const checkpoint::ModelConfig& config) {
-  if (options.allocation == folding::Allocation::greedy || options.allocation == folding::Allocation::dp)
-    return "headfold and engines that read DeciLM configs (KV heads differ by layer)";
+  if (options.allocation == folding::Allocation::greedy || options.allocation == folding::Allocation::dp) {
+    const std::string obstacle = checkpoint::decilm_obstacle(config);
+    if (!is_stock(options, config) || !obstacle.empty())
+      return fmt::format("headfold only (KV heads may differ by layer{})", obstacle.empty() ? "" : "; " + obstacle);
+    return "headfold and engines that read DeciLM configs (KV heads may differ by layer)";
+  }
   return is_stock(options, config) ? "any Hugging Face LLaMA loader (stock grouped-query attention) and headfold"
                                    : "headfold only";
 }

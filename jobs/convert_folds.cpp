@@ -144,7 +144,7 @@ std::vector<std::pair<std::string, std::string>> shorthands(checkpoint::Family f
   if (family == checkpoint::Family::bloom)
     return {{"meanpool", "meanpool/meanpool"},          {"procrustes", "procrustes:act/procrustes:act"},
             {"weights", "norope:weights/svd:weights"},  {"paper", "norope:act/svd:act"},
-            {"query", "norope:act+query/svd:act+out"},  {"lorc", "latent:weights/svd:weights"},
+            {"query", "norope:act+query/svd:act+out"},  {"lorc", "latent:weights/svd:weights@latent-groups=1"},
             {"latent", "latent:act+query/svd:act+out"}, {"best", "norope:act+query/svd:attn+out@refit"}};
   return {{"meanpool", "meanpool/meanpool"},
           {"procrustes", "procrustes:act/procrustes:act"},
@@ -152,7 +152,7 @@ std::vector<std::pair<std::string, std::string>> shorthands(checkpoint::Family f
           {"activation", "rope-commuting:act/svd:act"},
           {"query", "rope-commuting:act+query/svd:act+out"},
           {"paper", "post-rotation:act/svd:act"},
-          {"lorc", "latent:weights/svd:weights"},
+          {"lorc", "latent:weights/svd:weights@latent-groups=1"},
           {"latent", "latent:act+query/svd:act+out"},
           {"stock", "rope-commuting:act+query+dist/svd:attn+out@slow-band=auto@polish=5@refit"}};
 }

@@ -61,6 +61,18 @@ struct Reader::State {
   const SafetensorsFile& shard(const std::string& stored) const { return shards[tensors.at(stored)]; }
 };
 
+namespace {
+/// A config.json may not tell of them: some models have the tensors under a plain model_type.
+void refuse_head_norms(const Reader& reader) {
+  for (const std::string& name : reader.names())
+    if (name.ends_with("self_attn.q_norm.weight") || name.ends_with("self_attn.k_norm.weight"))
+      throw InputError(fmt::format("{}: tensor {}: the model normalises queries and keys per head, which headfold does "
+                                   "not support",
+                                   reader.folder().string(), name),
+                       "a norm between projection and score does not commute with a fold of the projection");
+}
+}  // namespace
+
 Reader::Reader(const std::filesystem::path& folder) : folder_(folder), state_(std::make_shared<State>()) {
   std::error_code code;
   if (!fs::is_directory(folder, code))
@@ -72,6 +84,7 @@ Reader::Reader(const std::filesystem::path& folder) : folder_(folder), state_(st
   if (is_file(folder / kSingle)) {
     state.shards.emplace_back(folder / kSingle);
     for (const auto& [name, info] : state.shards[0].tensors()) state.tensors.emplace(name, 0);
+    refuse_head_norms(*this);
     return;
   }
   const fs::path index_path = folder / kIndex;
@@ -118,6 +131,7 @@ Reader::Reader(const std::filesystem::path& folder) : folder_(folder), state_(st
             "index and shards are of different checkpoints");
     }
   }
+  refuse_head_norms(*this);
 }
 
 std::vector<std::string> Reader::names() const {

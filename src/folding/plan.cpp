@@ -312,7 +312,8 @@ void check_targets(const std::vector<LayerTarget>& targets, const FoldOptions& o
                                               width, config.head_dim));
     if (count != options.kv_heads && options.allocation != Allocation::greedy && options.allocation != Allocation::dp &&
         !latent)
-      throw InputError(fmt::format("{}: {} groups where the budget is {} everywhere", where, count, options.kv_heads));
+      throw InputError(fmt::format("{}: {} groups where the budget is {} everywhere", where, count, options.kv_heads),
+                       "layers may differ where the plan's \"budget\" is \"dp\" or \"greedy\"");
   }
 }
 

@@ -141,7 +141,8 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
     if (target.value_width == 0) target.value_width = width;
   }
   check_targets(lists, options, config, "the plan");
-  const bool halves = held_out && statistics != nullptr && statistics->header().has_halves && needs_statistics(options);
+  const bool halves = held_out && statistics != nullptr && statistics->header().has_halves &&
+                      statistics->header().samples > 1 && needs_statistics(options);  // one sequence has no other half
 
   std::vector<std::pair<std::size_t, std::size_t>> items;  // (layer, group)
   for (std::size_t l = 0; l < lists.size(); ++l)

@@ -7,8 +7,9 @@ namespace headfold::linalg {
 namespace {
 
 constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
-constexpr double kDeadChannel = 1e-14;  // of its block's largest weight
-constexpr double kLossMismatch = 1e-8;  // of the total
+constexpr double kDeadChannel = 1e-14;   // of its block's largest weight
+constexpr double kLossMismatch = 1e-8;   // of the total
+constexpr double kNegativeShare = 1e-4;  // of the total; sums of bfloat16 products leave up to some 1e-6
 
 double real_trace(const at::Tensor& m) {
   return at::real(m.diagonal()).sum().to(at::kDouble).item<double>();
@@ -140,8 +141,11 @@ LowRank weighted_low_rank(const at::Tensor& sigma, const std::vector<at::Tensor>
   const at::Tensor half = roots.apply(sigma);                   // Lw Sigma
   const at::Tensor f = roots.apply(conjugate_transpose(half));  // Lw Sigma^H Lw^H: Hermitian, so no adjoint is needed
   const Eigen eigen = eigh(f);
+  // A Gram of few tokens or of an outlier is indefinite by the rounding of what was summed: directions of negative
+  // energy hold nothing, and are as far from the truth as their energy is from zero.
   result.energies = eigen.values.clamp_min(0);
   result.total = result.energies.sum().item<double>();
+  const double negative = result.total - eigen.values.sum().item<double>();
   result.loss = result.energies.narrow(0, width, p - width).sum().item<double>();
   const at::Tensor u = eigen.vectors.narrow(1, 0, width).contiguous();
   result.encoder = conjugate_transpose(roots.apply_adjoint(u)).contiguous();  // U^H Lw = (Lw^H U)^H
@@ -150,7 +154,7 @@ LowRank weighted_low_rank(const at::Tensor& sigma, const std::vector<at::Tensor>
   // What truncation left out of F is lost all the same.
   const auto whole = roots.cost_of(sigma);
   const double rounding = 8 * static_cast<double>(p) * kEpsilon * std::max(whole.magnitude, result.total);
-  const double left_out = whole.value - result.total;
+  const double left_out = whole.value - (result.total - negative);
   if (left_out > rounding) {
     result.loss += left_out;
     result.total += left_out;
@@ -160,7 +164,11 @@ LowRank weighted_low_rank(const at::Tensor& sigma, const std::vector<at::Tensor>
   const at::Tensor error =
       once - at::matmul(at::matmul(once, conjugate_transpose(result.encoder)), conjugate_transpose(result.decoder));
   const double measured = roots.cost_of(error).value;
-  if (!(std::abs(measured - result.loss) <= kLossMismatch * std::max(whole.magnitude, result.total)))
+  const double scale = std::max(whole.magnitude, result.total);
+  if (!(negative <= kNegativeShare * scale))
+    throw NumericalError(fmt::format("the covariance of a fold has negative energy, {:.3e} of {:.3e}", negative, scale),
+                         "no sum of squares does: the statistics are damaged, or not what they claim to be");
+  if (!(std::abs(measured + negative - result.loss) <= kLossMismatch * scale))
     throw NumericalError(
         fmt::format("a fold of {} channels to {} has loss {:.6e} by its eigenvalues, {:.6e} when "
                     "measured (total {:.6e})",

@@ -86,6 +86,33 @@ TEST(Pipeline, from_calibration_to_report_on_two_ranks) {
   EXPECT_THAT(page, testing::Not(testing::HasSubstr("NaN")));
 }
 
+TEST(Pipeline, folds_from_fewer_tokens_than_channels) {
+  const ScratchFolder run;
+  const auto step = [&](const std::vector<std::string>& arguments) {
+    const Outcome outcome = run_headfold(1, arguments, run / "log.txt", 120);
+    EXPECT_EQ(outcome.code, 0) << outcome.output;
+    return outcome.output;
+  };
+  for (const auto& [name, samples, length, keys] :
+       {std::tuple{"prose-llama", "2", "32", "rope-commuting"}, std::tuple{"prose-llama", "1", "64", "post-rotation"},
+        std::tuple{"prose-bloom", "2", "32", "norope"}}) {
+    const std::string tag = fmt::format("{}-{}", name, keys);
+    step({"calibrate", "--model", demo_model(name), "--data", demo_text("calibration.jsonl"), "--samples", samples,
+          "--seq-len", length, "--attention-statistics", "on", "--out", run / (tag + ".h5")});
+    for (const char* metric : {"act", "act+out"}) {
+      const fs::path out = run.path() / (tag + metric);
+      const std::string output =
+          step({"convert", "--model", demo_model(name), "--calibration", run / (tag + ".h5"), "--kv-heads", "2",
+                "--keys", keys, "--value-metric", metric, "--out", out.string()});
+      EXPECT_THAT(output, testing::ContainsRegex("condition|more tokens|tokens would")) << tag << metric;
+      for (const Json& layer : read_json(out / "headfold.json")["layers"]) {
+        EXPECT_GE(layer["value_relative_loss"].get<double>(), 0.0);
+        EXPECT_LT(layer["value_relative_loss"].get<double>(), 1.0);
+      }
+    }
+  }
+}
+
 TEST(Pipeline, a_damaged_result_is_made_again_by_the_same_command) {
   const ScratchFolder run;
   const std::vector<std::string> command{"convert",    "--model",   demo_model("prose-llama"),

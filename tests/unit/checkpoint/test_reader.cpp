@@ -179,6 +179,15 @@ TEST(ReaderTest, wrong_shapes_and_absent_tensors_are_named) {
   EXPECT_THAT(problems[1], testing::HasSubstr("[24, 15]"));
 }
 
+TEST(ReaderTest, norms_of_heads_are_refused_whatever_the_config_says) {
+  const ScratchFolder folder;
+  Tensors tensors = make_tensors(llama_json());
+  tensors["model.layers.1.self_attn.q_norm.weight"] = at::ones({4});
+  write_model(folder.path(), llama_json(), tensors);
+  expect_error<InputError>([&] { Reader reader(folder.path()); },
+                           {"model.layers.1.self_attn.q_norm.weight", "normalises queries and keys per head"});
+}
+
 TEST(ReaderTest, hostile_indices) {
   const ScratchFolder folder;
   const Tensors tensors = make_tensors(llama_json());

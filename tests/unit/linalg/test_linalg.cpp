@@ -419,5 +419,23 @@ TEST(GramAccumulatorTest, long_sums_keep_float64_precision) {
   EXPECT_NEAR(gram.full()[0][1].item<double>() - 4096.0 * 4096.0, 1000.0 / 16384.0, 1e-9);
 }
 
+TEST(LowRankTest, a_gram_that_rounding_made_indefinite_is_folded) {
+  // Six vectors in 24 channels, one channel 10^4 times the rest, entries rounded as sums in lower precision leave them.
+  at::Tensor x = random_matrix(24, 6, at::kDouble, 71);
+  x[3].mul_(1e4);
+  const at::Tensor exact = at::matmul(x, x.t());
+  at::Tensor noise = random_matrix(24, 24, at::kDouble, 72);
+  noise = (noise + noise.t()) * (1e-8 * largest(exact));
+  const at::Tensor rounded = exact + noise;
+  ASSERT_LT(eigh(rounded).values[23].item<double>(), -1e-8 * largest(exact));
+  const LowRank found = weighted_low_rank(rounded, {}, 8);
+  EXPECT_TRUE(at::isfinite(found.encoder).all().item<bool>() && at::isfinite(found.decoder).all().item<bool>());
+  EXPECT_GE(found.loss, 0);
+  EXPECT_LT(found.loss, 1e-6 * found.total);
+  EXPECT_LT(relative(at::matmul(found.decoder, at::matmul(found.encoder, exact)), exact), 1e-6);
+  // What no rounding explains is refused.
+  EXPECT_THROW(weighted_low_rank(exact - 0.01 * largest(exact) * at::eye(24, at::kDouble), {}, 8), NumericalError);
+}
+
 }  // namespace
 }  // namespace headfold::linalg
