@@ -447,8 +447,8 @@ LayerStatistics LayerStatistics::half(int which) const {
 LayerStatistics PackedStatistics::full(bool packed) const {
   // Width of each of the packed matrices that follow one another.
   const auto width = [](const at::Tensor& lower, std::int64_t matrices) {
-    const auto size = static_cast<double>(lower.numel() / matrices);
-    return static_cast<std::int64_t>(std::lround((std::sqrt(8 * size + 1) - 1) / 2));
+    const std::int64_t size = lower.numel() / matrices;
+    return static_cast<std::int64_t>(std::lround((std::sqrt(8 * static_cast<double>(size) + 1) - 1) / 2));
   };
   const auto unpack = [&](const at::Tensor& lower) {
     return lower.defined() ? linalg::unpack_lower(lower, width(lower, 1)) : at::Tensor();

@@ -204,9 +204,10 @@ void check_heads(const ModelConfig& config, const std::string& file) {
 void check_size(const ModelConfig& config, const std::string& file) {
   double parameters = 2.0 * static_cast<double>(config.vocab) * static_cast<double>(config.hidden);
   const std::int64_t different = config.layer_shapes.empty() ? 1 : config.layers;
+  const std::int64_t alike = config.layers / different;
   for (std::int64_t layer = 0; layer < different; ++layer)
     for (const TensorShape& tensor : layer_tensors(config, layer))
-      parameters += static_cast<double>(config.layers / different) * static_cast<double>(tensor.elements());
+      parameters += static_cast<double>(alike) * static_cast<double>(tensor.elements());
   if (parameters > 1e17)
     throw InputError(fmt::format("{}: its sizes make {:.2g} parameters, more than any model has", file, parameters));
 }

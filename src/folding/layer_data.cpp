@@ -9,7 +9,6 @@
 namespace headfold::folding {
 
 using checkpoint::Family;
-using checkpoint::KvLayout;
 using checkpoint::ModelConfig;
 
 namespace {
