@@ -53,7 +53,7 @@ const GroupGrams::Gram& GroupGrams::keys(const std::vector<std::int64_t>& kv_hea
       found.keys = {other(all.gram, even.gram), other(all.mean, even.mean)};
       return;
     }
-    const at::Tensor rows = group_of(weights_, kv_heads, Part::keys, false).key;
+    at::Tensor rows = group_of(weights_, kv_heads, Part::keys, false).key;
     found.keys = {gram_of(kv_heads, key_moments_, [&] { return rows; }), at::mv(rows, mean_)};
   });
   return found.keys;
