@@ -153,7 +153,7 @@ TEST_P(Compare, gives_the_figures_of_written_checkpoints_at_every_rank_count) {
                                     run / "compared-1",
                                     "--dry-run"};
   const std::string listed = step(1, again);
-  EXPECT_THAT(listed, HasSubstr("lorc@mean-weight=0.5 = latent:weights/svd:weights@mean-weight=0.5"));
+  EXPECT_THAT(listed, HasSubstr("lorc@mean-weight=0.5 = latent:weights/svd:weights@latent-groups=1@mean-weight=0.5"));
   EXPECT_THAT(listed, testing::Not(HasSubstr("@refit")));  // no text for it
   EXPECT_EQ(read_json(run / "compared-1" / "compare.json")["plans"].size(), 5U);
   again.erase(again.end() - 1);

@@ -125,7 +125,9 @@ class AdapterTest : public testing::Test {
     write_by_hand("changed");
     change();
     write(folder_ / "changed");
-    return message_of([&] { read_adapter(folder_ / "changed", reader_.config()); });
+    const std::string message = message_of([&] { read_adapter(folder_ / "changed", reader_.config()); });
+    world().barrier("read");  // before the folder is written anew
+    return message;
   }
 
   const ScratchFolder folder_;
