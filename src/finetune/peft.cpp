@@ -21,11 +21,16 @@ std::string last_name(const std::string& module) {
   return module.substr(module.rfind('.') + 1);
 }
 
-/// Every projection of a model by its full name, with its shape [out, in].
-std::map<std::string, std::vector<std::int64_t>> projections(const ModelConfig& config) {
+/// Last names of all modules that can be adapted.
+std::vector<std::string> every_target(const ModelConfig& config) {
   LoraOptions all;
   all.targets = {"q", "k", "v", "o", "gate", "up", "down"};
-  const std::vector<std::string> names = target_modules(all, config);
+  return target_modules(all, config);
+}
+
+/// Every projection of a model by its full name, with its shape [out, in].
+std::map<std::string, std::vector<std::int64_t>> projections(const ModelConfig& config) {
+  const std::vector<std::string> names = every_target(config);
   std::map<std::string, std::vector<std::int64_t>> found;
   for (std::int64_t layer = 0; layer < config.layers; ++layer)
     for (const checkpoint::TensorShape& tensor : checkpoint::layer_tensors(config, layer)) {
@@ -79,11 +84,7 @@ std::vector<std::string> targets_of(const Json& json, const std::string& file, c
                                     const std::map<std::string, std::vector<std::int64_t>>& known) {
   const auto found = json.find("target_modules");
   if (found != json.end() && found->is_string()) {
-    if (*found == "all-linear") {
-      LoraOptions all;
-      all.targets = {"q", "k", "v", "o", "gate", "up", "down"};
-      return target_modules(all, base);
-    }
+    if (*found == "all-linear") return every_target(base);
     throw InputError(fmt::format("{}: \"target_modules\" is the pattern {}", file, found->dump().substr(0, 80)),
                      "give a list of module names");
   }

@@ -221,10 +221,7 @@ struct TrainableModel::State {
       project_logits(normed, table, logits);
       const LossSums part = loss_of_rows(logits, flat.index_select(0, index), teacher_rows(teacher, begin, end), loss,
                                          scale, gradient != nullptr);
-      sums.cross_entropy += part.cross_entropy;
-      sums.divergence += part.divergence;
-      sums.tokens += part.tokens;
-      sums.agreements += part.agreements;
+      sums += part;
       if (gradient == nullptr) continue;
       const at::Tensor dlogits = logits.to(dtype);
       const model::Matrix d{dlogits.data_ptr(), end - begin, config.vocab, config.vocab};

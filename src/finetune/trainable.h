@@ -55,6 +55,13 @@ struct LossSums {
   double cross_entropy = 0, divergence = 0;
   std::int64_t tokens = 0, agreements = 0;        ///< agreements: student's first choice is the target
   double loss(const LossOptions& options) const;  ///< mean; 0 without tokens
+  LossSums& operator+=(const LossSums& other) {
+    cross_entropy += other.cross_entropy;
+    divergence += other.divergence;
+    tokens += other.tokens;
+    agreements += other.agreements;
+    return *this;
+  }
 };
 
 class TrainableModel {

@@ -26,11 +26,6 @@ std::size_t ix(std::int64_t i) {
   return static_cast<std::size_t>(i);
 }
 
-/// A file's data are on disk before the folder that holds it gets its final name.
-void write_tensors(const fs::path& path, const std::map<std::string, at::Tensor>& tensors) {
-  checkpoint::write_safetensors(path, tensors);
-}
-
 std::map<std::string, at::Tensor> read_tensors(const fs::path& path) {
   const checkpoint::SafetensorsFile file(path);
   std::map<std::string, at::Tensor> tensors;
@@ -121,11 +116,6 @@ struct Trainer::State {
   Clock::time_point started, counted, reported;
   std::int64_t first_step = 0;
 
-  /// One pass over this rank's share of the batch of step `step`. What all ranks must agree on comes back summed.
-  struct StepSums {
-    double cross_entropy = 0, divergence = 0, tokens = 0, agreements = 0, stop = 0;
-  };
-
   fs::path step_folder(std::int64_t step) const { return checkpoints / fmt::format("step-{}", step); }
   fs::path best_folder(std::int64_t step) const { return checkpoints / fmt::format("best-{}", step); }
 
@@ -153,10 +143,7 @@ struct Trainer::State {
       if (!std::isfinite(part.cross_entropy) || !std::isfinite(part.divergence))
         for (const std::int64_t sequence : sequences)
           broken += fmt::format("{}{}", broken.empty() ? "" : ", ", sequence);
-      sums.cross_entropy += part.cross_entropy;
-      sums.divergence += part.divergence;
-      sums.tokens += part.tokens;
-      sums.agreements += part.agreements;
+      sums += part;
     }
     optimizer.finish_gradients();
     return sums;
@@ -210,10 +197,7 @@ struct Trainer::State {
       const Batch batch = validation->batch(sequences);
       TeacherView view;
       if (validation_teacher != nullptr) view = validation_teacher->view(batch, sequences);
-      const LossSums part = model.evaluate(batch, validation_teacher != nullptr ? &view : nullptr, plain);
-      own.cross_entropy += part.cross_entropy;
-      own.divergence += part.divergence;
-      own.tokens += part.tokens;
+      own += model.evaluate(batch, validation_teacher != nullptr ? &view : nullptr, plain);
     }
     const LossSums all = summed(own);
     const double loss = all.cross_entropy / static_cast<double>(std::max<std::int64_t>(all.tokens, 1));
@@ -281,7 +265,7 @@ struct Trainer::State {
 
   void save_best() {
     save_folder(best_folder(now.best_step), [&](const fs::path& folder) {
-      write_tensors(folder / "parameters.safetensors", optimizer.values());
+      checkpoint::write_safetensors(folder / "parameters.safetensors", optimizer.values());
       write_json(folder / "state.json", state_json());
     });
   }
@@ -294,9 +278,9 @@ struct Trainer::State {
     counted = Clock::now();
     world.on_root([&] {
       save_folder(step_folder(now.step), [&](const fs::path& folder) {
-        write_tensors(folder / "parameters.safetensors", snapshot.values);
-        write_tensors(folder / "moments-first.safetensors", snapshot.first);
-        write_tensors(folder / "moments-second.safetensors", snapshot.second);
+        checkpoint::write_safetensors(folder / "parameters.safetensors", snapshot.values);
+        checkpoint::write_safetensors(folder / "moments-first.safetensors", snapshot.first);
+        checkpoint::write_safetensors(folder / "moments-second.safetensors", snapshot.second);
         write_json(folder / "state.json", state_json());
       });
       // Two latest, and every best that one of them speaks of.
