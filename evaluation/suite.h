@@ -7,10 +7,9 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
-#include <map>
-#include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace headfold::evaluation {
@@ -28,8 +27,9 @@ struct Metric {
 struct Sample {
   std::int64_t document = 0;  ///< index into BenchmarkTask::documents
   std::string filter = "none";
-  std::vector<std::string> filtered;      ///< filtered_resps, one per request of the document
-  std::map<std::string, double> metrics;  ///< metric name -> value of this document
+  std::vector<std::string> filtered;  ///< filtered_resps of generation tasks, one per request; empty for others, where
+                                      ///< the harness repeats the answers
+  std::vector<std::pair<std::string, double>> metrics;  ///< name and value for this document, in the harness's order
 };
 
 struct Scored {
@@ -57,7 +57,9 @@ struct BenchmarkTask {
   std::vector<BenchmarkDocument> documents;
   std::vector<Request> requests;  ///< by document, then by index
   std::vector<std::filesystem::path> files;
-  OrderedJson config;  ///< the harness's configs[task]
+  OrderedJson config;              ///< the harness's configs[task]; "generation_kwargs" for generation tasks
+  std::vector<std::string> notes;  ///< why numbers may differ from the harness's (fewer documents than published, …)
+  /// Metrics and samples from the answers to `requests`, in their order. InternalError when their number differs.
   std::function<Scored(const BenchmarkTask&, const std::vector<Answer>&)> score;
 };
 
