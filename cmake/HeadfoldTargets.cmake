@@ -1,5 +1,6 @@
 # headfold_library(NAME SOURCES ... LINK ...): one static library per folder, `headfold_NAME` (alias headfold::NAME).
 # Public headers are included as <headfold/NAME/header.h>; a symbolic link in the build folder maps that to src/NAME.
+# SHARES_FOLDER: a second library of a folder whose headers another one brings.
 
 set(HEADFOLD_INCLUDE_ROOT "${PROJECT_BINARY_DIR}/include")
 file(MAKE_DIRECTORY "${HEADFOLD_INCLUDE_ROOT}/headfold")
@@ -39,7 +40,7 @@ function(headfold_compile_settings target)
 endfunction()
 
 function(headfold_library name)
-  cmake_parse_arguments(arg "" "" "SOURCES;LINK;PRIVATE_LINK" ${ARGN})
+  cmake_parse_arguments(arg "SHARES_FOLDER" "" "SOURCES;LINK;PRIVATE_LINK" ${ARGN})
   add_library(headfold_${name} STATIC ${arg_SOURCES})
   add_library(headfold::${name} ALIAS headfold_${name})
   set_target_properties(headfold_${name} PROPERTIES EXPORT_NAME ${name})
@@ -51,5 +52,7 @@ function(headfold_library name)
                                          PRIVATE ${arg_PRIVATE_LINK})
   headfold_compile_settings(headfold_${name})
   set_property(GLOBAL APPEND PROPERTY HEADFOLD_LIBRARIES headfold_${name})
-  set_property(GLOBAL APPEND PROPERTY HEADFOLD_LIBRARY_FOLDERS "${CMAKE_CURRENT_SOURCE_DIR}|${name}")
+  if(NOT arg_SHARES_FOLDER)
+    set_property(GLOBAL APPEND PROPERTY HEADFOLD_LIBRARY_FOLDERS "${CMAKE_CURRENT_SOURCE_DIR}|${name}")
+  endif()
 endfunction()
