@@ -5,19 +5,20 @@
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
 #include <headfold/base/progress.h>
+#include <headfold/base/stop.h>
 #include <headfold/base/table.h>
 #include <headfold/base/version.h>
 #include <headfold/calibration/text.h>
+#include <headfold/device/device.h>
 #include <headfold/evaluation/tasks.h>
 #include <headfold/finetune/lora.h>
 #include <headfold/finetune/teacher.h>
 #include <headfold/finetune/trainer.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
-#include <csignal>
+#include <fstream>
 #include <iostream>
 #include <sstream>
 
@@ -27,12 +28,6 @@ namespace headfold::jobs {
 namespace {
 
 constexpr const char* kFormat = "headfold-finetune";
-
-std::atomic<bool> stop_requested{false};
-static_assert(std::atomic<bool>::is_always_lock_free);
-void request_stop(int) {
-  stop_requested.store(true);
-}
 
 struct Settings {
   fs::path model, teacher, cache, out;
@@ -300,8 +295,41 @@ void clear_other(const Settings& s, const OrderedJson& identity) {
   for (const char* name : {"checkpoints", "adapter", "merged", "train.jsonl"}) fs::remove_all(s.out / name);
 }
 
-std::string plan_text(const Context& context, const Settings& s, const checkpoint::ModelConfig& config,
-                      const checkpoint::ModelConfig* teacher, double budget) {
+finetune::MemoryEstimate estimate_of(const Context& context, const Settings& s, const checkpoint::ModelConfig& config,
+                                     const checkpoint::ModelConfig* teacher, std::int64_t process) {
+  const std::int64_t ranks = context.world.size();
+  const bool live = teacher != nullptr && s.cache.empty();
+  finetune::MemoryEstimate memory =
+      finetune::memory_of(config, s.lora, s.dtype, s.train.micro_batch, s.data.length, !s.keep_activations, ranks,
+                          s.train.shard_optimizer, live ? teacher : nullptr);
+  memory.process = process;
+  return memory;
+}
+
+/// Rows of the table, and of finetune.json.
+std::vector<std::pair<const char*, std::int64_t>> components_of(const finetune::MemoryEstimate& memory) {
+  return {{"process", memory.process},     {"data", memory.data},
+          {"weights", memory.weights},     {"adapter", memory.adapter},
+          {"gradients", memory.gradients}, {"optimizer", memory.optimizer},
+          {"messages", memory.messages},   {"activations", memory.activations},
+          {"logits", memory.logits},       {"teacher", memory.teacher},
+          {"total", memory.total()}};
+}
+
+std::string memory_text(const finetune::MemoryEstimate& memory, double budget) {
+  Table table({"memory per rank", "bytes", ""});
+  for (const auto& [name, bytes] : components_of(memory))
+    table.add({name, fmt::format("{}", bytes), human_bytes(static_cast<double>(bytes))});
+  std::string text = table.text() + fmt::format("memory      {} available to each rank\n", human_bytes(budget));
+  if (static_cast<double>(memory.total()) > budget)
+    spdlog::warn(
+        "a rank may need {}, but only {} are available to it: it may be killed; smaller --micro-batch or --seq-len, "
+        "--dtype bfloat16 and --cache-teacher need less",
+        human_bytes(static_cast<double>(memory.total())), human_bytes(budget));
+  return text;
+}
+
+std::string plan_text(const Context& context, const Settings& s, const checkpoint::ModelConfig& config) {
   const std::int64_t ranks = context.world.size();
   std::string text =
       fmt::format("model       {} ({}, {} layers, hidden {}, {} heads, {} KV heads, layout {}), {}\n", s.model.string(),
@@ -317,34 +345,11 @@ std::string plan_text(const Context& context, const Settings& s, const checkpoin
   }
   text += fmt::format("batch       {} sequences of {} tokens per step, {} at a time on each of {} rank(s)\n",
                       s.train.batch, s.data.length, s.train.micro_batch, ranks);
-  const bool live = teacher != nullptr && s.cache.empty();
   if (s.distills())
     text +=
         fmt::format("teacher     {}, weight {:g}, temperature {:g}\n",
                     s.cache.empty() ? s.teacher.string() : s.cache.string() + " (most probable tokens from the file)",
                     s.train.loss.distill_weight, s.train.loss.temperature);
-  const finetune::MemoryEstimate memory =
-      finetune::memory_of(config, s.lora, s.dtype, s.train.micro_batch, s.data.length, !s.keep_activations,
-                          s.train.shard_optimizer ? ranks : 1, live ? teacher : nullptr);
-  Table table({"memory per rank", "bytes", ""});
-  const auto row = [&](const char* name, std::int64_t bytes) {
-    table.add({name, fmt::format("{}", bytes), human_bytes(static_cast<double>(bytes))});
-  };
-  row("weights", memory.weights);
-  row("adapter", memory.adapter);
-  row("gradients", memory.gradients);
-  row("optimizer", memory.optimizer);
-  row("activations", memory.activations);
-  row("logits", memory.logits);
-  row("teacher", memory.teacher);
-  row("total", memory.total());
-  text += table.text();
-  text += fmt::format("memory      {} available to each rank\n", human_bytes(budget));
-  if (static_cast<double>(memory.total()) > budget)
-    spdlog::warn(
-        "a rank may need {}, but only {} are available to it: it may be killed; smaller --micro-batch or --seq-len, "
-        "--dtype bfloat16 and --cache-teacher need less",
-        human_bytes(static_cast<double>(memory.total())), human_bytes(budget));
   return text;
 }
 
@@ -372,7 +377,7 @@ void settle_steps(Settings& s, const finetune::Dataset& data) {
 }
 
 OrderedJson results_of(const finetune::TrainState& state, std::int64_t chosen, const finetune::Dataset& data,
-                       const Settings& s, bool validated) {
+                       const Settings& s, bool validated, const finetune::Teacher* validation_teacher) {
   OrderedJson json;
   json["steps"] = state.step;
   json["chosen_step"] = chosen;
@@ -386,37 +391,60 @@ OrderedJson results_of(const finetune::TrainState& state, std::int64_t chosen, c
     json["validation_perplexity_before"] = std::exp(state.first_validation);
     json["validation_perplexity_best"] = std::exp(state.best_loss);
     json["validation_perplexity_last"] = std::exp(state.last_validation);
-    if (state.first_divergence > 0) {
+    if (validation_teacher != nullptr) {
       json["validation_kl_before"] = state.first_divergence;
       json["validation_kl_last"] = state.last_divergence;
+      // Over so many tokens per position and the rest as one class: a lower bound of the whole divergence.
+      if (validation_teacher->width() > 0) json["validation_kl_top"] = validation_teacher->width();
     }
   }
   return json;
 }
 
-/// The teacher's file, made where it is absent.
-std::unique_ptr<finetune::Teacher> cached_teacher(const Context& context, const Settings& s,
-                                                  const finetune::Dataset& data, std::int64_t vocab,
-                                                  const std::string& fingerprint) {
-  std::int64_t present = 0;
-  context.world.on_root([&] { present = fs::exists(s.cache) ? 1 : 0; });
-  context.world.broadcast(std::as_writable_bytes(std::span(&present, 1)));
-  if (present == 0) {
-    if (s.teacher.empty())
-      throw IoError(s.cache.string(), "there is no such file", "name the model that can fill it with --teacher");
+/// The teacher's files for training and (with `validation`) validation text, made where they are absent.
+struct CachedTeachers {
+  std::unique_ptr<finetune::Teacher> training, validation;
+};
+CachedTeachers cached_teachers(const Context& context, const Settings& s, const finetune::Dataset& data,
+                               const finetune::Dataset* validation, std::int64_t vocab,
+                               const std::string& fingerprint) {
+  const comm::Communicator& world = context.world;
+  const fs::path beside = finetune::validation_cache(s.cache);
+  std::array<std::int64_t, 2> present = {0, 0};
+  world.on_root([&] { present = {fs::exists(s.cache) ? 1 : 0, fs::exists(beside) ? 1 : 0}; });
+  world.broadcast(std::as_writable_bytes(std::span(present)));
+  if (present[0] == 0 && s.teacher.empty())
+    throw IoError(s.cache.string(), "there is no such file", "name the model that can fill it with --teacher");
+  if (validation != nullptr && present[1] == 0 && s.teacher.empty()) {
+    if (world.root())
+      spdlog::warn("{} does not exist: validation will not tell the divergence from the teacher; --teacher makes it",
+                   beside.string());
+    validation = nullptr;
+  }
+  if (present[0] == 0 || (validation != nullptr && present[1] == 0)) {
     const checkpoint::Reader reader(s.teacher);
     const finetune::LiveTeacher teacher(reader, s.dtype);
-    Progress progress("teacher", "sequences", static_cast<double>(data.sequences()), context.world.root());
-    if (context.world.root())
-      spdlog::info("writing {}: {}", s.cache.string(),
-                   human_bytes(static_cast<double>(finetune::teacher_cache_bytes(data, s.teacher_top))));
-    finetune::write_teacher_cache(context.world, s.cache, teacher, fingerprint, data, s.teacher_top,
-                                  s.train.micro_batch, [&](double done) { progress.advance(done); });
+    const auto write = [&](const fs::path& file, const finetune::Dataset& text, std::int64_t width) {
+      Progress progress("teacher", "sequences", static_cast<double>(text.sequences()), world.root());
+      if (world.root())
+        spdlog::info("writing {}: {}", file.string(),
+                     human_bytes(static_cast<double>(finetune::teacher_cache_bytes(text, width))));
+      finetune::write_teacher_cache(world, file, teacher, fingerprint, text, width, s.train.micro_batch,
+                                    [&](double done) { progress.advance(done); });
+    };
+    if (present[0] == 0) write(s.cache, data, s.teacher_top);
+    if (validation != nullptr && present[1] == 0) write(beside, *validation, s.teacher_top);
   }
+  device::release_freed_memory();
+  CachedTeachers teachers;
   auto cached = std::make_unique<finetune::CachedTeacher>(s.cache, data, vocab, fingerprint);
-  if (context.world.root())
+  const std::string speaker = cached->teacher();
+  if (world.root())
     spdlog::info("the teacher speaks from {}: {} tokens per position", s.cache.string(), cached->width());
-  return cached;
+  teachers.training = std::move(cached);
+  if (validation != nullptr)
+    teachers.validation = std::make_unique<finetune::CachedTeacher>(beside, *validation, vocab, speaker);
+  return teachers;
 }
 
 }  // namespace
@@ -425,8 +453,7 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   const po::variables_map values = parse(
       context, "finetune", "headfold finetune --model DIR --data FILE... --out DIR [options]", options(), arguments);
   // From here on a signal ends the job in good order: after the step at hand, with everything saved.
-  std::signal(SIGTERM, request_stop);
-  std::signal(SIGUSR1, request_stop);
+  listen_for_stop();
   const comm::Communicator& world = context.world;
   const checkpoint::ModelConfig config = checkpoint::read_config(values["model"].as<std::string>());
   Settings s = read_settings(values, config);
@@ -437,18 +464,27 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   if (!s.lora.full) finetune::target_modules(s.lora, config);  // refuses wrong names before anything is read
   std::optional<checkpoint::ModelConfig> teacher_config;
   if (!s.teacher.empty()) teacher_config = checkpoint::read_config(s.teacher);
+  finetune::MemoryEstimate memory = estimate_of(context, s, config, teacher_config ? &*teacher_config : nullptr,
+                                                world.all_reduce(finetune::process_bytes(), comm::Reduce::max));
+  // What is free now is free beside what the process holds already.
   const double budget =
+      static_cast<double>(memory.process) +
       world.all_reduce(static_cast<double>(available_memory_bytes()) / world.split_by_host().size(), comm::Reduce::min);
+  if (world.root()) std::cout << plan_text(context, s, config);
   if (s.dry_run) {
-    if (world.root()) std::cout << plan_text(context, s, config, teacher_config ? &*teacher_config : nullptr, budget);
+    std::optional<finetune::Dataset> data;
     if (!s.data.files.empty()) {
-      const finetune::Dataset data = finetune::read_dataset(world, s.model, config.vocab, s.data);
-      settle_steps(s, data);
+      data = finetune::read_dataset(world, s.model, config.vocab, s.data);
+      memory.data = data->bytes();
+      settle_steps(s, *data);
+    }
+    if (world.root()) std::cout << memory_text(memory, budget);
+    if (data) {
       if (world.root())
-        std::cout << data_text(data, "data")
+        std::cout << data_text(*data, "data")
                   << fmt::format("steps       {} ({:.2f} epochs), {} of warm-up\n", s.train.schedule.steps,
                                  static_cast<double>(s.train.schedule.steps * s.train.batch) /
-                                     static_cast<double>(data.sequences()),
+                                     static_cast<double>(data->sequences()),
                                  s.train.schedule.warm_up);
     }
     if (world.root()) std::cout << "dry run: no weights were loaded, nothing was written\n";
@@ -486,7 +522,6 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   if (known[1] == 1)
     throw Stopped(fmt::format("{} exists: nothing is trained before it is removed", (s.out / "STOP").string()));
   const auto start = std::chrono::steady_clock::now();
-  if (world.root()) std::cout << plan_text(context, s, config, teacher_config ? &*teacher_config : nullptr, budget);
   const finetune::Dataset data = finetune::read_dataset(world, s.model, config.vocab, s.data);
   std::optional<finetune::Dataset> validation;
   if (!s.validation.empty()) {
@@ -499,9 +534,12 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
     validation = finetune::read_dataset(world, s.model, config.vocab, held_out);
   }
   settle_steps(s, data);
+  memory.data = data.bytes() + (validation ? validation->bytes() : 0);
+  // Text and its tokens' making are gone; what they took must not stay beside the model.
+  device::release_freed_memory();
   const std::int64_t blocks = (s.train.batch + s.train.micro_batch - 1) / s.train.micro_batch;
   if (world.root()) {
-    std::cout << data_text(data, "data");
+    std::cout << memory_text(memory, budget) << data_text(data, "data");
     if (validation) std::cout << data_text(*validation, "validation");
     std::cout << fmt::format("steps       {} ({:.2f} epochs), {} of warm-up, learning rate {:g}, {}\n",
                              s.train.schedule.steps,
@@ -519,7 +557,12 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   if (teacher_config) {
     world.on_root([&] {
       std::string sample;
-      for (const fs::path& file : s.data.files) sample += read_file(file).substr(0, std::size_t{1} << 16);
+      for (const fs::path& file : s.data.files) {
+        std::string part(std::size_t{1} << 16, '\0');
+        std::ifstream stream(file, std::ios::binary);
+        stream.read(part.data(), static_cast<std::streamsize>(part.size()));
+        sample += part.substr(0, static_cast<std::size_t>(stream.gcount()));
+      }
       while (!sample.empty() && (static_cast<unsigned char>(sample.back()) & 0xC0U) == 0x80U) sample.pop_back();
       if (!sample.empty() && (static_cast<unsigned char>(sample.back()) & 0x80U) != 0) sample.pop_back();
       finetune::check_teacher(s.model, config, s.teacher, *teacher_config, sample);
@@ -527,11 +570,16 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   }
   // Before the first write: the model must load.
   std::optional<checkpoint::Reader> teacher_reader;
-  std::unique_ptr<finetune::Teacher> teacher;
-  if (s.distills() && !s.cache.empty()) teacher = cached_teacher(context, s, data, config.vocab, teacher_hash);
-  finetune::TrainableModel model(reader, s.lora, s.dtype);
-  model.set_activation_checkpointing(!s.keep_activations);
-  const finetune::Teacher* validation_teacher = nullptr;
+  std::unique_ptr<finetune::Teacher> teacher, own_validation_teacher;
+  if (s.distills() && !s.cache.empty()) {
+    CachedTeachers cached =
+        cached_teachers(context, s, data, validation ? &*validation : nullptr, config.vocab, teacher_hash);
+    teacher = std::move(cached.training);
+    own_validation_teacher = std::move(cached.validation);
+  }
+  auto model = std::make_unique<finetune::TrainableModel>(reader, s.lora, s.dtype);
+  model->set_activation_checkpointing(!s.keep_activations);
+  const finetune::Teacher* validation_teacher = own_validation_teacher.get();
   if (s.distills() && s.cache.empty()) {
     teacher_reader.emplace(s.teacher);
     teacher = std::make_unique<finetune::LiveTeacher>(*teacher_reader, s.dtype);
@@ -577,23 +625,32 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   });
 
   s.train.identity = identity.dump();
-  finetune::Trainer trainer(world, model, data, validation ? &*validation : nullptr, teacher.get(), validation_teacher,
-                            s.train);
-  trainer.resume();
-  const finetune::TrainState state = trainer.run([] { return stop_requested.load(); });
-  const std::int64_t chosen = trainer.take_best();
+  auto trainer = std::make_unique<finetune::Trainer>(world, *model, data, validation ? &*validation : nullptr,
+                                                     teacher.get(), validation_teacher, s.train);
+  device::release_freed_memory();
+  trainer->resume();
+  const finetune::TrainState state = trainer->run([] { return stop_requested(); });
+  const std::int64_t chosen = trainer->take_best();
+  const auto peak = world.all_reduce(static_cast<std::int64_t>(peak_resident_bytes()), comm::Reduce::max);
 
-  // Results.
+  record["results"] = results_of(state, chosen, data, s, validation.has_value(), validation_teacher);
+
+  // Files. What training alone needs goes first: merging has tensors of its own.
+  trainer.reset();
+  teacher.reset();
+  for (finetune::Parameter& parameter : model->parameters()) parameter.gradient.reset();
   if (s.lora.full) {
     const OrderedJson how = {{"training", "all weights"}, {"steps", chosen}, {"data_hash", data_hash}};
     finetune::write_merged(
-        world, reader, [&](const std::string& name) { return model.merged(name); }, how, s.out / "merged",
+        world, reader, [&](const std::string& name) { return model->merged(name); }, how, s.out / "merged",
         static_cast<std::int64_t>(s.max_shard_bytes));
   } else {
     finetune::Adapter adapter;
     adapter.options = s.lora;
     adapter.base = s.model.string();
-    for (const finetune::Parameter& parameter : model.parameters()) adapter.tensors[parameter.name] = parameter.value;
+    for (const finetune::Parameter& parameter : model->parameters()) adapter.tensors[parameter.name] = parameter.value;
+    model.reset();
+    device::release_freed_memory();
     world.on_root(
         [&] { finetune::write_adapter(s.out / "adapter", adapter, finetune::target_modules(s.lora, config)); });
     if (s.merge)
@@ -603,12 +660,18 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
                                std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   record["finished"] = true;
   record["record"] = own;
-  record["results"] = results_of(state, chosen, data, s, validation.has_value());
+  for (const auto& [name, bytes] : components_of(memory)) record["memory"]["estimated"][name] = bytes;
+  record["memory"]["measured_peak_training"] = peak;
+  record["memory"]["measured_peak"] = own["peak_resident_bytes"];
   world.on_root([&] {
     write_json(s.out / "finetune.json", record);
     if (validation)
       std::cout << fmt::format("validation perplexity {:.4f} -> {:.4f} at step {}\n", std::exp(state.first_validation),
                                std::exp(state.best_loss), chosen);
+    std::cout << fmt::format("memory per rank: estimated {}, measured peak {} ({} in training)\n",
+                             human_bytes(static_cast<double>(memory.total())),
+                             human_bytes(own["peak_resident_bytes"].get<double>()),
+                             human_bytes(static_cast<double>(peak)));
     std::cout << fmt::format("{}: {} steps, {} tokens, {:.0f} tokens/s\nnext: {}\n",
                              (s.out / (s.lora.full ? "merged" : "adapter")).string(), state.step, state.tokens,
                              static_cast<double>(state.tokens) / std::max(state.seconds, 1e-9), next);

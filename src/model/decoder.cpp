@@ -138,6 +138,8 @@ class DecoderLayer final : public Layer {
   }
 
   at::Tensor forward(const at::Tensor& hidden, LayerCache* cache, LayerObserver* observer) const override;
+  at::Tensor forward_packed(const at::Tensor& hidden, const std::vector<Segment>& segments,
+                            LayerCache* cache) const override;
 
   std::int64_t bytes() const override {
     std::int64_t sum = 0;
@@ -170,6 +172,10 @@ class DecoderLayer final : public Layer {
                           const RopeTable& table) const;
   void attend_latents(Attention attention, const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
                       const RopeTable* table, const at::Tensor& attended, const Observed& observed) const;
+  at::Tensor project_inputs(const at::Tensor& x) const;
+  void attend_rows(const at::Tensor& qkv, std::int64_t first, std::int64_t tokens, const at::Tensor& keys,
+                   const at::Tensor& values, const Observed& observed, const at::Tensor& attended) const;
+  void check_cache(const LayerCache& cache, std::int64_t batch) const;
   void attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens,
                         LayerCache* cache, const Observed& observed, const at::Tensor& out) const;
   void feed_forward(const at::Tensor& x, const at::Tensor& observed_inner, const at::Tensor& out) const;
@@ -441,40 +447,35 @@ void DecoderLayer::attend_latents(Attention attention, const at::Tensor& queries
   }
 }
 
-/// Attention of sequences first .. first + count: `out` [count * tokens, hidden] += output projection.
-void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens,
-                                    LayerCache* cache, const Observed& observed, const at::Tensor& out) const {
+/// Queries, keys and values of rows of x, side by side; valid until the next call on this thread.
+at::Tensor DecoderLayer::project_inputs(const at::Tensor& x) const {
+  const std::int64_t columns = config_.heads * query_width_ + key_rows() + shape_.kv_heads * shape_.value_width;
+  at::Tensor qkv = scratch(slot_qkv, {x.size(0), columns}, dtype_);
+  qkv_->apply(x, qkv);
+  return qkv;
+}
+
+/// Attention of sequences of `tokens` rows each, whose projections are `qkv` [sequences * tokens, columns]. Keys and
+/// values [sequences, kv_heads, start + tokens, width] hold every earlier token and receive the new ones. `attended`
+/// [sequences * tokens, heads * attended_width]. The sequences are first, first + 1, ... of what `observed` holds.
+void DecoderLayer::attend_rows(const at::Tensor& qkv, std::int64_t first, std::int64_t tokens, const at::Tensor& keys,
+                               const at::Tensor& values, const Observed& observed, const at::Tensor& attended) const {
   const at::Tensor& observed_keys = observed.rotated_keys;
   const std::int64_t d = config_.head_dim;
   const std::int64_t heads = config_.heads;
   const std::int64_t kv_heads = shape_.kv_heads;
   const std::int64_t source_heads = source_heads_;
-  const std::int64_t start = cache != nullptr ? cache->length : 0;
-  const std::int64_t rows = count * tokens;
+  const std::int64_t count = keys.size(0);
+  const std::int64_t start = keys.size(2) - tokens;
   const bool projected = config_.layout == KvLayout::projected;
   const bool latent = config_.layout == KvLayout::latent;
   const std::shared_ptr<const RopeTable> table =
       inverse_frequencies_.defined() ? rope_table(inverse_frequencies_, dtype_, start + tokens) : nullptr;
-
   const std::int64_t key_column = heads * query_width_;
   const std::int64_t value_column = key_column + key_rows();
-  const at::Tensor qkv = scratch(slot_qkv, {rows, value_column + kv_heads * shape_.value_width}, dtype_);
-  qkv_->apply(x, qkv);
 
-  // All as [sequences, heads, tokens, channels]; keys and values with every earlier token in front.
+  // All as [sequences, heads, tokens, channels].
   at::Tensor queries = scratch(slot_queries, {count, heads, tokens, query_width_}, dtype_);
-  at::Tensor keys, values;
-  if (cache != nullptr) {
-    keys = cache->keys.slice(0, first, first + count).slice(1, 0, start + tokens).transpose(1, 2);
-    values = cache->values.slice(0, first, first + count).slice(1, 0, start + tokens).transpose(1, 2);
-  } else {
-    // Rotated keys that an observer wants stand as [sequences, tokens, heads, head_dim]; attention can use them where
-    // they are.
-    keys = observed_keys.defined() && !projected && !latent
-               ? observed_keys.slice(0, first, first + count).transpose(1, 2)
-               : scratch(slot_keys, {count, kv_heads, tokens, shape_.key_width}, dtype_);
-    values = scratch(slot_values, {count, kv_heads, tokens, shape_.value_width}, dtype_);
-  }
   const at::Tensor new_keys = keys.slice(2, start, start + tokens);
   std::vector<HeadMove> moves = {{0, queries, table.get()},
                                  {value_column, values.slice(2, start, start + tokens), nullptr}};
@@ -488,8 +489,10 @@ void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std
   }
   move_heads(qkv, tokens, start, moves);
   const bool keys_as_cached = !projected && !(latent && table != nullptr);
-  if (observed_keys.defined() && keys_as_cached && (cache != nullptr || latent))
-    observed_keys.slice(0, first, first + count).copy_(new_keys.transpose(1, 2));
+  if (observed_keys.defined() && keys_as_cached) {
+    const at::Tensor seen = observed_keys.slice(0, first, first + count);
+    if (seen.data_ptr() != new_keys.data_ptr()) seen.copy_(new_keys.transpose(1, 2));  // else they were made there
+  }
 
   if (projected) {
     const std::int64_t members = source_heads / kv_heads;
@@ -514,7 +517,6 @@ void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std
     queries = folded;
   }
 
-  const at::Tensor attended = scratch(slot_attention, {rows, heads * attended_width_}, dtype_);
   Attention attention;
   attention.dtype = dtype_;
   attention.head_end = heads;
@@ -550,6 +552,27 @@ void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std
   if (keys_as_cached || projected) keep(observed.keys, keys.transpose(1, 2));
   keep(observed.values, values.transpose(1, 2));
   keep(observed.attended, attended.view({count, tokens, heads * attended_width_}));
+}
+
+/// Attention of sequences first .. first + count: `out` [count * tokens, hidden] += output projection.
+void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens,
+                                    LayerCache* cache, const Observed& observed, const at::Tensor& out) const {
+  const std::int64_t end = (cache != nullptr ? cache->length : 0) + tokens;
+  const at::Tensor qkv = project_inputs(x);
+  at::Tensor keys, values;
+  if (cache != nullptr) {
+    keys = cache->keys.slice(0, first, first + count).slice(1, 0, end).transpose(1, 2);
+    values = cache->values.slice(0, first, first + count).slice(1, 0, end).transpose(1, 2);
+  } else {
+    // Rotated keys that an observer wants stand as [sequences, tokens, heads, head_dim]; attention can use them where
+    // they are.
+    keys = observed.rotated_keys.defined() && config_.layout == KvLayout::gqa
+               ? observed.rotated_keys.slice(0, first, first + count).transpose(1, 2)
+               : scratch(slot_keys, {count, shape_.kv_heads, tokens, shape_.key_width}, dtype_);
+    values = scratch(slot_values, {count, shape_.kv_heads, tokens, shape_.value_width}, dtype_);
+  }
+  const at::Tensor attended = scratch(slot_attention, {count * tokens, config_.heads * attended_width_}, dtype_);
+  attend_rows(qkv, first, tokens, keys, values, observed, attended);
   output_->apply(attended, out, /*accumulate=*/true);
 }
 
@@ -580,6 +603,17 @@ void DecoderLayer::feed_forward(const at::Tensor& x, const at::Tensor& observed_
   }
 }
 
+/// InternalError unless keys and values are [batch, capacity, kv_heads, width] of the compute dtype.
+void DecoderLayer::check_cache(const LayerCache& cache, std::int64_t batch) const {
+  for (const auto& [tensor, width] :
+       {std::pair(&cache.keys, shape_.key_width), std::pair(&cache.values, shape_.value_width)})
+    if (!tensor->defined() || tensor->dim() != 4 || tensor->size(0) != batch || tensor->size(2) != shape_.kv_heads ||
+        tensor->size(3) != width || tensor->scalar_type() != dtype_ || !tensor->is_contiguous())
+      throw InternalError(fmt::format("KV cache {} for a batch of {}, expected [{}, capacity, {}, {}]",
+                                      tensor->defined() ? shape_text(tensor->sizes()) : "none", batch, batch,
+                                      shape_.kv_heads, width));
+}
+
 at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* cache, LayerObserver* observer) const {
   if (hidden_states.dim() != 3 || hidden_states.size(2) != config_.hidden || hidden_states.scalar_type() != dtype_)
     throw InternalError(fmt::format("layer input {} {}, expected [batch, tokens, {}] {}",
@@ -588,13 +622,7 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
   const std::int64_t batch = hidden_states.size(0);
   const std::int64_t tokens = hidden_states.size(1);
   if (cache != nullptr) {
-    for (const auto& [tensor, width] :
-         {std::pair(&cache->keys, shape_.key_width), std::pair(&cache->values, shape_.value_width)})
-      if (!tensor->defined() || tensor->dim() != 4 || tensor->size(0) != batch || tensor->size(2) != shape_.kv_heads ||
-          tensor->size(3) != width || tensor->scalar_type() != dtype_ || !tensor->is_contiguous())
-        throw InternalError(fmt::format("KV cache {} for a batch of {}, expected [{}, capacity, {}, {}]",
-                                        tensor->defined() ? shape_text(tensor->sizes()) : "none", batch, batch,
-                                        shape_.kv_heads, width));
+    check_cache(*cache, batch);
     if (cache->length + tokens > std::min(cache->keys.size(1), cache->values.size(1)))
       throw InputError(fmt::format("the KV cache has room for {} tokens: {} are in it and {} more do not fit",
                                    cache->keys.size(1), cache->length, tokens));
@@ -648,6 +676,76 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
   feed_forward(y, observed.inner, out);
   if (observed.inner.defined()) observer->activated(observed.inner.view({batch, tokens, config_.ffn}));
   return result;
+}
+
+at::Tensor DecoderLayer::forward_packed(const at::Tensor& hidden_states, const std::vector<Segment>& segments,
+                                        LayerCache* cache) const {
+  std::int64_t rows = 0;
+  std::int64_t capacity = 0;
+  for (const Segment& segment : segments) {
+    if (segment.start < 0 || segment.tokens < 1)
+      throw InternalError(fmt::format("a segment of {} tokens at {}", segment.tokens, segment.start));
+    rows += segment.tokens;
+    capacity = std::max(capacity, segment.start + segment.tokens);
+  }
+  if (hidden_states.dim() != 2 || hidden_states.size(0) != rows || hidden_states.size(1) != config_.hidden ||
+      hidden_states.scalar_type() != dtype_)
+    throw InternalError(fmt::format("packed layer input {} {}, expected [{}, {}] {}", shape_text(hidden_states.sizes()),
+                                    c10::toString(hidden_states.scalar_type()), rows, config_.hidden,
+                                    c10::toString(dtype_)));
+  // [slots, kv_heads, capacity, width]; head by head when it is our own, as attention likes it.
+  at::Tensor keys, values;
+  if (cache != nullptr) {
+    if (cache->keys.defined()) check_cache(*cache, cache->keys.size(0));
+    keys = cache->keys.transpose(1, 2);
+    values = cache->values.transpose(1, 2);
+    if (capacity > std::min(keys.size(2), values.size(2)))
+      throw InputError(
+          fmt::format("the KV cache has room for {} tokens, and a sequence has {}", keys.size(2), capacity));
+  } else {
+    keys = scratch(slot_keys, {1, shape_.kv_heads, capacity, shape_.key_width}, dtype_);
+    values = scratch(slot_values, {1, shape_.kv_heads, capacity, shape_.value_width}, dtype_);
+  }
+  for (const Segment& segment : segments)
+    if (segment.slot < 0 || segment.slot >= keys.size(0) || segment.copied_from >= keys.size(0))
+      throw InternalError(
+          fmt::format("a segment in slot {} from {} of {}", segment.slot, segment.copied_from, keys.size(0)));
+
+  const at::Tensor hidden = hidden_states.contiguous();
+  const at::Tensor x = scratch(slot_norm, {rows, config_.hidden}, dtype_);
+  normalise(hidden, norm1_weight_, norm1_bias_, config_.norm_eps, x);
+  at::Tensor out = large_empty({rows, config_.hidden}, dtype_);
+  out.copy_(config_.post_layernorm_residual ? x : hidden);
+  std::int64_t row = 0;
+  for (std::size_t next = 0; next < segments.size();) {
+    // As many segments at a time as make full products.
+    std::size_t end = next;
+    std::int64_t together = 0;
+    while (end < segments.size() && (together == 0 || together + segments[end].tokens <= kRows))
+      together += segments[end++].tokens;
+    const at::Tensor qkv = project_inputs(x.slice(0, row, row + together));
+    const at::Tensor attended = scratch(slot_attention, {together, config_.heads * attended_width_}, dtype_);
+    for (std::int64_t own = 0; next < end; own += segments[next++].tokens) {
+      const Segment& segment = segments[next];
+      const auto in_slot = [&](const at::Tensor& all, std::int64_t slot, std::int64_t tokens) {
+        return all.slice(0, slot, slot + 1).slice(2, 0, tokens);
+      };
+      if (segment.copied_from >= 0 && segment.copied_from != segment.slot && segment.start > 0)
+        for (const at::Tensor* all : {&keys, &values})
+          in_slot(*all, segment.slot, segment.start).copy_(in_slot(*all, segment.copied_from, segment.start));
+      const std::int64_t total = segment.start + segment.tokens;
+      attend_rows(qkv.slice(0, own, own + segment.tokens), 0, segment.tokens, in_slot(keys, segment.slot, total),
+                  in_slot(values, segment.slot, total), {}, attended.slice(0, own, own + segment.tokens));
+    }
+    output_->apply(attended, out.slice(0, row, row + together), /*accumulate=*/true);
+    row += together;
+  }
+  if (rows == 0) return out;
+  const at::Tensor y = scratch(slot_norm, {rows, config_.hidden}, dtype_);
+  normalise(out, norm2_weight_, norm2_bias_, config_.norm_eps, y);
+  if (config_.post_layernorm_residual) out.copy_(y);
+  feed_forward(y, at::Tensor(), out);
+  return out;
 }
 
 }  // namespace

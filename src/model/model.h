@@ -55,6 +55,14 @@ struct LayerCache {
   std::int64_t length = 0;
 };
 
+/// Consecutive rows of a packed pass: tokens of one sequence at positions start .. start + tokens - 1.
+struct Segment {
+  std::int64_t start = 0;         ///< tokens of the sequence before these, whose keys and values are in the slot
+  std::int64_t tokens = 0;        ///< at least 1
+  std::int64_t slot = 0;          ///< entry of the cache's batch that holds the sequence
+  std::int64_t copied_from = -1;  ///< slot whose first `start` tokens are copied to this one beforehand; -1: none
+};
+
 /// One decoder layer with its weights in the compute dtype.
 class Layer {
  public:
@@ -65,6 +73,14 @@ class Layer {
   /// the length, and so do keys that `latent` rebuilds (of one head at least).
   virtual at::Tensor forward(const at::Tensor& hidden, LayerCache* cache = nullptr,
                              LayerObserver* observer = nullptr) const = 0;
+  /// Sequences of unequal length without padding: the rows of hidden [rows, hidden] are those of the segments, in their
+  /// order -> same shape. A segment writes its keys and values into its slot of the cache and attends to what stands
+  /// before them there and to its own rows. Segments are worked through in order, each seeing what earlier ones wrote:
+  /// siblings may follow one prefix in one slot by overwriting each other, as in a tree walked depth-first. Without a
+  /// cache there is one slot, forgotten afterwards. `cache->length` is neither read nor changed. InternalError for
+  /// segments that do not add up to the rows, InputError for those beyond the cache's capacity.
+  virtual at::Tensor forward_packed(const at::Tensor& hidden, const std::vector<Segment>& segments,
+                                    LayerCache* cache = nullptr) const = 0;
   /// Bytes of its weights.
   virtual std::int64_t bytes() const = 0;
 };

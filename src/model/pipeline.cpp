@@ -149,6 +149,48 @@ const Head& Pipeline::head() const {
 }
 
 void Pipeline::run(const std::vector<at::Tensor>& micro_batches, const PipelineHooks& hooks) const {
+  run_batches(
+      micro_batches,
+      [](const Layer& layer, std::size_t, std::size_t, const at::Tensor& hidden, LayerObserver* observer) {
+        return layer.forward(hidden, nullptr, observer);
+      },
+      hooks);
+}
+
+void Pipeline::run_packed(const std::vector<PackedBatch>& micro_batches, const PipelineHooks& hooks,
+                          std::vector<LayerCache>* caches) const {
+  if (hooks.observer) throw InternalError("packed micro-batches cannot be observed");
+  if (caches != nullptr && std::ssize(*caches) != range_.size())
+    throw InternalError(fmt::format("{} caches for {} layers", caches->size(), range_.size()));
+  std::vector<at::Tensor> ids;
+  ids.reserve(micro_batches.size());
+  for (const PackedBatch& batch : micro_batches) ids.push_back(batch.ids.unsqueeze(0));
+  PipelineHooks inner = hooks;
+  if (hooks.output)
+    inner.output = [&](std::int64_t index, const at::Tensor& hidden) { hooks.output(index, hidden.squeeze(0)); };
+  run_batches(
+      ids,
+      [&](const Layer& layer, std::size_t local, std::size_t index, const at::Tensor& hidden, LayerObserver*) {
+        return layer
+            .forward_packed(hidden.squeeze(0), micro_batches[index].segments,
+                            caches != nullptr ? &(*caches)[local] : nullptr)
+            .unsqueeze(0);
+      },
+      inner);
+}
+
+std::vector<LayerCache> Pipeline::make_cache(std::int64_t slots, std::int64_t capacity) const {
+  std::vector<LayerCache> caches;
+  for (std::int64_t layer = range_.begin; layer < range_.end; ++layer) {
+    const checkpoint::LayerShape shape = config().shape_of(layer);
+    caches.push_back({at::empty({slots, capacity, shape.kv_heads, shape.key_width}, state_->options.dtype),
+                      at::empty({slots, capacity, shape.kv_heads, shape.value_width}, state_->options.dtype)});
+  }
+  return caches;
+}
+
+void Pipeline::run_batches(const std::vector<at::Tensor>& micro_batches, const Forward& forward,
+                           const PipelineHooks& hooks) const {
   State& state = *state_;
   const comm::Grid& grid = state.grid;
   const std::int64_t hidden_size = config().hidden;
@@ -193,7 +235,7 @@ void Pipeline::run(const std::vector<at::Tensor>& micro_batches, const PipelineH
       for (std::size_t i = 0; i < count; ++i) {
         if (layer == range_.begin && receiver) states[i] = receiver->receive();
         enter(layer, i);
-        states[i] = loaded->forward(states[i], nullptr, observer);
+        states[i] = forward(*loaded, static_cast<std::size_t>(layer - range_.begin), i, states[i], observer);
         if (layer + 1 == range_.end) leave(i, std::move(states[i]));
         progress(1.0 / static_cast<double>(range_.size()));
       }
@@ -207,7 +249,7 @@ void Pipeline::run(const std::vector<at::Tensor>& micro_batches, const PipelineH
       for (std::int64_t layer = range_.begin; layer < range_.end; ++layer) {
         const auto local = static_cast<std::size_t>(layer - range_.begin);
         enter(layer, i);
-        hidden = state.layers[local]->forward(hidden, nullptr, observers[local]);
+        hidden = forward(*state.layers[local], local, i, hidden, observers[local]);
       }
       leave(i, std::move(hidden));
       progress(1.0);

@@ -33,6 +33,13 @@ struct PipelineHooks {
   std::function<void(double micro_batches_done)> progress;
 };
 
+/// Sequences of unequal length without padding: ids [rows] int64 of the segments in their order
+/// (Layer::forward_packed).
+struct PackedBatch {
+  at::Tensor ids;
+  std::vector<Segment> segments;
+};
+
 /// The share of one rank: its stage's layers of one model.
 class Pipeline {
  public:
@@ -45,12 +52,21 @@ class Pipeline {
   /// begins when its predecessor is in its last layer: prefer replicas then. Throws InputError on every stage, before
   /// anything is sent, when a micro-batch is not int64 [batch, tokens] within the vocabulary.
   void run(const std::vector<at::Tensor>& micro_batches, const PipelineHooks& hooks) const;
+  /// The same for packed micro-batches; hooks see hidden states [rows, hidden] and may not observe. With `caches`, one
+  /// for each of this stage's layers, segments read and extend what is in them.
+  void run_packed(const std::vector<PackedBatch>& micro_batches, const PipelineHooks& hooks,
+                  std::vector<LayerCache>* caches = nullptr) const;
+  /// Caches of this stage's layers for `slots` sequences of up to `capacity` tokens.
+  std::vector<LayerCache> make_cache(std::int64_t slots, std::int64_t capacity) const;
   const comm::LayerRange& layers() const { return range_; }
   const ModelConfig& config() const;
   /// Last stage only (options.head; InternalError otherwise). Streamed: loaded on first use.
   const Head& head() const;
 
  private:
+  using Forward = std::function<at::Tensor(const Layer& layer, std::size_t local, std::size_t index,
+                                           const at::Tensor& hidden, LayerObserver* observer)>;
+  void run_batches(const std::vector<at::Tensor>& ids, const Forward& forward, const PipelineHooks& hooks) const;
   struct State;
   std::unique_ptr<State> state_;
   comm::LayerRange range_;

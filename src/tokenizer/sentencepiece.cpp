@@ -259,6 +259,12 @@ class SentencePieceTokenizer final : public Tokenizer {
     return text;
   }
 
+  std::string token_text(std::int64_t id) const override {
+    if (id < 0 || id >= vocab_size())
+      throw InputError(fmt::format("token id {} is outside the vocabulary of {}", id, vocab_size()));
+    return model_.pieces[static_cast<std::size_t>(id)].text;
+  }
+
   std::int64_t vocab_size() const override { return static_cast<std::int64_t>(model_.pieces.size()); }
   std::int64_t bos() const override { return special_.bos; }
   std::int64_t eos() const override { return special_.eos; }

@@ -21,6 +21,8 @@ class Tokenizer {
   virtual std::vector<std::int64_t> encode(std::string_view text) const = 0;
   /// Text of the ids, special tokens left out.
   virtual std::string decode(const std::vector<std::int64_t>& ids) const = 0;
+  /// A token as its file spells it ("<s>", "\u2581the"); InputError for an id outside the vocabulary.
+  virtual std::string token_text(std::int64_t id) const = 0;
   virtual std::int64_t vocab_size() const = 0;
   virtual std::int64_t bos() const = 0;  ///< -1 when there is none
   virtual std::int64_t eos() const = 0;  ///< -1 when there is none

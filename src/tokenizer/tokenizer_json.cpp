@@ -209,6 +209,12 @@ class JsonTokenizer final : public Tokenizer {
     return text;
   }
 
+  std::string token_text(std::int64_t id) const override {
+    if (id < 0 || id >= vocab_size() || kinds_[static_cast<std::size_t>(id)] == TokenKind::absent)
+      throw InputError(fmt::format("token id {} is not in the vocabulary of {} ({} ids)", id, file_, vocab_size()));
+    return tokens_[static_cast<std::size_t>(id)];
+  }
+
   std::int64_t vocab_size() const override { return static_cast<std::int64_t>(tokens_.size()); }
   std::int64_t bos() const override { return special_.bos; }
   std::int64_t eos() const override { return special_.eos; }

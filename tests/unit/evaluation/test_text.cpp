@@ -31,6 +31,7 @@ class ByteTokenizer : public tokenizer::Tokenizer {
       if (id >= 3) text.push_back(static_cast<char>(id - 3));
     return text;
   }
+  std::string token_text(std::int64_t id) const override { return decode({id}); }
   std::int64_t vocab_size() const override { return 259; }
   std::int64_t bos() const override { return bos_; }
   std::int64_t eos() const override { return eos_; }

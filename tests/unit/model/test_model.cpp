@@ -58,6 +58,52 @@ TEST_P(Forms, cache_agrees_with_one_forward) {
   EXPECT_THROW(decoder.step(ids.slice(1, 0, 1), caches), InputError);
 }
 
+TEST_P(Forms, packed_sequences_agree_with_each_alone) {
+  const checkpoint::Reader reader(scratch_.path());
+  const Decoder decoder(reader, at::kFloat);
+  const Embedding embedding(reader, at::kFloat);
+  const Head head(reader, at::kFloat);
+  const auto draw = [&](std::int64_t tokens) { return at::randint(model_.config.vocab, {tokens}, at::kLong); };
+  const auto run = [&](const std::vector<at::Tensor>& ids, const std::vector<Segment>& segments,
+                       std::vector<LayerCache>* caches) {
+    at::Tensor hidden = embedding.forward(at::cat(ids).unsqueeze(0)).squeeze(0);
+    for (std::size_t l = 0; l < decoder.layers().size(); ++l)
+      hidden = decoder.layers()[l]->forward_packed(hidden, segments, caches != nullptr ? &(*caches)[l] : nullptr);
+    return head.logits(hidden);
+  };
+  const auto alone = [&](const std::vector<at::Tensor>& ids) { return decoder.logits(at::cat(ids).unsqueeze(0))[0]; };
+
+  // A tree in one slot: a prefix, a question on it with three endings, a second question, and a stranger.
+  const at::Tensor prefix = draw(21), question = draw(12), other = draw(9), stranger = draw(30);
+  const std::vector<at::Tensor> endings = {draw(1), draw(10), draw(3)};
+  const at::Tensor tree = run({prefix, question, endings[0], endings[1], endings[2], other, stranger},
+                              {{0, 21}, {21, 12}, {33, 1}, {33, 10}, {33, 3}, {21, 9}, {0, 30}}, nullptr);
+  std::int64_t row = 33;
+  for (const at::Tensor& ending : endings) {
+    const at::Tensor expected = alone({prefix, question, ending});
+    EXPECT_LE(relative_difference(tree.slice(0, 0, 33), expected.slice(0, 0, 33)), 1e-5);
+    EXPECT_LE(relative_difference(tree.slice(0, row, row + ending.numel()), expected.slice(0, 33)), 1e-5);
+    row += ending.numel();
+  }
+  EXPECT_LE(relative_difference(tree.slice(0, row, row + 9), alone({prefix, other}).slice(0, 21)), 1e-5);
+  EXPECT_LE(relative_difference(tree.slice(0, row + 9), alone({stranger})), 1e-5);
+
+  // Slots that live on: two texts of different length, and a third that copies the beginning of the second.
+  auto caches = decoder.make_cache(3, 40);
+  run({prefix, other}, {{0, 21, 2}, {0, 9, 0}}, &caches);
+  const at::Tensor later = run({endings[1], endings[0], endings[2]}, {{21, 10, 2}, {9, 1, 0}, {25, 3, 1, 2}}, &caches);
+  EXPECT_LE(relative_difference(later.slice(0, 0, 10), alone({prefix, endings[1]}).slice(0, 21)), 1e-5);
+  EXPECT_LE(relative_difference(later.slice(0, 10, 11), alone({other, endings[0]}).slice(0, 9)), 1e-5);
+  EXPECT_LE(
+      relative_difference(later.slice(0, 11), alone({prefix, endings[1].slice(0, 0, 4), endings[2]}).slice(0, 25)),
+      1e-5);
+
+  const at::Tensor few = draw(3);
+  EXPECT_THROW(run({few}, {{0, 2}}, nullptr), InternalError);
+  EXPECT_THROW(run({few}, {{38, 3}}, &caches), InputError);
+  EXPECT_THROW(run({few}, {{0, 3, 3}}, &caches), InternalError);
+}
+
 class Recorder : public LayerObserver {
  public:
   explicit Recorder(bool keys) : keys_(keys) {}

@@ -90,6 +90,38 @@ TEST_F(PipelineTest, every_grid_gives_the_decoders_numbers_and_calls_its_hooks) 
   }
 }
 
+TEST_F(PipelineTest, packed_batches_agree_with_the_decoder_on_every_grid) {
+  const Decoder decoder(*reader_, at::kFloat);
+  at::manual_seed(5);
+  const at::Tensor first = at::randint(97, {14}, at::kLong), second = at::randint(97, {9}, at::kLong);
+  const at::Tensor ending = at::randint(97, {4}, at::kLong), last = at::randint(97, {1}, at::kLong);
+  const auto alone = [&](const std::vector<at::Tensor>& ids) { return decoder.logits(at::cat(ids).unsqueeze(0))[0]; };
+  const auto difference = [](const at::Tensor& a, const at::Tensor& b) {
+    return at::sub(a, b).abs().max().item<double>();
+  };
+  for (int stages = 1; stages <= world().size(); ++stages) {
+    if (world().size() % stages != 0) continue;
+    for (const Residency residency : {Residency::resident, Residency::streamed}) {
+      const comm::Grid grid = comm::make_grid(world(), stages);
+      const Pipeline pipeline(*reader_, grid, {at::kFloat, residency, true});
+      std::vector<at::Tensor> kept;
+      PipelineHooks hooks;
+      hooks.output = [&](std::int64_t, const at::Tensor& hidden) { kept.push_back(pipeline.head().logits(hidden)); };
+      pipeline.run_packed({{at::cat({first, ending, last}), {{0, 14}, {14, 4}, {14, 1}}}, {second, {{0, 9}}}}, hooks);
+      std::vector<LayerCache> caches = pipeline.make_cache(2, 20);
+      pipeline.run_packed({{at::cat({first, second}), {{0, 14, 1}, {0, 9, 0}}}}, hooks, &caches);
+      pipeline.run_packed({{at::cat({last, ending}), {{9, 1, 0}, {14, 4, 1}}}}, hooks, &caches);
+      if (!grid.last_stage()) continue;
+      ASSERT_EQ(kept.size(), 4U);
+      EXPECT_LE(difference(kept[0].slice(0, 0, 18), alone({first, ending})), 1e-4);
+      EXPECT_LE(difference(kept[0].slice(0, 18), alone({first, last}).slice(0, 14)), 1e-4);
+      EXPECT_LE(difference(kept[1], alone({second})), 1e-4);
+      EXPECT_LE(difference(kept[3].slice(0, 0, 1), alone({second, last}).slice(0, 9)), 1e-4);
+      EXPECT_LE(difference(kept[3].slice(0, 1), alone({first, ending}).slice(0, 14)), 1e-4);
+    }
+  }
+}
+
 /// Five layers that cache different things, wide and narrow.
 std::vector<std::pair<std::string, Json>> uneven_forms() {
   using checkpoint::KvLayout;

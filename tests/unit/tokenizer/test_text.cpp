@@ -24,6 +24,7 @@ class ByteTokenizer final : public tokenizer::Tokenizer {
     return ids;
   }
   std::string decode(const std::vector<std::int64_t>&) const override { return {}; }
+  std::string token_text(std::int64_t id) const override { return decode({id}); }
   std::int64_t vocab_size() const override { return 258; }
   std::int64_t bos() const override { return 256; }
   std::int64_t eos() const override { return has_eos_ ? 257 : -1; }
