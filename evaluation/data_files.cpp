@@ -188,8 +188,13 @@ std::int64_t number_field(const Record& record, const std::string& key, std::int
   if (found == record.fields.end() || found->is_null())
     throw InputError(fmt::format("{}: key \"{}\" is missing", record.where, key));
   std::optional<std::int64_t> value;
-  if (found->is_string()) value = parse_number(found->get_ref<const std::string&>());
-  if (found->is_boolean() && first <= 0 && last >= 1) value = found->get<bool>() ? 1 : 0;
+  const bool truth = first <= 0 && last >= 1;
+  if (found->is_string()) {
+    const auto& text = found->get_ref<const std::string&>();
+    value = parse_number(text);
+    if (truth && (text == "true" || text == "false")) value = text == "true" ? 1 : 0;
+  }
+  if (found->is_boolean() && truth) value = found->get<bool>() ? 1 : 0;
   if (json_detail::Holds<std::int64_t>::in(*found)) value = found->get<std::int64_t>();
   if (!value || *value < first || *value > last)
     throw InputError(fmt::format("{}: key \"{}\" is {}, expected a number from {} to {}", record.where, key,

@@ -42,7 +42,8 @@ std::vector<std::int64_t> read_labels(const std::filesystem::path& file, std::in
 /// The text, list of texts or number in a field. InputError naming place and key when it is absent or of another type.
 std::string text_field(const Record& record, const std::string& key);
 std::vector<std::string> text_list_field(const Record& record, const std::string& key);
-/// A number, or a text that is one ("1"), from `first` to `last`, or true and false for 1 and 0 where both are allowed.
+/// A number, or a text that is one ("1"), from `first` to `last`; true and false, bare or as texts, are 1 and 0 where
+/// both are allowed.
 /// InputError naming place, key, what was expected and found.
 std::int64_t number_field(const Record& record, const std::string& key, std::int64_t first, std::int64_t last);
 /// The object in a field, as a record of its own for messages.

@@ -1,6 +1,7 @@
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
 #include <headfold/calibration/text.h>
+#include <headfold/evaluation/registry.h>
 #include <headfold/evaluation/tasks.h>
 #include <headfold/evaluation/text.h>
 
@@ -24,6 +25,19 @@ std::string file_list(const std::vector<fs::path>& files) {
 
 std::int64_t limited(std::int64_t count, std::int64_t limit) {
   return limit > 0 ? std::min(limit, count) : count;
+}
+
+/// The first `limit` windows of a stream (0: all). `where` names the text.
+void cut_blocks(Task& task, const std::vector<std::int64_t>& stream, std::int64_t limit, const std::string& where) {
+  task.stream_tokens = static_cast<std::int64_t>(stream.size());
+  task.windows = block_windows(stream, task.max_length);
+  if (task.windows.empty())
+    throw InputError(fmt::format("the text is shorter than one window: {} tokens, and a window has {} ({})",
+                                 stream.size(), task.max_length, where),
+                     "choose a smaller --seq-len or more text");
+  task.items_original = static_cast<std::int64_t>(task.windows.size());
+  task.items = limited(task.items_original, limit);
+  task.windows.resize(static_cast<std::size_t>(task.items));
 }
 
 }  // namespace
@@ -105,15 +119,26 @@ Task blocks_task(const tokenizer::Tokenizer& tokenizer, const TextSource& source
         "remainder dropped",
         name_of(source.bos), length);
   }
-  task.stream_tokens = static_cast<std::int64_t>(stream.size());
-  task.windows = block_windows(stream, length);
-  if (task.windows.empty())
-    throw InputError(fmt::format("the text is shorter than one window: {} tokens, and a window has {} ({})",
-                                 stream.size(), length, file_list(source.files)),
-                     "choose a smaller --seq-len or more text");
-  task.items_original = static_cast<std::int64_t>(task.windows.size());
-  task.items = limited(task.items_original, limit);
-  task.windows.resize(static_cast<std::size_t>(task.items));
+  cut_blocks(task, stream, limit, file_list(source.files));
+  return task;
+}
+
+Task perplexity_task(const tokenizer::Tokenizer& tokenizer, const PerplexityText& text, std::int64_t length,
+                     tokenizer::Bos bos, std::int64_t limit) {
+  if (text.rolling) {
+    TextSource source;
+    source.files = {text.file};
+    source.bos = bos;
+    return rolling_task(tokenizer, source, length, limit);
+  }
+  Task task;
+  task.kind = TaskKind::blocks;
+  task.name = fmt::format("{}_ppl_blocks@{}", text.name, length);
+  task.max_length = length;
+  task.recipe = fmt::format("{}, tokenised once (BOS {}), cut into windows of {} tokens, remainder dropped",
+                            text.recipe, name_of(bos), length);
+  const std::int64_t most = text.blocks > 0 && limit > 0 ? std::min(text.blocks, limit) : std::max(text.blocks, limit);
+  cut_blocks(task, tokenizer.encode(joined_text(text), bos), most, text.file.string());
   return task;
 }
 

@@ -65,6 +65,12 @@ Task blocks_task(const tokenizer::Tokenizer& tokenizer, const TextSource& source
 Task rolling_task(const tokenizer::Tokenizer& tokenizer, const TextSource& source, std::int64_t max_length,
                   std::int64_t limit = 0);
 
+struct PerplexityText;
+/// A text that `--tasks` names (registry.h): the rolling form, or blocks named "wikitext2_ppl_blocks@2048", tokenised
+/// once with BOS by policy. `limit` 0 = all windows or documents. Errors as of the two above and joined_text().
+Task perplexity_task(const tokenizer::Tokenizer& tokenizer, const PerplexityText& text, std::int64_t length,
+                     tokenizer::Bos bos, std::int64_t limit = 0);
+
 /// Throws InputError naming window and model when an id is outside 0 .. vocab-1.
 void check_ids(const Task& task, std::int64_t vocab, const std::string& model);
 

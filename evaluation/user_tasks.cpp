@@ -322,7 +322,8 @@ Definition user_definition(const std::filesystem::path& file, const std::filesys
   task.score = reader->generation ? generation_scorer(task.metrics) : choice_scorer(task.metrics);
   const auto places = [&](const std::string& key) {
     const std::filesystem::path named = json.text(key);
-    if (named.empty()) throw InputError(fmt::format("{} is empty", json.source(key)));
+    if (named.empty() || named.native().size() > 1000)
+      throw InputError(fmt::format("{} is no file name: {} bytes long", json.source(key), named.native().size()));
     std::vector<Place> found = {{(std::filesystem::absolute(file).parent_path() / named).string(), ""}};
     if (!named.is_absolute() && !data_dir.empty())
       found.push_back({(std::filesystem::absolute(data_dir) / named).string(), ""});
