@@ -454,6 +454,8 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
       context, "finetune", "headfold finetune --model DIR --data FILE... --out DIR [options]", options(), arguments);
   // From here on a signal ends the job in good order: after the step at hand, with everything saved.
   listen_for_stop();
+  // Activations come and go in many sizes: holes between kept ones cost a tenth of the memory at 7B shapes.
+  device::keep_freed_memory(8 << 20);
   const comm::Communicator& world = context.world;
   const checkpoint::ModelConfig config = checkpoint::read_config(values["model"].as<std::string>());
   Settings s = read_settings(values, config);

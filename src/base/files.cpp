@@ -140,6 +140,9 @@ std::uint64_t free_bytes(const fs::path& path) {
 std::uint64_t peak_resident_bytes() {
   return proc_value("/proc/self/status", "VmHWM");
 }
+std::uint64_t resident_bytes() {
+  return proc_value("/proc/self/status", "VmRSS");
+}
 std::uint64_t resident_anonymous_bytes() {
   return proc_value("/proc/self/status", "RssAnon");
 }

@@ -34,6 +34,8 @@ std::uint64_t free_bytes(const fs::path& path);
 
 /// Largest resident set of this process so far, in bytes (VmHWM).
 std::uint64_t peak_resident_bytes();
+/// Current resident set of this process in bytes (VmRSS): what it allocated, and pages of files it has mapped.
+std::uint64_t resident_bytes();
 /// Current resident anonymous memory of this process in bytes (RssAnon): what it allocated, without file-backed pages.
 std::uint64_t resident_anonymous_bytes();
 /// Memory this process may still use, in bytes: MemAvailable, or the cgroup's limit less its use where that is smaller.

@@ -208,10 +208,22 @@ at::Tensor Reader::weight(const std::string& name, const std::vector<std::int64_
 }
 
 at::Tensor Reader::load(const std::string& name, const std::vector<std::int64_t>& shape, at::ScalarType dtype) const {
-  const at::Tensor stored = weight(name, shape);
+  const at::Tensor stored = weight(name, shape).reshape({-1});
   will_need(name);
   at::Tensor copy = at::empty(shape, at::TensorOptions().dtype(dtype));
-  return copy.copy_(stored);
+  // Piece by piece, each piece's pages let go once it is copied: otherwise a large table would be resident twice.
+  constexpr std::int64_t kPieceBytes = std::int64_t{32} << 20;
+  const SafetensorsFile& shard = state_->shard(stored_name(*this, name));
+  const std::uint64_t begin = info(name).begin;
+  const auto element = static_cast<std::int64_t>(stored.element_size());
+  const std::int64_t piece = kPieceBytes / element;
+  const at::Tensor flat = copy.view({-1});
+  for (std::int64_t from = 0; from < stored.numel(); from += piece) {
+    const std::int64_t to = std::min(stored.numel(), from + piece);
+    flat.slice(0, from, to).copy_(stored.slice(0, from, to));
+    if (to < stored.numel()) shard.map().done_with(begin, begin + static_cast<std::uint64_t>(to * element));
+  }
+  return copy;
 }
 
 void Reader::will_need(const std::string& name) const {
@@ -254,7 +266,11 @@ std::string Reader::fingerprint() const {
     for (const auto& [name, info] : shard.tensors()) header = std::min(header, info.begin);
     hash.update(bytes.first(header));
     const std::uint64_t step = (bytes.size() - header - kSample) / (kSamples - 1);
-    for (std::uint64_t i = 0; i < kSamples; ++i) hash.update(bytes.subspan(header + i * step, kSample));
+    for (std::uint64_t i = 0; i < kSamples; ++i) {
+      hash.update(bytes.subspan(header + i * step, kSample));
+      // The kernel maps far more around a page that is touched than the page.
+      shard.map().done_with(0, bytes.size());
+    }
   }
   return hash.hex();
 }

@@ -35,7 +35,7 @@ class Reader {
   /// view() of a weight: InputError naming file and tensor where it is absent, has another shape (both are named) or a
   /// dtype other than F64, F32, F16, BF16.
   at::Tensor weight(const std::string& name, const std::vector<std::int64_t>& shape) const;
-  /// A copy of weight() in `dtype`.
+  /// A copy of weight() in `dtype`. Pages of the file are let go while a large tensor is copied.
   at::Tensor load(const std::string& name, const std::vector<std::int64_t>& shape, at::ScalarType dtype) const;
   /// Tells the kernel that a tensor's pages will be read soon.
   void will_need(const std::string& name) const;

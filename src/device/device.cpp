@@ -14,11 +14,15 @@
 
 namespace headfold::device {
 
-void keep_freed_memory() {
+void keep_freed_memory(int largest) {
   constexpr int largest_threshold = 32 << 20;  // what glibc accepts on 64-bit machines
-  ::mallopt(M_MMAP_THRESHOLD, largest_threshold);
+  ::mallopt(M_MMAP_THRESHOLD, std::min(largest, largest_threshold));
   ::mallopt(M_TRIM_THRESHOLD, 512 << 20);
   ::mallopt(M_TOP_PAD, 16 << 20);
+}
+
+void release_freed_memory() {
+  ::malloc_trim(0);
 }
 
 std::string blas_kernels() {

@@ -275,6 +275,11 @@ std::int64_t Dataset::scored() const {
   return std::accumulate(scored_.begin(), scored_.end(), std::int64_t{0});
 }
 
+std::int64_t Dataset::bytes() const {
+  return static_cast<std::int64_t>(tokens_.capacity() * sizeof(tokens_[0]) + flags_.capacity() * sizeof(flags_[0]) +
+                                   scored_.capacity() * sizeof(scored_[0]));
+}
+
 Batch Dataset::batch(std::span<const std::int64_t> sequences) const {
   const auto rows = static_cast<std::int64_t>(sequences.size());
   Batch batch;

@@ -54,6 +54,8 @@ class Dataset {
   std::int64_t scored() const;
   /// The given sequences, in that order. Segments are defined only where a sequence of the data set has more than one.
   Batch batch(std::span<const std::int64_t> sequences) const;
+  /// Memory it takes.
+  std::int64_t bytes() const;
   /// SHA-256 of tokens, flags and length: two data sets with equal fingerprints train alike.
   const std::string& fingerprint() const { return fingerprint_; }
 

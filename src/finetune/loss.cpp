@@ -64,8 +64,8 @@ double divergence_of_logits(const T* z, T largest, const T* t, std::int64_t voca
 /// The same from the k most probable tokens: what is missing to 1 is one further class, whose student probability is
 /// that of all other tokens together. exponentials: exp(z - max z), sum `total`.
 template <class T>
-double divergence_of_top(const double* log_probs, const std::int64_t* tokens, std::int64_t k, std::int64_t vocab,
-                         double total, T weight, Scratch<T>& s, bool gradient) {
+double divergence_of_top(const T* z, T largest, const double* log_probs, const std::int64_t* tokens, std::int64_t k,
+                         std::int64_t vocab, double total, T weight, Scratch<T>& s, bool gradient) {
   const T* e = s.exponentials.data();
   double kept = 0, divergence = 0;
   std::vector<double> kept_exponentials(static_cast<std::size_t>(k));
@@ -78,7 +78,10 @@ double divergence_of_top(const double* log_probs, const std::int64_t* tokens, st
       throw InputError(fmt::format("the teacher's token {} is outside the vocabulary of {} entries", token, vocab),
                        "its log-probabilities were made with another tokenizer");
     const double p = std::exp(log_probs[i]);
-    if (p > 0) divergence += p * (log_probs[i] - std::log(static_cast<double>(e[token])) + std::log(total));
+    // From the logit, not its exponential: that of a token the student rules out is 0.
+    if (p > 0)
+      divergence +=
+          p * (log_probs[i] - (static_cast<double>(z[token]) - static_cast<double>(largest)) + std::log(total));
     kept += p;
     masked[token] = 0;
   }
@@ -125,7 +128,8 @@ RowResult loss_of_row(T* z, std::int64_t vocab, std::int64_t target, const T* te
   const bool pulls = gradient && options.distill_weight > 0;
   if (teacher != nullptr)
     result.divergence = divergence_of_logits(z, largest, teacher, vocab, options.temperature, weight, s, pulls);
-  if (log_probs != nullptr) result.divergence = divergence_of_top(log_probs, tokens, k, vocab, sum, weight, s, pulls);
+  if (log_probs != nullptr)
+    result.divergence = divergence_of_top(z, largest, log_probs, tokens, k, vocab, sum, weight, s, pulls);
   if (!gradient) return result;
   const T* g = s.gradient.data();
   const T factor = static_cast<T>(scale);

@@ -1,6 +1,9 @@
 #include <ATen/Parallel.h>
+#include <headfold/base/files.h>
 #include <headfold/checkpoint/layout.h>
+#include <headfold/finetune/optimizer.h>
 #include <headfold/finetune/trainable.h>
+#include <headfold/model/product.h>
 
 #include <set>
 
@@ -102,9 +105,20 @@ std::int64_t trained_elements(const ModelConfig& config, const LoraOptions& opti
 
 }  // namespace
 
+std::int64_t process_bytes() {
+  // Libraries are mapped, but become resident as they are used; threads start with the first product.
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor a = at::ones({256, 256}, type), b = at::empty({256, 256}, type);
+    model::multiply({a.data_ptr(), 256, 256, 256}, {a.data_ptr(), 256, 256, 256}, model::Operation{.transpose_b = true},
+                    type, b.data_ptr(), 256, type);
+    b.add_(at::softmax(b, -1)).mul_(a.sum().to(type));
+  }
+  return static_cast<std::int64_t>(resident_bytes());
+}
+
 MemoryEstimate memory_of(const ModelConfig& config, const LoraOptions& options, at::ScalarType dtype,
-                         std::int64_t batch, std::int64_t tokens, bool activation_checkpointing,
-                         std::int64_t optimizer_shards, const ModelConfig* teacher) {
+                         std::int64_t batch, std::int64_t tokens, bool activation_checkpointing, std::int64_t ranks,
+                         bool shard_optimizer, const ModelConfig* teacher) {
   const auto size = static_cast<std::int64_t>(c10::elementSize(dtype));
   const auto wide = static_cast<std::int64_t>(c10::elementSize(parameter_type(dtype)));
   std::set<std::string> modules;
@@ -118,7 +132,10 @@ MemoryEstimate memory_of(const ModelConfig& config, const LoraOptions& options, 
   m.weights = parameters * (options.full ? wide : size);
   m.adapter = options.full ? 0 : trained * wide;
   m.gradients = trained * wide;
-  m.optimizer = 2 * trained * wide / std::max<std::int64_t>(1, optimizer_shards);
+  const std::int64_t shards = shard_optimizer ? std::max<std::int64_t>(1, ranks) : 1;
+  m.optimizer = 2 * trained * wide / shards;
+  if (shards > 1) m.gradients += trained * wide / shards;  // a rank's own sums stand beside the whole buffer
+  if (ranks > 1) m.messages = std::min(m.gradients, bytes_under_way());
   if (teacher != nullptr) m.teacher = checkpoint::parameter_count(*teacher) * size + rows * teacher->hidden * size;
 
   // Without anything to train there is no backward pass: one layer's values at a time.

@@ -35,6 +35,11 @@ const char* name_of(Schedule::Decay decay) {
   return decay == Schedule::Decay::cosine ? "cosine" : decay == Schedule::Decay::linear ? "linear" : "constant";
 }
 
+std::int64_t bytes_under_way() {
+  // MPI libraries copy what is under way: with all weights trained that would be a second buffer of gradients.
+  return std::int64_t{256} << 20;
+}
+
 Optimizer::Optimizer(const comm::Communicator& world, std::vector<Parameter>& parameters, const AdamOptions& options,
                      bool shard, std::int64_t bucket_bytes)
     // A communicator of its own: sums under way must not meet the other collectives of the job.
@@ -113,6 +118,13 @@ void Optimizer::zero_gradients() {
 
 void Optimizer::start(Bucket& bucket) {
   const std::int64_t size = bucket.end - bucket.begin;
+  request_bytes_.push_back(size * 4);
+  const auto waiting = request_bytes_.begin() + static_cast<std::ptrdiff_t>(waited_);
+  std::int64_t under_way = std::accumulate(waiting, request_bytes_.end(), std::int64_t{0});
+  for (; under_way > bytes_under_way() && waited_ < requests_.size(); ++waited_) {
+    requests_[waited_].wait();
+    under_way -= request_bytes_[waited_];
+  }
   if (shard_) {
     requests_.push_back(world_.start_reduce_scatter(view(gradients_, bucket.begin, size),
                                                     view(own_gradients_, bucket.own_offset, bucket.own_count),
@@ -123,14 +135,16 @@ void Optimizer::start(Bucket& bucket) {
 }
 
 void Optimizer::layer_done(std::int64_t layer) {
-  for (comm::Request& request : requests_) request.test();
+  for (std::size_t i = waited_; i < requests_.size(); ++i) requests_[i].test();
   for (; started_ < buckets_.size() && buckets_[started_].lowest_layer >= layer; ++started_) start(buckets_[started_]);
 }
 
 void Optimizer::finish_gradients() {
   for (; started_ < buckets_.size(); ++started_) start(buckets_[started_]);
-  for (comm::Request& request : requests_) request.wait();
+  for (; waited_ < requests_.size(); ++waited_) requests_[waited_].wait();
   requests_.clear();
+  request_bytes_.clear();
+  waited_ = 0;
 }
 
 double Optimizer::gradient_norm() const {
@@ -210,44 +224,51 @@ std::map<std::string, at::Tensor> Optimizer::values() const {
   return by_name(values_);
 }
 
-Optimizer::Snapshot Optimizer::snapshot() const {
-  return {by_name(values_), by_name(gathered(first_)), by_name(gathered(second_)), steps_};
+std::map<std::string, at::Tensor> Optimizer::first_moments() const {
+  return by_name(gathered(first_));
+}
+std::map<std::string, at::Tensor> Optimizer::second_moments() const {
+  return by_name(gathered(second_));
 }
 
-void Optimizer::copy_in(const std::map<std::string, at::Tensor>& tensors, const at::Tensor& flat,
-                        const std::string& source) const {
+void Optimizer::copy_in(const TensorSource& tensors, const at::Tensor& flat, const std::string& source) const {
   world_.on_root([&] {
     for (std::size_t p = 0; p < parameters_->size(); ++p) {
       const Parameter& parameter = (*parameters_)[p];
-      const auto found = tensors.find(parameter.name);
-      if (found == tensors.end())
+      const at::Tensor found = tensors(parameter.name);
+      if (!found.defined())
         throw InputError(fmt::format("{}: tensor {} is missing", source, parameter.name),
                          "does it belong to this model and these options?");
-      if (found->second.sizes() != parameter.value.sizes())
+      if (found.sizes() != parameter.value.sizes())
         throw InputError(fmt::format("{}: tensor {} has shape {}, expected {}", source, parameter.name,
-                                     checkpoint::shape_text(found->second.sizes().vec()),
+                                     checkpoint::shape_text(found.sizes().vec()),
                                      checkpoint::shape_text(parameter.value.sizes().vec())),
                          "does it belong to this model and these options?");
-      flat.slice(0, begins_[p], begins_[p + 1]).copy_(found->second.reshape({-1}));
+      flat.slice(0, begins_[p], begins_[p + 1]).copy_(found.reshape({-1}));
     }
   });
   world_.broadcast(std::as_writable_bytes(view(flat, 0, flat.numel())));
 }
 
-void Optimizer::restore_values(const std::map<std::string, at::Tensor>& values, const std::string& source) {
+void Optimizer::copy_in_moments(const TensorSource& tensors, const at::Tensor& own, const std::string& source) const {
+  if (!shard_) return copy_in(tensors, own, source);
+  const at::Tensor flat = at::empty_like(values_);
+  copy_in(tensors, flat, source);
+  for (const Bucket& bucket : buckets_)
+    own.slice(0, bucket.own_offset, bucket.own_offset + bucket.own_count)
+        .copy_(flat.slice(0, bucket.own_begin, bucket.own_begin + bucket.own_count));
+}
+
+void Optimizer::restore_values(const TensorSource& values, const std::string& source) {
   copy_in(values, values_, source);
 }
 
-void Optimizer::restore(const Snapshot& snapshot, const std::string& source) {
-  copy_in(snapshot.values, values_, source);
-  at::Tensor flat = at::empty_like(values_);
-  for (const auto& [tensors, own] : {std::pair{&snapshot.first, first_}, std::pair{&snapshot.second, second_}}) {
-    copy_in(*tensors, flat, source);
-    for (const Bucket& bucket : buckets_)
-      own.slice(0, bucket.own_offset, bucket.own_offset + bucket.own_count)
-          .copy_(flat.slice(0, bucket.own_begin, bucket.own_begin + bucket.own_count));
-  }
-  steps_ = snapshot.steps;
+void Optimizer::restore(const TensorSource& values, const TensorSource& first, const TensorSource& second,
+                        std::int64_t steps, const std::string& source) {
+  copy_in(values, values_, source);
+  copy_in_moments(first, first_, source);
+  copy_in_moments(second, second_, source);
+  steps_ = steps;
   world_.broadcast(std::as_writable_bytes(std::span(&steps_, 1)));
 }
 

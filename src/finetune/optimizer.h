@@ -6,6 +6,8 @@
 #include <headfold/finetune/trainable.h>
 
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -31,6 +33,13 @@ struct AdamOptions {
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
   double weight_decay = 0;  ///< of parameters that decay (Parameter::decays)
 };
+
+/// Gives a tensor by its name, undefined when there is none; called once per name, in the parameters' order. The tensor
+/// is not used after the next call, so that a source may let its memory go.
+using TensorSource = std::function<at::Tensor(const std::string& name)>;
+
+/// Bytes of gradients whose sums over ranks may be under way at a time.
+std::int64_t bytes_under_way();
 
 /// Takes the parameters' values and gradients into two flat float32 buffers, of which Parameter::value and ::gradient
 /// become views. Buckets of whole layers, at least `bucket_bytes` each, are summed over ranks as soon as a backward
@@ -62,19 +71,17 @@ class Optimizer {
   /// SHA-256 of all values: ranks that trained alike have the same.
   std::string fingerprint() const;
 
-  /// Everything that a checkpoint needs, by name of the parameter: values, and first and second moments whole
-  /// (collective with `shard`).
-  struct Snapshot {
-    std::map<std::string, at::Tensor> values, first, second;
-    std::int64_t steps = 0;
-  };
-  Snapshot snapshot() const;
+  /// What a checkpoint needs, by name of the parameter; moments are whole (collective with `shard`, which gathers them
+  /// into memory of their own; otherwise all are views).
   std::map<std::string, at::Tensor> values() const;
-  /// Collective: rank 0's `snapshot` is taken by all. InputError naming `source` and the tensor when one is missing or
-  /// has another shape.
-  void restore(const Snapshot& snapshot, const std::string& source);
+  std::map<std::string, at::Tensor> first_moments() const;
+  std::map<std::string, at::Tensor> second_moments() const;
+  /// Collective: what rank 0's sources give is taken by all, and rank 0's `steps`. InputError naming `source` and the
+  /// tensor when one is missing or has another shape.
+  void restore(const TensorSource& values, const TensorSource& first, const TensorSource& second, std::int64_t steps,
+               const std::string& source);
   /// The same for values alone; moments stay.
-  void restore_values(const std::map<std::string, at::Tensor>& values, const std::string& source);
+  void restore_values(const TensorSource& values, const std::string& source);
 
  private:
   struct Bucket {
@@ -91,8 +98,8 @@ class Optimizer {
   void start(Bucket& bucket);
   at::Tensor gathered(const at::Tensor& own) const;
   void gather(const at::Tensor& flat) const;
-  void copy_in(const std::map<std::string, at::Tensor>& tensors, const at::Tensor& flat,
-               const std::string& source) const;
+  void copy_in(const TensorSource& tensors, const at::Tensor& flat, const std::string& source) const;
+  void copy_in_moments(const TensorSource& tensors, const at::Tensor& own, const std::string& source) const;
   std::map<std::string, at::Tensor> by_name(const at::Tensor& flat) const;
 
   comm::Communicator world_;
@@ -108,6 +115,8 @@ class Optimizer {
   std::vector<Segment> segments_;  // of own slices
   std::size_t started_ = 0;
   std::vector<comm::Request> requests_;
+  std::vector<std::int64_t> request_bytes_;  // of each
+  std::size_t waited_ = 0;                   // requests that are complete, the first ones
   std::int64_t steps_ = 0;
 };
 

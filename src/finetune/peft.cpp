@@ -105,7 +105,8 @@ std::vector<std::string> targets_of(const Json& json, const std::string& file, c
         fmt::format("{}: \"target_modules\" names {}, which {} does not have", file, Json(target).dump(), base.file),
         fmt::format("it has {}", fmt::join(have, ", ")));
   }
-  if (matched.empty()) throw InputError(fmt::format("{}: \"target_modules\" is empty", file));
+  if (matched.empty())
+    throw InputError(fmt::format("{}: \"target_modules\" is empty", file), "give a list of module names");
   for (const auto& [module, shape] : known)
     if (names.contains(last_name(module)) && !matched.contains(module))
       throw InputError(fmt::format("{}: \"target_modules\" leaves out {}: adapters in some layers only", file, module),
@@ -173,12 +174,16 @@ Adapter read_adapter(const std::filesystem::path& folder, const ModelConfig& bas
   options.dropout = optional<double>(json, "lora_dropout", 0, file);
   options.rslora = optional<bool>(json, "use_rslora", false, file);
   if (options.rank < 1 || options.rank > (std::int64_t{1} << 20))
-    throw InputError(fmt::format("{}: \"r\" is {}: adapters have a rank of at least 1", file, options.rank));
+    throw InputError(fmt::format("{}: \"r\" is {}, expected 1 to {}", file, options.rank, std::int64_t{1} << 20),
+                     "it is the number of rows of every lora_A tensor");
   // The scale is applied in float32.
   if (!(std::abs(options.alpha) < 1e38))
-    throw InputError(fmt::format("{}: \"lora_alpha\" is {}, which float32 cannot hold", file, options.alpha));
+    throw InputError(
+        fmt::format("{}: \"lora_alpha\" is {}, expected a number that float32 can hold", file, options.alpha),
+        "B A is added to the weights times lora_alpha / r; PEFT's default is 8");
   if (!(options.dropout >= 0 && options.dropout < 1))
-    throw InputError(fmt::format("{}: \"lora_dropout\" is {}, expected 0 to 1", file, options.dropout));
+    throw InputError(fmt::format("{}: \"lora_dropout\" is {}, expected 0 to 1", file, options.dropout),
+                     "it has no effect on a trained adapter: 0 will do");
   options.targets = targets_of(json, file, base, known);
 
   const checkpoint::SafetensorsFile tensors(path);
@@ -195,7 +200,8 @@ Adapter read_adapter(const std::filesystem::path& folder, const ModelConfig& bas
                        fmt::format("names are like {}", expected.begin()->first));
   for (const auto& [name, shape] : expected) {
     if (!tensors.has(name))
-      throw InputError(fmt::format("{}: tensor {} {} is missing", path.string(), name, checkpoint::shape_text(shape)));
+      throw InputError(fmt::format("{}: tensor {} {} is missing", path.string(), name, checkpoint::shape_text(shape)),
+                       "the file holds a part of an adapter, or one for another model");
     const checkpoint::TensorInfo& info = tensors.info(name);
     if (info.shape != shape)
       throw InputError(
@@ -204,10 +210,13 @@ Adapter read_adapter(const std::filesystem::path& folder, const ModelConfig& bas
           "the adapter was made for another model");
     const at::Tensor stored = tensors.view(name);
     if (!at::isFloatingType(stored.scalar_type()))
-      throw InputError(fmt::format("{}: tensor {} holds {} numbers", path.string(), name, info.dtype));
+      throw InputError(
+          fmt::format("{}: tensor {} holds {} numbers, expected F32, F16 or BF16", path.string(), name, info.dtype),
+          "quantised adapters cannot be read");
     const at::Tensor value = stored.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
     if (!at::isfinite(value).all().item<bool>())
-      throw InputError(fmt::format("{}: tensor {} holds values that are not finite", path.string(), name));
+      throw InputError(fmt::format("{}: tensor {} holds values that are not finite in float32", path.string(), name),
+                       "its training diverged, or the file is damaged: take an earlier checkpoint of it");
     adapter.tensors[name] = value;
   }
   return adapter;

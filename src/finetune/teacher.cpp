@@ -6,32 +6,16 @@
 
 #include <fstream>
 
+#include "teacher_cache.h"
+
 namespace headfold::finetune {
 namespace {
-
-constexpr const char* kFormat = "headfold-teacher-cache";
-constexpr const char* kVersion = "1";
 
 LoraOptions nothing_trains() {
   LoraOptions options;
   options.targets.clear();
   options.dropout = 0;
   return options;
-}
-
-std::vector<checkpoint::TensorSpec> specs(const Dataset& data, std::int64_t width) {
-  const std::vector<std::int64_t> shape = {data.sequences(), data.length(), width};
-  return {{"log_probs", "F32", shape}, {"tokens", "I32", shape}};
-}
-
-std::map<std::string, std::string> metadata(const Dataset& data, std::int64_t width, std::int64_t vocab,
-                                            const std::string& teacher) {
-  return {{"format", kFormat},
-          {"version", kVersion},
-          {"data", data.fingerprint()},
-          {"vocab", fmt::format("{}", vocab)},
-          {"width", fmt::format("{}", width)},
-          {"teacher", teacher}};
 }
 
 }  // namespace
@@ -48,61 +32,14 @@ TeacherView LiveTeacher::view(const Batch& batch, std::span<const std::int64_t>)
   return view;
 }
 
-CachedTeacher::CachedTeacher(const std::filesystem::path& path, const Dataset& data, std::int64_t vocab,
-                             const std::string& teacher)
-    : file_(path), length_(data.length()) {
-  const auto value = [&](const char* key) {
-    const auto found = file_.metadata().find(key);
-    return found == file_.metadata().end() ? std::string("nothing") : found->second;
-  };
-  const auto expect = [&](const char* key, const std::string& expected, const char* what) {
-    if (value(key) != expected)
-      throw InputError(fmt::format("{}: {} is {}, expected {}", path.string(), what, value(key), expected),
-                       "remove the file and run again with --teacher to make it anew");
-  };
-  expect("format", kFormat, "its format");
-  expect("version", kVersion, "its version");
-  expect("data", data.fingerprint(), "the fingerprint of the data it was made from");
-  expect("vocab", fmt::format("{}", vocab), "the teacher's vocabulary");
-  if (!teacher.empty()) expect("teacher", teacher, "the fingerprint of its teacher");
-  teacher_ = value("teacher");
-  const std::vector<std::int64_t> shape = file_.info("log_probs").shape;
-  if (shape.size() != 3 || shape[0] != data.sequences() || shape[1] != length_ || shape[2] < 1 || shape[2] > vocab ||
-      file_.info("tokens").shape != shape || file_.info("log_probs").dtype != "F32" ||
-      file_.info("tokens").dtype != "I32")
-    throw CorruptFile(
-        path.string(),
-        fmt::format("log_probs {} and tokens {} do not fit {} sequences of {} tokens", checkpoint::shape_text(shape),
-                    checkpoint::shape_text(file_.info("tokens").shape), data.sequences(), length_));
-  width_ = shape[2];
-  log_probs_ = file_.view("log_probs");
-  tokens_ = file_.view("tokens");
-}
-
-TeacherView CachedTeacher::view(const Batch& batch, std::span<const std::int64_t> sequences) const {
-  std::vector<at::Tensor> log_probs, tokens;
-  for (const std::int64_t sequence : sequences) {
-    log_probs.push_back(log_probs_.select(0, sequence));
-    tokens.push_back(tokens_.select(0, sequence));
-  }
-  const at::Tensor scored = batch.targets.reshape({-1}).ge(0).nonzero().squeeze(1);
-  TeacherView view;
-  view.top_log_probs = at::cat(log_probs).index_select(0, scored);
-  view.top_tokens = at::cat(tokens).index_select(0, scored).to(at::kLong);
-  return view;
-}
-
-std::uint64_t teacher_cache_bytes(const Dataset& data, std::int64_t width) {
-  return checkpoint::lay_out(specs(data, width), metadata(data, width, 1, std::string(64, '0'))).file_bytes;
-}
-
 void write_teacher_cache(const comm::Communicator& world, const std::filesystem::path& path, const LiveTeacher& teacher,
                          const std::string& fingerprint, const Dataset& data, std::int64_t width,
                          std::int64_t micro_batch, const std::function<void(double)>& advance) {
   const std::int64_t vocab = teacher.model().config().vocab;
   width = std::min(width, vocab);
-  const auto tensors = specs(data, width);
-  const checkpoint::SafetensorsLayout layout = checkpoint::lay_out(tensors, metadata(data, width, vocab, fingerprint));
+  const auto tensors = teacher_cache_tensors(data, width);
+  const checkpoint::SafetensorsLayout layout =
+      checkpoint::lay_out(tensors, teacher_cache_metadata(data, width, vocab, fingerprint));
   fs::path temporary = path;
   temporary += ".tmp";
   const auto check = [&](std::ios& stream, const char* what) {

@@ -18,6 +18,8 @@ class Teacher {
   virtual ~Teacher() = default;
   /// What the teacher says about `batch`, which Dataset::batch made from `sequences`. Good until the next call.
   virtual TeacherView view(const Batch& batch, std::span<const std::int64_t> sequences) const = 0;
+  /// Most probable tokens per position that it speaks of, the rest as one class; 0: the whole vocabulary.
+  virtual std::int64_t width() const { return 0; }
 };
 
 /// A model whose nothing trains, in memory beside the student.
@@ -38,16 +40,21 @@ class CachedTeacher : public Teacher {
   /// Throws InputError naming file, expected and found when the file was made from other data or for another
   /// vocabulary, or (with `teacher` not empty) by a teacher of another fingerprint; CorruptFile.
   CachedTeacher(const std::filesystem::path& file, const Dataset& data, std::int64_t vocab, const std::string& teacher);
+  /// CorruptFile naming file, sequence and position for log-probabilities and tokens that no teacher gives.
   TeacherView view(const Batch& batch, std::span<const std::int64_t> sequences) const override;
-  std::int64_t width() const { return width_; }
+  std::int64_t width() const override { return width_; }
   const std::string& teacher() const { return teacher_; }
 
  private:
+  void check_rows(std::int64_t sequence, const at::Tensor& log_probs, const at::Tensor& tokens) const;
   checkpoint::SafetensorsFile file_;
-  std::int64_t length_, width_ = 0;
+  std::int64_t length_, vocab_, width_ = 0;
   std::string teacher_;
   at::Tensor log_probs_, tokens_;  // views of the file
 };
+
+/// The file beside `file` that holds the same for the validation text: NAME-validation.safetensors.
+std::filesystem::path validation_cache(const std::filesystem::path& file);
 
 /// Bytes of such a file.
 std::uint64_t teacher_cache_bytes(const Dataset& data, std::int64_t width);

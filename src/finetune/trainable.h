@@ -113,10 +113,18 @@ struct MemoryEstimate {
   std::int64_t activations = 0;  ///< kept layer inputs, and the live layer's intermediate values at their peak
   std::int64_t logits = 0;       ///< one chunk of logits and its gradient
   std::int64_t teacher = 0;      ///< its weights, and hidden states
-  std::int64_t total() const { return weights + adapter + gradients + optimizer + activations + logits + teacher; }
+  std::int64_t messages = 0;     ///< copies of gradients that the message library makes while it sums them over ranks
+  std::int64_t data = 0;         ///< token sequences; the caller's to fill in
+  std::int64_t process = 0;      ///< program and libraries; the caller's to fill in (process_bytes)
+  std::int64_t total() const {
+    return weights + adapter + gradients + optimizer + activations + logits + teacher + messages + data + process;
+  }
 };
+/// Resident memory of a process in which training runs, without anything that follows from model and data: what is
+/// resident now (call it before anything is loaded) and what libraries add once they compute.
+std::int64_t process_bytes();
 MemoryEstimate memory_of(const checkpoint::ModelConfig& config, const LoraOptions& options, at::ScalarType dtype,
-                         std::int64_t batch, std::int64_t tokens, bool activation_checkpointing,
-                         std::int64_t optimizer_shards, const checkpoint::ModelConfig* teacher);
+                         std::int64_t batch, std::int64_t tokens, bool activation_checkpointing, std::int64_t ranks,
+                         bool shard_optimizer, const checkpoint::ModelConfig* teacher);
 
 }  // namespace headfold::finetune

@@ -15,22 +15,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr const char* kStateFormat = "headfold-training-state";
-constexpr std::int64_t kStateVersion = 1;
-
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
 std::size_t ix(std::int64_t i) {
   return static_cast<std::size_t>(i);
-}
-
-std::map<std::string, at::Tensor> read_tensors(const fs::path& path) {
-  const checkpoint::SafetensorsFile file(path);
-  std::map<std::string, at::Tensor> tensors;
-  for (const auto& [name, info] : file.tensors()) tensors[name] = file.view(name);
-  return tensors;
 }
 
 /// Step numbers of the folders PREFIX-N in `folder`, ascending.
@@ -49,40 +39,6 @@ std::vector<std::int64_t> steps_in(const fs::path& folder, const std::string& pr
 }
 
 }  // namespace
-
-OrderedJson to_json(const TrainState& state) {
-  OrderedJson json;
-  json["step"] = state.step;
-  json["tokens"] = state.tokens;
-  json["seconds"] = state.seconds;
-  json["best_step"] = state.best_step;
-  json["best_loss"] = state.best_loss;
-  json["worse"] = state.worse;
-  json["first_validation"] = state.first_validation;
-  json["last_validation"] = state.last_validation;
-  json["first_divergence"] = state.first_divergence;
-  json["last_divergence"] = state.last_divergence;
-  json["last_loss"] = state.last_loss;
-  json["early"] = state.early;
-  return json;
-}
-
-TrainState state_from(const Json& json, const std::string& file) {
-  TrainState state;
-  state.step = required<std::int64_t>(json, "step", file);
-  state.tokens = required<std::int64_t>(json, "tokens", file);
-  state.seconds = required<double>(json, "seconds", file);
-  state.best_step = required<std::int64_t>(json, "best_step", file);
-  state.best_loss = required<double>(json, "best_loss", file);
-  state.worse = required<std::int64_t>(json, "worse", file);
-  state.first_validation = required<double>(json, "first_validation", file);
-  state.last_validation = required<double>(json, "last_validation", file);
-  state.first_divergence = required<double>(json, "first_divergence", file);
-  state.last_divergence = required<double>(json, "last_divergence", file);
-  state.last_loss = required<double>(json, "last_loss", file);
-  state.early = required<bool>(json, "early", file);
-  return state;
-}
 
 struct Trainer::State {
   State(const comm::Communicator& world_, TrainableModel& model_, const Dataset& data_, const Dataset* validation_,
@@ -221,10 +177,16 @@ struct Trainer::State {
     line["step"] = now.step;
     line["validation_loss"] = loss;
     line["validation_perplexity"] = std::exp(loss);
-    if (validation_teacher != nullptr) line["validation_kl"] = now.last_divergence;
+    std::string divergence;
+    if (validation_teacher != nullptr) {
+      const std::int64_t width = validation_teacher->width();
+      line["validation_kl"] = now.last_divergence;
+      if (width > 0) line["validation_kl_top"] = width;
+      divergence = fmt::format(", KL{} {:.4f}", width > 0 ? fmt::format(" over the top {} tokens", width) : "",
+                               now.last_divergence);
+    }
     write_line(line);
-    spdlog::info("step {}: validation perplexity {:.4f}{}{}", now.step, std::exp(loss),
-                 validation_teacher != nullptr ? fmt::format(", KL {:.4f}", now.last_divergence) : std::string(),
+    spdlog::info("step {}: validation perplexity {:.4f}{}{}", now.step, std::exp(loss), divergence,
                  now.best_step == now.step
                      ? ", the best so far"
                      : fmt::format(" (best {:.4f} at step {})", std::exp(now.best_loss), now.best_step));
@@ -236,53 +198,58 @@ struct Trainer::State {
     if (!log) throw IoError(lines.string(), "cannot write to it", "is the disk full?");
   }
 
-  /// Fills a temporary folder and gives it its name: it is there whole or not at all.
-  void save_folder(const fs::path& folder, const std::function<void(const fs::path&)>& fill) const {
-    const fs::path temporary = checkpoints / ("." + folder.filename().string() + ".tmp");
+  fs::path temporary_of(const fs::path& folder) const {
+    return checkpoints / ("." + folder.filename().string() + ".tmp");
+  }
+  /// A checkpoint is filled in a temporary folder and then gets its name: it is there whole or not at all.
+  void begin_folder(const fs::path& folder, const char* file, const std::map<std::string, at::Tensor>& tensors) const {
+    const fs::path temporary = temporary_of(folder);
     std::error_code code;
     fs::remove_all(temporary, code);
     make_folder(temporary);
-    fill(temporary);
+    checkpoint::write_safetensors(temporary / file, tensors);
+  }
+  void finish_folder(const fs::path& folder) const {
+    write_json(temporary_of(folder) / "state.json", state_json());
+    std::error_code code;
     fs::remove_all(folder, code);
-    publish(temporary, folder);
+    publish(temporary_of(folder), folder);
   }
 
   OrderedJson state_json() const {
-    OrderedJson json;
-    json["format"] = kStateFormat;
-    json["format_version"] = kStateVersion;
-    json["state"] = to_json(now);
+    OrderedJson json =
+        to_json(StoredState{now, optimizer.steps(), Json::parse(options.identity.empty() ? "null" : options.identity)});
     // What follows from step, seed and options is stated all the same, for readers.
     json["epoch"] = sampler.epoch_of(now.step * options.batch);
     json["sampler_position"] = now.step * options.batch;
     json["seed"] = options.seed;
     json["ranks"] = world.size();
-    json["adam_steps"] = optimizer.steps();
     json["data"] = data.fingerprint();
-    json["identity"] = Json::parse(options.identity.empty() ? "null" : options.identity);
     return json;
   }
 
   void save_best() {
-    save_folder(best_folder(now.best_step), [&](const fs::path& folder) {
-      checkpoint::write_safetensors(folder / "parameters.safetensors", optimizer.values());
-      write_json(folder / "state.json", state_json());
-    });
+    begin_folder(best_folder(now.best_step), "parameters.safetensors", optimizer.values());
+    finish_folder(best_folder(now.best_step));
   }
 
   void save() {
     if (saved == now.step) return;
     world.require_equal(optimizer.fingerprint(), fmt::format("the trained weights after step {}", now.step));
-    const Optimizer::Snapshot snapshot = optimizer.snapshot();
     now.seconds += seconds_since(counted);
     counted = Clock::now();
-    world.on_root([&] {
-      save_folder(step_folder(now.step), [&](const fs::path& folder) {
-        checkpoint::write_safetensors(folder / "parameters.safetensors", snapshot.values);
-        checkpoint::write_safetensors(folder / "moments-first.safetensors", snapshot.first);
-        checkpoint::write_safetensors(folder / "moments-second.safetensors", snapshot.second);
-        write_json(folder / "state.json", state_json());
+    const fs::path folder = step_folder(now.step);
+    world.on_root([&] { begin_folder(folder, "parameters.safetensors", optimizer.values()); });
+    // One after the other: where ranks share the optimiser's state each is gathered into memory of its own.
+    for (const bool second : {false, true}) {
+      const auto moments = second ? optimizer.second_moments() : optimizer.first_moments();
+      world.on_root([&] {
+        checkpoint::write_safetensors(
+            temporary_of(folder) / (second ? "moments-second.safetensors" : "moments-first.safetensors"), moments);
       });
+    }
+    world.on_root([&] {
+      finish_folder(folder);
       // Two latest, and every best that one of them speaks of.
       std::vector<std::int64_t> steps = steps_in(checkpoints, "step");
       std::error_code code;
@@ -296,7 +263,7 @@ struct Trainer::State {
       std::set<std::int64_t> wanted = {now.best_step};
       for (const std::int64_t step : steps) {
         try {
-          wanted.insert(read_state(step_folder(step)).best_step);
+          wanted.insert(read_state(step_folder(step)).state.best_step);
         } catch (const Error&) {  // not readable: nothing to keep for it
         }
       }
@@ -304,18 +271,6 @@ struct Trainer::State {
         if (!wanted.contains(step)) fs::remove_all(best_folder(step), code);
     });
     saved = now.step;
-  }
-
-  static TrainState read_state(const fs::path& folder, Json* whole = nullptr) {
-    const fs::path path = folder / "state.json";
-    const Json json = read_json(path);
-    const std::string file = path.string();
-    if (const auto format = json.find("format"); format == json.end() || *format != kStateFormat)
-      throw CorruptFile(file, "is no training state of headfold");
-    if (const auto version = required<std::int64_t>(json, "format_version", file); version != kStateVersion)
-      throw InputError(fmt::format("{}: format_version is {}, this headfold reads {}", file, version, kStateVersion));
-    if (whole != nullptr) *whole = json;
-    return state_from(required<Json>(json, "state", file), file);
   }
 
   void open_lines(bool resumed) {
@@ -341,24 +296,25 @@ struct Trainer::State {
 
   bool resume() {
     std::string chosen;
-    Optimizer::Snapshot snapshot;
-    OrderedJson state;
+    TensorSource values, first, second;
+    StoredState stored;
     world.on_root([&] {
       std::vector<std::int64_t> steps = steps_in(checkpoints, "step");
+      const bool any = !steps.empty();
       for (; !steps.empty() && chosen.empty(); steps.pop_back()) {
         const fs::path folder = step_folder(steps.back());
         try {
-          Json whole;
-          const TrainState found = read_state(folder, &whole);
-          if (!options.identity.empty() && whole.value("identity", Json()) != Json::parse(options.identity))
+          stored = read_state(folder);
+          if (!options.identity.empty() && stored.identity != Json::parse(options.identity))
             throw InputError(
                 fmt::format("{}: was made with other options, another model or other data", folder.string()),
                 "choose another --out, or --overwrite to begin anew");
-          snapshot.values = read_tensors(folder / "parameters.safetensors");
-          snapshot.first = read_tensors(folder / "moments-first.safetensors");
-          snapshot.second = read_tensors(folder / "moments-second.safetensors");
-          snapshot.steps = required<std::int64_t>(whole, "adam_steps", (folder / "state.json").string());
-          state = to_json(found);
+          if (stored.state.step != steps.back())
+            throw CorruptFile((folder / "state.json").string(),
+                              fmt::format("is of step {}, its folder of step {}", stored.state.step, steps.back()));
+          values = stored_tensors(folder / "parameters.safetensors", model.parameters());
+          first = stored_tensors(folder / "moments-first.safetensors", model.parameters());
+          second = stored_tensors(folder / "moments-second.safetensors", model.parameters(), true);
           chosen = folder.string();
         } catch (const CorruptFile& error) {
           spdlog::warn("a checkpoint cannot be read, trying the one before: {}", error.what());
@@ -366,11 +322,13 @@ struct Trainer::State {
           spdlog::warn("a checkpoint cannot be read, trying the one before: {}", error.what());
         }
       }
+      if (any && chosen.empty())
+        spdlog::warn("{}: none of the checkpoints can be read, training begins anew", checkpoints.string());
     });
     world.broadcast(chosen);
     if (chosen.empty()) return false;
-    optimizer.restore(snapshot, chosen);
-    std::string text = world.root() ? state.dump() : std::string();
+    optimizer.restore(values, first, second, stored.adam_steps, chosen);
+    std::string text = world.root() ? to_json(stored.state).dump() : std::string();
     world.broadcast(text);
     now = state_from(Json::parse(text), chosen);
     saved = now.step;
@@ -389,7 +347,10 @@ struct Trainer::State {
     line["epoch"] = static_cast<double>(now.step * options.batch) / static_cast<double>(data.sequences());
     line["loss"] = now.last_loss;
     line["cross_entropy"] = sums.cross_entropy / tokens;
-    if (teacher != nullptr) line["kl"] = sums.divergence / tokens;
+    if (teacher != nullptr) {
+      line["kl"] = sums.divergence / tokens;
+      if (teacher->width() > 0) line["kl_top"] = teacher->width();
+    }
     line["accuracy"] = static_cast<double>(sums.agreements) / tokens;
     line["scored_tokens"] = sums.tokens;
     line["tokens"] = now.tokens;
@@ -456,12 +417,12 @@ struct Trainer::State {
 
   std::int64_t take_best() {
     if (now.best_step < 0) return now.step;
-    std::map<std::string, at::Tensor> values;
+    TensorSource values;
     const fs::path folder = best_folder(now.best_step);
     std::int64_t found = 1;
     world.on_root([&] {
       try {
-        values = read_tensors(folder / "parameters.safetensors");
+        values = stored_tensors(folder / "parameters.safetensors", model.parameters());
       } catch (const Error& error) {
         spdlog::warn("the best step's weights cannot be read, the last step's are used instead: {}", error.what());
         found = 0;

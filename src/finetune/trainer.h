@@ -1,17 +1,16 @@
 #pragma once
 // The training loop: data-parallel steps, validation, checkpoints, resume and stopping on request.
 
-#include <headfold/base/json.h>
 #include <headfold/comm/communicator.h>
 #include <headfold/finetune/data.h>
 #include <headfold/finetune/optimizer.h>
 #include <headfold/finetune/teacher.h>
 #include <headfold/finetune/trainable.h>
+#include <headfold/finetune/training_state.h>
 
 #include <cstdint>
 #include <filesystem>
 #include <functional>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -37,30 +36,14 @@ struct TrainOptions {
   double report_seconds = 10;    ///< between progress lines of rank 0
 };
 
-/// Where a run stands after `step` steps.
-struct TrainState {
-  std::int64_t step = 0;
-  std::int64_t tokens = 0;                           ///< input tokens so far
-  double seconds = 0;                                ///< in steps and validations, over all starts of the job
-  std::int64_t best_step = -1;                       ///< -1: not validated yet
-  double best_loss = 0;                              ///< cross-entropy on the validation text, nats per token
-  std::int64_t worse = 0;                            ///< validations since
-  double first_validation = 0, last_validation = 0;  ///< cross-entropy; 0 without validation
-  double first_divergence = 0, last_divergence = 0;  ///< nats per token, with a teacher
-  double last_loss = 0;                              ///< training loss of the last step
-  bool early = false;                                ///< ended by patience
-};
-OrderedJson to_json(const TrainState& state);
-TrainState state_from(const Json& json, const std::string& file);
-
 /// One training run. Micro-batches are formed from the whole batch and dealt to ranks in turn, gradients are scaled by
 /// the scored tokens of the whole batch, dropout is a function of (seed, step, sequence): what is trained does not
 /// depend on the number of ranks beyond the order of float32 sums. At one rank count a run that was stopped and resumed
 /// has the bits of one that was not.
 class Trainer {
  public:
-  /// All references must outlive it. `validation` and `teacher` may be null; `validation_teacher` (live) adds the
-  /// divergence on validation text. Collective.
+  /// All references must outlive it. `validation` and `teacher` may be null; `validation_teacher` (whose sequences are
+  /// the validation text's) adds the divergence on validation text. Collective.
   Trainer(const comm::Communicator& world, TrainableModel& model, const Dataset& data, const Dataset* validation,
           const Teacher* teacher, const Teacher* validation_teacher, TrainOptions options);
   ~Trainer();

@@ -3,11 +3,16 @@
 
 #include <gmock/gmock.h>
 #include <headfold/base/json.h>
+#include <headfold/checkpoint/reader.h>
+#include <headfold/finetune/lora.h>
+#include <headfold/finetune/trainable.h>
 #include <signal.h>
 #include <sys/types.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <fstream>
+#include <regex>
 #include <thread>
 
 #include "program.h"
@@ -64,8 +69,10 @@ class FinetuneTest : public testing::Test {
     return found;
   }
   /// Runs a long training on two ranks and sends `signal` to one of them once it has trained some steps.
+  /// Outcome::seconds is the time from the signal to the end.
   Outcome disturbed(const std::string& out, int signal, const Arguments& more) const {
     Outcome outcome;
+    std::chrono::steady_clock::time_point when;
     std::thread job([&] { outcome = run(training(out, more), 2); });
     const fs::path lines = root_ / out / "train.jsonl";
     const auto begun = fs::file_time_type::clock::now();
@@ -76,9 +83,11 @@ class FinetuneTest : public testing::Test {
       if (!fs::exists(lines, code) || fs::file_size(lines, code) < 2000 || fs::last_write_time(lines, code) < begun)
         continue;
       const std::vector<pid_t> ranks = ranks_of(root_ / out);
+      when = std::chrono::steady_clock::now();
       if (!ranks.empty()) sent = ::kill(ranks.back(), signal) == 0;
     }
     job.join();
+    outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - when).count();
     EXPECT_TRUE(sent) << outcome.output;
     return outcome;
   }
@@ -148,7 +157,7 @@ TEST_F(FinetuneTest, a_killed_rank_ends_the_job_and_the_same_command_resumes) {
   const Outcome killed = disturbed("killed", SIGKILL, more);
   EXPECT_NE(killed.code, 0);
   EXPECT_NE(killed.code, 124) << "it hung: " << killed.output;
-  EXPECT_LT(killed.seconds, 110);
+  EXPECT_LT(killed.seconds, 60) << killed.output;
   EXPECT_THAT(killed.output,
               testing::AnyOf(HasSubstr("signal 9"), HasSubstr("Killed"), HasSubstr("another rank died")));
   EXPECT_TRUE(ranks_of(root_ / "killed").empty());
@@ -157,11 +166,204 @@ TEST_F(FinetuneTest, a_killed_rank_ends_the_job_and_the_same_command_resumes) {
   EXPECT_THAT(resumed.output, HasSubstr("resuming after step"));
 }
 
+TEST_F(FinetuneTest, memory_is_what_the_plan_says) {
+  // Sizes at which tensors outweigh what the process itself takes, or at least count.
+  write_file(
+      root_ / "shape" / "config.json",
+      R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 2,
+                 "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 16384,
+                 "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
+                 "tie_word_embeddings": false, "torch_dtype": "bfloat16"})");
+  ASSERT_EQ(run({"synthesize", "--shape", root_ / "shape" / "config.json", "--tokenizer", demo_model("prose-llama"),
+                 "--out", root_ / "wide"})
+                .code,
+            0);
+  struct Case {
+    const char* name;
+    Arguments more;
+    int ranks;
+  };
+  const std::string wide = root_ / "wide";
+  const std::vector<Case> cases = {
+      {"float32", {"--dtype", "float32", "--seq-len", "512"}, 1},
+      {"bfloat16", {"--dtype", "bfloat16", "--seq-len", "1024", "--micro-batch", "2", "--merge"}, 2},
+      {"teacher", {"--dtype", "float32", "--seq-len", "256", "--teacher", wide}, 1},
+      {"full", {"--dtype", "float32", "--seq-len", "256", "--full"}, 1},
+  };
+  for (const Case& one : cases) {
+    Arguments arguments = {"finetune", "--model", wide, "--data", root_ / "train.jsonl", "--batch", "2", "--threads",
+                           "1",        "--steps", "1",  "--out",  root_ / one.name};
+    arguments.insert(arguments.end(), one.more.begin(), one.more.end());
+    Arguments planned = arguments;
+    planned.emplace_back("--dry-run");
+    const Outcome plan = run(planned, one.ranks);
+    ASSERT_EQ(plan.code, 0) << plan.output;
+    const Outcome done = run(arguments, one.ranks);
+    ASSERT_EQ(done.code, 0) << done.output;
+    const Json memory = read_json(root_ / one.name / "finetune.json").at("memory");
+    const auto measured = memory.at("measured_peak").get<double>();
+    std::smatch total;
+    ASSERT_TRUE(std::regex_search(plan.output, total, std::regex("total +([0-9]+)"))) << plan.output;
+    // 10 % is what docs/performance.md promises for models; here the process is most of it.
+    EXPECT_NEAR(std::stod(total[1]) / measured, 1, 0.1) << one.name << '\n' << plan.output << memory;
+    EXPECT_NEAR(memory.at("estimated").at("total").get<double>() / std::stod(total[1]), 1, 0.05) << one.name;
+  }
+}
+
+TEST_F(FinetuneTest, validation_tells_the_divergence_from_a_cached_teacher) {
+  const Arguments more = {"--steps",          "4", "--teacher-top", "16", "--validation", root_ / "validation.jsonl",
+                          "--validate-every", "2"};
+  const auto with = [&](const std::string& out, const Arguments& others) {
+    Arguments all = training(out, more);
+    all.insert(all.end(), others.begin(), others.end());
+    return all;
+  };
+  const std::string cache = root_ / "teacher.safetensors";
+  const std::string teacher = demo_model("prose-llama");
+  const Outcome live = run(with("live", {"--teacher", teacher}));
+  ASSERT_EQ(live.code, 0) << live.output;
+  const Outcome cached = run(with("cached", {"--teacher", teacher, "--cache-teacher", cache}), 2);
+  ASSERT_EQ(cached.code, 0) << cached.output;
+  EXPECT_THAT(cached.output, HasSubstr("KL over the top 16 tokens"));
+  EXPECT_TRUE(fs::exists(root_ / "teacher-validation.safetensors"));
+  const Json all = read_json(root_ / "live" / "finetune.json").at("results");
+  const Json top = read_json(root_ / "cached" / "finetune.json").at("results");
+  EXPECT_FALSE(all.contains("validation_kl_top"));
+  EXPECT_EQ(top.at("validation_kl_top"), 16);
+  // Tokens taken together hide divergence; most of it lies in the first ones.
+  const auto whole = all.at("validation_kl_before").get<double>(), part = top.at("validation_kl_before").get<double>();
+  EXPECT_LE(part, whole * 1.0001);
+  EXPECT_GT(part, whole * 0.5);
+  EXPECT_LT(top.at("validation_kl_last").get<double>(), part);
+  // From the files alone.
+  const Outcome alone = run(with("alone", {"--cache-teacher", cache}));
+  ASSERT_EQ(alone.code, 0) << alone.output;
+  EXPECT_NEAR(read_json(root_ / "alone" / "finetune.json").at("results").at("validation_kl_before").get<double>(), part,
+              1e-6);
+  // Without that of the validation text: no divergence, and said so.
+  fs::rename(root_ / "teacher-validation.safetensors", root_ / "away");
+  const Outcome without = run(with("without", {"--cache-teacher", cache}));
+  ASSERT_EQ(without.code, 0) << without.output;
+  EXPECT_THAT(without.output, HasSubstr("teacher-validation.safetensors does not exist"));
+  EXPECT_FALSE(read_json(root_ / "without" / "finetune.json").at("results").contains("validation_kl_before"));
+  // Cut, or of other text.
+  const std::string bytes = read_file(root_ / "away");
+  for (const auto& [content, mentions] :
+       {std::pair(bytes.substr(0, bytes.size() - 8), "teacher-validation.safetensors"),
+        std::pair(read_file(cache), "the fingerprint of the data")}) {
+    write_file(root_ / "teacher-validation.safetensors", content);
+    const Outcome damaged = run(with("damaged", {"--cache-teacher", cache}), 2);
+    EXPECT_EQ(damaged.code, 65) << damaged.output;
+    EXPECT_THAT(damaged.output, HasSubstr(mentions));
+    EXPECT_FALSE(fs::exists(root_ / "damaged"));
+  }
+}
+
+TEST_F(FinetuneTest, an_exported_merge_is_the_trained_model) {
+  // In float32: merging rounds to the stored type.
+  const checkpoint::Reader folded(root_ / "folded");
+  std::map<std::string, at::Tensor> tensors;
+  for (const std::string& name : folded.names()) tensors[name] = folded.view(name).to(at::kFloat);
+  checkpoint::write_safetensors(root_ / "base" / "model.safetensors", tensors);
+  Json config = read_json(root_ / "folded" / "config.json");
+  config["torch_dtype"] = "float32";
+  write_json(root_ / "base" / "config.json", config);
+  headfold::copy_file(root_ / "folded" / "tokenizer.model", root_ / "base" / "tokenizer.model");
+  Arguments command = training("trained", {"--steps", "6", "--merge"});
+  command[2] = root_ / "base";
+  const Outcome trained = run(command);
+  ASSERT_EQ(trained.code, 0) << trained.output;
+
+  const checkpoint::Reader base(root_ / "base");
+  const finetune::Adapter adapter = finetune::read_adapter(root_ / "trained" / "adapter", base.config());
+  finetune::TrainableModel model(base, adapter.options, at::kFloat);
+  finetune::Batch batch;
+  batch.ids = at::arange(60, at::kLong).mul(67).remainder(base.config().vocab).view({2, 30});
+  batch.targets = batch.ids;
+  const at::Tensor before = model.logits(model.hidden(batch));
+  for (finetune::Parameter& parameter : model.parameters()) parameter.value.copy_(adapter.tensors.at(parameter.name));
+  const at::Tensor expected = model.logits(model.hidden(batch));
+  const auto size = expected.abs().max().item<double>();
+  EXPECT_GT((before - expected).abs().max().item<double>(), 1e-2 * size) << "nothing was learned";
+  checkpoint::write_safetensors(root_ / "ids.safetensors", {{"input_ids", batch.ids}});
+
+  const auto exported = [&](const fs::path& adapter_folder, const fs::path& model_folder, const std::string& out) {
+    return Arguments{"export",       "--model",   model_folder, "--format", "merged",   "--adapter",
+                     adapter_folder, "--threads", "1",          "--out",    root_ / out};
+  };
+  for (const int ranks : {1, 2, 4}) {
+    const std::string out = fmt::format("merged-{}", ranks);
+    const Outcome outcome = run(exported(root_ / "trained" / "adapter", root_ / "base", out), ranks);
+    ASSERT_EQ(outcome.code, 0) << outcome.output;
+    EXPECT_EQ(read_file(root_ / out / "model.safetensors"),
+              read_file(root_ / "trained" / "merged" / "model.safetensors"))
+        << ranks;
+    const fs::path logits = root_ / (out + ".safetensors");
+    const Outcome computed =
+        run({"logits", "--model", root_ / out, "--ids", root_ / "ids.safetensors", "--threads", "1", "--out", logits});
+    ASSERT_EQ(computed.code, 0) << computed.output;
+    const checkpoint::SafetensorsFile file(logits);
+    EXPECT_LE((file.view("logits").view(expected.sizes()) - expected).abs().max().item<double>(), 1e-5 * size) << ranks;
+  }
+
+  // What does not fit, or is broken.
+  const fs::path sound = root_ / "trained" / "adapter";
+  const auto damaged = [&](const char* name, const std::function<void(const fs::path&)>& damage) {
+    fs::copy(sound, root_ / name);
+    damage(root_ / name);
+    return root_ / name;
+  };
+  const auto cut = damaged("cut", [](const fs::path& folder) {
+    fs::resize_file(folder / "adapter_model.safetensors", fs::file_size(folder / "adapter_model.safetensors") - 100);
+  });
+  const auto unset = damaged("unset", [](const fs::path& folder) { fs::remove(folder / "adapter_config.json"); });
+  const auto wider = damaged("wider", [](const fs::path& folder) {
+    Json json = read_json(folder / "adapter_config.json");
+    json["r"] = 5;
+    write_json(folder / "adapter_config.json", json);
+  });
+  const auto unsound = damaged("unsound", [&](const fs::path& folder) {
+    auto values = adapter.tensors;
+    values.begin()->second = at::full_like(values.begin()->second, NAN);
+    checkpoint::write_safetensors(folder / "adapter_model.safetensors", values);
+  });
+  struct Case {
+    fs::path adapter, model;
+    int code;
+    std::string mentions;
+    int ranks;
+  };
+  for (const Case& one : std::vector<Case>{
+           {cut, root_ / "base", 65, "adapter_model.safetensors", 1},
+           {cut, root_ / "base", 65, "adapter_model.safetensors", 2},
+           {unset, root_ / "base", 74, "adapter_config.json", 4},
+           {wider, root_ / "base", 65, "lora_A.weight has shape [4, 256]", 2},
+           {unsound, root_ / "base", 65, "not finite", 1},
+           {root_ / "nowhere", root_ / "base", 74, "nowhere", 1},
+           {sound, demo_model("prose-llama"), 65, "the adapter was made for another model", 2},
+           {sound, demo_model("prose-bloom"), 65, "which", 1},
+       }) {
+    const Outcome outcome = run(exported(one.adapter, one.model, "refused"), one.ranks);
+    EXPECT_EQ(outcome.code, one.code) << one.adapter << outcome.output;
+    EXPECT_THAT(outcome.output, HasSubstr(one.mentions));
+    EXPECT_FALSE(fs::exists(root_ / "refused" / "config.json")) << one.adapter;
+  }
+}
+
 TEST_F(FinetuneTest, wrong_input_is_named_and_leaves_nothing_behind) {
   write_file(root_ / "empty.jsonl", "\n");
   write_file(root_ / "short.jsonl", "{\"text\": \"Too short.\"}\n");
   write_file(root_ / "rows.jsonl", "{\"prompt\": \"" + std::string(900, 'x') + "\", \"response\": \"y\"}\n");
   write_file(root_ / "broken.jsonl", "{\"prompt\": \"a\", \"response\": \"b\"}\n{\"prompt\": \"cut o");
+  // A teacher whose tokenizer is the student's, with other tables.
+  Json shape = read_json(demo_model("prose-llama") / "config.json");
+  shape["vocab_size"] = 4100;
+  shape["num_hidden_layers"] = 1;
+  write_json(root_ / "shape" / "config.json", shape);
+  ASSERT_EQ(run({"synthesize", "--shape", root_ / "shape" / "config.json", "--tokenizer", demo_model("prose-llama"),
+                 "--out", root_ / "taller"})
+                .code,
+            0);
   struct Case {
     Arguments changed;
     int code;
@@ -176,6 +378,7 @@ TEST_F(FinetuneTest, wrong_input_is_named_and_leaves_nothing_behind) {
       {{"--data", text("rows.jsonl")}, 65, "rows.jsonl:1"},
       {{"--data", text("broken.jsonl")}, 65, "broken.jsonl:2"},
       {{"--teacher", demo_model("prose-bloom")}, 65, "tokenizer", 2},
+      {{"--teacher", text("taller")}, 65, "vocabulary has 4100 entries", 2},
       {{"--teacher", text("absent")}, 74, "absent"},
       {{"--cache-teacher", text("absent.safetensors")}, 74, "absent.safetensors", 2},
       {{"--cache-teacher", demo_model("prose-llama") / "model.safetensors"}, 65, "its format"},

@@ -467,7 +467,7 @@ TEST(MemoryTest, estimates_are_what_tensors_take) {
                                    options.targets.size(), checkpointing));
           const std::int64_t batch = 4, tokens = 96;
           const MemoryEstimate estimate =
-              memory_of(reader.config(), options, dtype, batch, tokens, checkpointing, 1, nullptr);
+              memory_of(reader.config(), options, dtype, batch, tokens, checkpointing, 1, false, nullptr);
           TrainableModel model(reader, options, dtype);
           EXPECT_EQ(model.bytes(), estimate.weights + estimate.adapter + estimate.gradients);
           EXPECT_EQ(estimate.optimizer, 2 * estimate.gradients);
@@ -488,8 +488,9 @@ TEST(MemoryTest, estimates_are_what_tensors_take) {
   }
   // A shard of the optimiser, a teacher.
   const checkpoint::Reader reader = write_model(folder / "model", forms::llama_json(128, 4, 2, 4, 601));
-  const MemoryEstimate alone = memory_of(reader.config(), adapt_all(), at::kFloat, 2, 32, true, 1, nullptr);
-  const MemoryEstimate taught = memory_of(reader.config(), adapt_all(), at::kFloat, 2, 32, true, 4, &reader.config());
+  const MemoryEstimate alone = memory_of(reader.config(), adapt_all(), at::kFloat, 2, 32, true, 1, false, nullptr);
+  const MemoryEstimate taught =
+      memory_of(reader.config(), adapt_all(), at::kFloat, 2, 32, true, 4, true, &reader.config());
   EXPECT_EQ(taught.optimizer * 4, alone.optimizer);
   EXPECT_EQ(taught.teacher, alone.weights + 2 * 32 * 128 * 4);
   EXPECT_GT(taught.total(), alone.total());

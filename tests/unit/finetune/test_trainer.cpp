@@ -4,6 +4,7 @@
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
 #include <headfold/base/json.h>
+#include <headfold/checkpoint/safetensors.h>
 #include <headfold/finetune/trainer.h>
 
 #include <cmath>
@@ -182,6 +183,61 @@ TEST(TrainerTest, a_torn_checkpoint_gives_way_to_the_one_before) {
   for (const auto& [name, value] : expected.values) EXPECT_TRUE(at::equal(value, resumed.values.at(name))) << name;
 }
 
+TEST(TrainerTest, whatever_is_wrong_with_a_checkpoint_the_one_before_is_taken) {
+  const ScratchFolder scratch;
+  const Dataset data = dataset(20, 16);
+  const Trained expected = train(world(), train_options(scratch / "whole", 6), data);
+  const auto edit = [](const fs::path& file, const std::function<void(std::map<std::string, at::Tensor>&)>& change) {
+    std::map<std::string, at::Tensor> tensors;
+    {
+      const checkpoint::SafetensorsFile stored(file);
+      for (const auto& [name, info] : stored.tensors()) tensors[name] = stored.view(name).clone();
+    }
+    change(tensors);
+    checkpoint::write_safetensors(file, tensors);
+  };
+  const std::vector<std::pair<const char*, std::function<void(const fs::path&)>>> damages = {
+      {"NaN",
+       [&](const fs::path& f) {
+         edit(f / "parameters.safetensors", [](auto& t) { t.begin()->second.view({-1})[0] = NAN; });
+       }},
+      {"negative square",
+       [&](const fs::path& f) {
+         edit(f / "moments-second.safetensors", [](auto& t) { t.begin()->second.view({-1})[0] = -1; });
+       }},
+      {"tensor missing",
+       [&](const fs::path& f) { edit(f / "moments-first.safetensors", [](auto& t) { t.erase(t.begin()); }); }},
+      {"another model's",
+       [&](const fs::path& f) {
+         edit(f / "parameters.safetensors", [](auto& t) { t.begin()->second = at::zeros({3, 3}); });
+       }},
+      {"step of another",
+       [&](const fs::path& f) {
+         Json json = read_json(f / "state.json");
+         json["state"]["step"] = json["adam_steps"] = 3;
+         write_json(f / "state.json", json);
+       }},
+      {"steps that differ",
+       [&](const fs::path& f) {
+         Json json = read_json(f / "state.json");
+         json["adam_steps"] = -1;
+         write_json(f / "state.json", json);
+       }},
+      {"state of text", [&](const fs::path& f) { write_file(f / "state.json", "[1, 2"); }},
+      {"no state", [&](const fs::path& f) { fs::remove(f / "state.json"); }},
+  };
+  int number = 0;
+  for (const auto& [what, damage] : damages) {
+    TrainOptions options = train_options(scratch / fmt::format("run-{}", ++number), 6);
+    options.checkpoint_every = 2;
+    train(world(), options, data, nullptr, 4);
+    world().on_root([&, &harm = damage] { harm(options.folder / "checkpoints" / "step-4"); });
+    const Trained resumed = train(world(), options, data);
+    for (const auto& [name, value] : expected.values)
+      EXPECT_TRUE(at::equal(value, resumed.values.at(name))) << what << ' ' << name;
+  }
+}
+
 TEST(TrainerTest, another_training_is_not_resumed) {
   const ScratchFolder scratch;
   const Dataset data = dataset(10, 16);
@@ -289,6 +345,31 @@ TEST(TeacherTest, cached_predictions_train_as_the_live_teacher_does) {
     write_teacher_cache(self, scratch / "alone.safetensors", live, "the-teacher", data, 8, 3);
     EXPECT_EQ(read_file(scratch / "alone.safetensors"), read_file(scratch / "few.safetensors"));
   }
+  // Validation text of its own, with a file of its own: over the whole vocabulary the divergence is the live teacher's.
+  const Dataset held_out = dataset(5, 12, true);
+  EXPECT_EQ(validation_cache(scratch / "x.y.safetensors"), scratch / "x.y-validation.safetensors");
+  write_teacher_cache(world(), scratch / "held.safetensors", live, "the-teacher", held_out, kVocab, 2);
+  write_teacher_cache(world(), scratch / "held-few.safetensors", live, "the-teacher", held_out, 8, 2);
+  const CachedTeacher held(scratch / "held.safetensors", held_out, kVocab, "the-teacher");
+  const CachedTeacher held_few(scratch / "held-few.safetensors", held_out, kVocab, "the-teacher");
+  const auto validated = [&](const char* name, const Teacher& validation_teacher) {
+    TrainOptions own = train_options(scratch / name, 4);
+    own.loss.distill_weight = 0.5;
+    const checkpoint::Reader again(model_folder());
+    TrainableModel model(again, adapters, at::kFloat);
+    Trainer trainer(world(), model, data, &held_out, &cached, &validation_teacher, own);
+    return trainer.run();
+  };
+  const TrainState by_live = validated("by-live", live), by_file = validated("by-file", held),
+                   by_few = validated("by-few", held_few);
+  EXPECT_GT(by_live.last_divergence, 1e-5);
+  EXPECT_NEAR(by_file.last_divergence, by_live.last_divergence, 1e-6);
+  EXPECT_LE(by_few.last_divergence, by_live.last_divergence + 1e-6);
+  EXPECT_GT(by_few.last_divergence, 0);
+  world().barrier("validated");
+  EXPECT_FALSE(lines_of(scratch / "by-live").back().contains("validation_kl_top"));
+  EXPECT_EQ(lines_of(scratch / "by-few").back().at("validation_kl_top"), 8);
+  EXPECT_EQ(lines_of(scratch / "by-few").back().at("validation_kl").get<double>(), by_few.last_divergence);
   const Dataset other = dataset(11, 16);
   EXPECT_THROW(CachedTeacher(scratch / "few.safetensors", other, kVocab, ""), InputError);
   EXPECT_THROW(CachedTeacher(scratch / "few.safetensors", data, kVocab + 1, ""), InputError);
