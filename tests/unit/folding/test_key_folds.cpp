@@ -5,6 +5,7 @@
 #include <headfold/folding/apply.h>
 #include <headfold/folding/distance.h>
 
+#include "../../../src/folding/complex_pairs.h"
 #include "../../../src/folding/keys_distance.h"
 #include "instances.h"
 
@@ -298,6 +299,39 @@ TEST(OrderTest, better_metrics_give_smaller_score_errors) {
     EXPECT_LT(polished, 0.9999 * distance) << seed;
     EXPECT_LT(weights, loss(options_of(KeyFold::meanpool, Metric::act))) << seed;
     EXPECT_LT(query, loss(options_of(KeyFold::procrustes, Metric::act))) << seed;
+  }
+}
+
+/// methods.md 10 and 13.1: heads of rank two over twice the heads (wide heads) hold every pair of heads of rank one.
+TEST(OrderTest, rank_two_over_four_heads_is_never_worse_than_any_two_pairs) {
+  const std::vector<std::pair<std::vector<std::int64_t>, std::vector<std::int64_t>>> partitions = {
+      {{0, 1}, {2, 3}}, {{0, 2}, {1, 3}}, {{0, 3}, {1, 2}}};
+  for (std::uint64_t seed = 30; seed < 36; ++seed) {
+    const LayerProblem problem = problem_of(seed, 12, kHeads, false);
+    const LayerWeights& w = problem.weights;
+    const at::Tensor keys = at::matmul(w.key, problem.moments.input.slice(0, 0, kHidden).slice(1, 0, kHidden));
+    const at::Tensor grams = complex_grams(at::matmul(keys, w.key.t()), kHeads);
+    const at::Tensor queries = at::matmul(w.query, problem.moments.input.slice(0, 0, kHidden).slice(1, 0, kHidden));
+    const at::Tensor energies = (queries * w.query).sum(1).view({kHeads, w.key_repeat(), 2, kDim / 2}).sum(1).sum(1);
+    const auto loss_of_width = [&](std::int64_t width) {
+      double loss = 0;
+      for (std::int64_t l = 0; l < kDim / 2; ++l) {
+        std::vector<at::Tensor> lambda;
+        for (std::int64_t k = 0; k < kHeads; ++k) lambda.push_back(energies[k][l].view({1, 1}).to(at::kComplexDouble));
+        loss += linalg::weighted_low_rank(grams[l], lambda, width).loss / (2.0 * kDim);
+      }
+      return loss;
+    };
+    const FoldOptions options = options_of(KeyFold::rope_commuting, Metric::act_query);
+    // The problem written down here is the one that the fold solves.
+    const double one = key_basis(problem, {0, 1, 2, 3}, options).loss;
+    ASSERT_NEAR(loss_of_width(1), one, 1e-9 * one) << seed;
+    const double wide = loss_of_width(2);
+    for (const auto& [first, second] : partitions) {
+      const double pairs = key_basis(problem, first, options).loss + key_basis(problem, second, options).loss;
+      EXPECT_LE(wide, pairs * (1 + 1e-12)) << seed;
+      EXPECT_LT(pairs, one) << seed;
+    }
   }
 }
 
