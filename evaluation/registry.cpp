@@ -261,7 +261,11 @@ FileListing list_place(const std::string& purpose, const Split& split, bool labe
         (!labels || is_there(place_path(options, place.documents))))
       listing.found = path;
   }
-  if (checksums && !listing.found.empty()) listing.sha256 = sha256_hex(read_file(listing.found));
+  if (checksums && !listing.found.empty()) {
+    Sha256 hash;
+    hash.update(MappedFile(listing.found).bytes());
+    listing.sha256 = hash.hex();
+  }
   return listing;
 }
 
