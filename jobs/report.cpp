@@ -33,12 +33,13 @@ void report(const Context& context, const std::vector<std::string>& arguments) {
     spdlog::info("{}: {} calibration{}, {} conversion{}, {} evaluated model{}", section.name,
                  section.calibrations.size(), section.calibrations.size() == 1 ? "" : "s", conversions,
                  conversions == 1 ? "" : "s", evaluated, evaluated == 1 ? "" : "s");
-    for (const std::string& sentence : section.missing) spdlog::info("  {}", sentence);
+    for (const auto* sentences : {&section.missing, &section.benchmarks.notes})
+      for (const std::string& sentence : *sentences) spdlog::info("  {}", sentence);
   }
   if (values.count("dry-run") > 0) {
     std::cout << fmt::format(
-        "would write index.html, report.md, quality.csv, layers.csv, timing.csv, refit.csv and compare.csv "
-        "into {}\n",
+        "would write index.html, report.md, quality.csv, layers.csv, timing.csv, refit.csv, compare.csv and "
+        "benchmarks.csv into {}\n",
         out.string());
     return;
   }

@@ -161,10 +161,10 @@ void Document::code(const std::string& text) {
   markdown_ += shown + "\n";
 }
 
-void Document::missing(const std::vector<std::string>& sentences) {
+void Document::missing(const std::vector<std::string>& sentences, const std::string& title) {
   if (sentences.empty()) return;
-  html_ += "<div class=\"missing\"><strong>Not in this run</strong><ul>\n";
-  markdown_ += "**Not in this run**\n\n";
+  html_ += fmt::format("<div class=\"missing\"><strong>{}</strong><ul>\n", escape_markup(title));
+  markdown_ += fmt::format("**{}**\n\n", escape_markdown(title));
   for (const std::string& sentence : sentences) {
     html_ += "<li>" + escape_markup(sentence) + "</li>\n";
     markdown_ += "- " + escape_markdown(sentence) + "\n";

@@ -61,7 +61,7 @@ class Document {
   void facts(const std::vector<std::pair<std::string, std::string>>& facts);
   void words_explained(const std::vector<std::pair<std::string, std::string>>& entries);
   void code(const std::string& text);
-  void missing(const std::vector<std::string>& sentences);
+  void missing(const std::vector<std::string>& sentences, const std::string& title = "Not in this run");
   const std::string& html() const { return html_; }
   const std::string& markdown() const { return markdown_; }
 

@@ -396,6 +396,69 @@ std::string bar_chart(const std::string& id, const std::string& title, const std
   return out.finish();
 }
 
+std::string ChangeRows::svg() const {
+  std::vector<double> values = {0, low, high};
+  std::size_t most = 1;
+  double label_width = 0;
+  for (const Row& row : rows) {
+    most = std::max(most, row.marks.size());
+    label_width = std::max(label_width, text_width(row.label, row.strong ? 12.5 : 11.5));
+    for (const Mark& mark : row.marks)
+      for (const double value : {mark.value - mark.error, mark.value + mark.error}) values.push_back(value);
+  }
+  const Axis x = make_axis(values, x_title, unit, false, true, 7);
+  // Many rows: markers of one row lie over each other rather than the figure becoming a wall.
+  const double mark_step = rows.size() > 24 ? 2.5 : 9;
+  const double row_height = std::max(17.0, mark_step * static_cast<double>(most) + 8);
+  const double left = std::min(label_width, width * 0.45) + 14, right = 20;
+  const double plot_width = width - left - right;
+  // The key, in as many lines as it takes.
+  std::vector<std::pair<double, double>> key_places;
+  double key_x = 0, key_y = heading.empty() ? 10 : 32;
+  for (const auto& [name, colour] : key) {
+    const double needed = text_width(name, 12) + 26;
+    if (key_x > 0 && key_x + needed > width) {
+      key_x = 0;
+      key_y += 18;
+    }
+    key_places.emplace_back(key_x, key_y);
+    key_x += needed;
+  }
+  const double top = key_y + (key.empty() ? (heading.empty() ? 0 : -6) : 16);
+  const double plot_height = row_height * static_cast<double>(rows.size()), height = top + plot_height + 44;
+  const auto px = [&](double value) { return left + x.at(value) * plot_width; };
+  Svg out(id, title, description, width, height);
+  if (!heading.empty()) out.text(0, 14, heading, "th");
+  for (std::size_t k = 0; k < key.size(); ++k) {
+    out.marker(key_places[k].first + 6, key_places[k].second, key[k].second % kSeriesColours, 4.4,
+               "dot " + colour_class(key[k].second, -1), key[k].first);
+    out.text(key_places[k].first + 15, key_places[k].second + 4, key[k].first, "lab");
+  }
+  for (const auto& [value, label] : x.ticks) {
+    out.line(px(value), top, px(value), top + plot_height, "grid");
+    out.text(px(value), top + plot_height + 17, label, "tick", "middle");
+  }
+  out.line(px(0), top - 3, px(0), top + plot_height, "rule strong");
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    const Row& row = rows[r];
+    const double y = top + row_height * (static_cast<double>(r) + 0.5);
+    if (r > 0) out.line(0, y - row_height / 2, left + plot_width, y - row_height / 2, row.strong ? "axis" : "grid");
+    out.text(left - 10, y + 4, row.label, row.strong ? "th" : "at", "end");
+    for (std::size_t m = 0; m < row.marks.size(); ++m) {
+      const Mark& mark = row.marks[m];
+      if (!std::isfinite(mark.value)) continue;
+      const double my = y + (static_cast<double>(m) - (static_cast<double>(row.marks.size()) - 1) / 2) * mark_step;
+      const std::string colour = colour_class(mark.colour, -1);
+      if (mark.error > 0 && std::isfinite(mark.error))
+        out.line(px(mark.value - mark.error), my, px(mark.value + mark.error), my, "stem " + colour);
+      out.marker(px(mark.value), my, mark.colour % kSeriesColours, 4.2, (mark.filled ? "dot " : "ring ") + colour,
+                 mark.hint);
+    }
+  }
+  out.text(left + plot_width / 2, height - 6, x_title, "at", "middle");
+  return out.finish();
+}
+
 std::string HeatMap::svg() const {
   double label_width = 0;
   for (const std::string& label : row_labels) label_width = std::max(label_width, text_width(label, 11));
@@ -415,10 +478,13 @@ std::string HeatMap::svg() const {
     for (std::size_t c = 0; c < shades[r].size(); ++c) {
       // Neighbours of one shade become one rectangle: a page of many layers stays small.
       std::size_t end = c + 1;
-      while (end < shades[r].size() && shades[r][end] == shades[r][c]) ++end;
+      while (texts.empty() && end < shades[r].size() && shades[r][end] == shades[r][c]) ++end;
       if (shades[r][c] >= 0)
         out.rect(left + cell * static_cast<double>(c), y, cell * static_cast<double>(end - c),
                  row_height - (row_height > 8 ? 1 : 0), "box " + colour_class(0, shades[r][c]));
+      if (r < texts.size() && c < texts[r].size())
+        out.text(left + cell * (static_cast<double>(c) + 0.5), y + row_height / 2 + 3.5, texts[r][c],
+                 shades[r][c] >= kShades / 2 ? "in far" : "in", "middle");
       c = end - 1;
     }
   }

@@ -88,6 +88,28 @@ struct Bar {
 std::string bar_chart(const std::string& id, const std::string& title, const std::string& description,
                       const std::vector<Bar>& bars, double width = 520);
 
+/// Changes against a common zero, one row per task and one marker per model in it.
+struct ChangeRows {
+  struct Mark {
+    double value = 0, error = 0;  ///< the whisker reaches `error` to both sides; 0: none
+    int colour = 0;               ///< series colour and marker shape
+    bool filled = true;
+    std::string hint;
+  };
+  struct Row {
+    std::string label;
+    bool strong = false;  ///< a group: its parts follow
+    std::vector<Mark> marks;
+  };
+  std::string id, title, description, heading;
+  std::string x_title, unit;  ///< `unit` behind every tick
+  double low = 0, high = 0;   ///< the axis reaches from here to there at least, and over all values
+  std::vector<Row> rows;
+  std::vector<std::pair<std::string, int>> key;  ///< names and colours of the markers
+  double width = 520;
+  std::string svg() const;
+};
+
 struct HeatMap {
   std::string id, title, description, heading;
   std::string x_title, y_title;
@@ -95,7 +117,9 @@ struct HeatMap {
   std::vector<std::pair<double, std::string>> x_ticks;  ///< position 0 … 1 along the row
   std::vector<std::vector<int>> shades;                 ///< by row and column; -1: no value
   std::vector<std::string> key;                         ///< kShades texts for the key; empty: none
-  double rule = -1;                                     ///< position 0 … 1 of a vertical rule; < 0: none
+  std::vector<std::vector<std::string>>
+      texts;         ///< written into the cells; empty: none. Equal neighbours stay apart then
+  double rule = -1;  ///< position 0 … 1 of a vertical rule; < 0: none
   double width = 520;
   std::string svg() const;
 };

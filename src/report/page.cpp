@@ -2,6 +2,7 @@
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
 #include <headfold/base/table.h>
+#include <headfold/report/benchmarks.h>
 #include <headfold/report/cells.h>
 #include <headfold/report/document.h>
 #include <headfold/report/figure.h>
@@ -233,6 +234,7 @@ class Builder {
     page.timing_csv = timing_csv();
     page.refit_csv = refit_csv(run_);
     page.compare_csv = compare_csv(run_);
+    page.benchmarks_csv = benchmarks_csv(run_);
     return page;
   }
 
@@ -278,6 +280,7 @@ class Builder {
     if (folded || evaluated) {
       quality(one);
       further_metrics(one);
+      benchmark_sections(document_, one, [this](const std::string& name) { return id(name); });
     }
     if (folded) {
       document_.heading(3, "What was saved, and what it cost");
@@ -313,6 +316,11 @@ class Builder {
     if (!parts.empty()) document_.paragraph(joined(parts, " · "), "sub");
   }
 
+  /// What the evaluation harness itself measured of a model that is not ours has scores and nothing else.
+  static bool only_benchmarks(const ModelRow& row) {
+    return !row.original && !row.conversion && row.evaluation && row.evaluation->harness;
+  }
+
   static Cell stock_cell(const ModelRow& row) {
     Cell cell;
     if (!row.stock) {
@@ -344,6 +352,7 @@ class Builder {
                     {"KL", "nats/token", true},
                     {"Top-1", "agreement", true}};
     for (const ModelRow& row : one.models) {
+      if (only_benchmarks(row)) continue;
       std::vector<Cell> cells(grid.columns.size());
       cells[0] = name_cell(row);
       cells[1].text = row.conversion ? row.conversion->keys : row.original ? "none" : "unknown";
@@ -403,6 +412,7 @@ class Builder {
     for (const ModelRow& row : one.models) {
       if (!row.evaluation) continue;
       for (const auto& [task, result] : row.evaluation->tasks) {
+        if (!result.of_text(task)) continue;
         for (const auto& [metric, value] : result.metrics) {
           if (metric.starts_with("loss,") || metric.starts_with("reference_perplexity,")) continue;
           if (task == one.perplexity_task &&
@@ -912,6 +922,7 @@ class Builder {
                     {"Evaluate", "tokens/s", true},
                     {"Peak memory", "of a rank", true}};
     for (const ModelRow& row : one.models) {
+      if (only_benchmarks(row)) continue;
       std::vector<Cell> cells(grid.columns.size(), Cell{kNone});
       cells[0] = name_cell(row);
       Maybe peak;
@@ -1146,6 +1157,13 @@ class Builder {
           "How far the conversion's next-token distribution is from the original's, in nats per token; 0 means "
           "identical."},
          {"Top-1 agreement", "Share of positions where conversion and original prefer the same next token."},
+         {"Benchmark, acc, acc_norm",
+          "A set of questions with known answers. The model takes the answer it finds likeliest (acc), or likeliest "
+          "per "
+          "character (acc_norm); the score is the share it has right."},
+         {"Paired test, p",
+          "Both models answered the same questions, so only those that one has right and the other wrong tell them "
+          "apart. p is how often chance alone would tell them apart as clearly."},
          {"Energy", "Sum of squared singular values: what keys or values of a layer carry, before any is dropped."}});
     document_.html("</section>\n");
   }
@@ -1154,9 +1172,9 @@ class Builder {
     document_.html("<section>\n");
     document_.heading(2, "Files", "files");
     document_.paragraph(
-        "The numbers of this page as tables: quality.csv, layers.csv, timing.csv, refit.csv and compare.csv beside it; "
-        "the same text without "
-        "figures: report.md. It was made from these files of the run folder:");
+        "The numbers of this page as tables: quality.csv, layers.csv, timing.csv, refit.csv, compare.csv and "
+        "benchmarks.csv beside it; the same text without figures: report.md. It was made from these files of the run "
+        "folder:");
     std::string list;
     for (const std::string& file : run_.files) list += (list.empty() ? "" : "\n") + clean_text(file);
     document_.code(list);
@@ -1198,6 +1216,7 @@ class Builder {
                  "result_file"});
     for (const Section& one : run_.sections) {
       for (const ModelRow& row : one.models) {
+        if (only_benchmarks(row)) continue;
         const TaskResult *task = nullptr, *rolling = nullptr;
         if (row.evaluation) {
           if (const auto found = row.evaluation->tasks.find(one.perplexity_task); found != row.evaluation->tasks.end())
@@ -1337,10 +1356,14 @@ Page make_page(const RunData& run, const std::string& title) {
 }
 
 std::filesystem::path write_report(const std::filesystem::path& folder, const Page& page) {
-  const std::vector<std::pair<std::string, const std::string*>> files = {
-      {"report.md", &page.markdown},    {"quality.csv", &page.quality_csv}, {"layers.csv", &page.layers_csv},
-      {"timing.csv", &page.timing_csv}, {"refit.csv", &page.refit_csv},     {"compare.csv", &page.compare_csv},
-      {"index.html", &page.html}};
+  const std::vector<std::pair<std::string, const std::string*>> files = {{"report.md", &page.markdown},
+                                                                         {"quality.csv", &page.quality_csv},
+                                                                         {"layers.csv", &page.layers_csv},
+                                                                         {"timing.csv", &page.timing_csv},
+                                                                         {"refit.csv", &page.refit_csv},
+                                                                         {"compare.csv", &page.compare_csv},
+                                                                         {"benchmarks.csv", &page.benchmarks_csv},
+                                                                         {"index.html", &page.html}};
   std::error_code code;
   if (fs::exists(folder, code) && !fs::is_directory(folder, code))
     throw UsageError(fmt::format("{} exists and is not a folder", folder.string()), "choose another --out");

@@ -1,7 +1,9 @@
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
 #include <headfold/base/json.h>
+#include <headfold/report/benchmarks.h>
 #include <headfold/report/run_data.h>
+#include <headfold/report/samples.h>
 #include <headfold/report/text.h>
 
 #include <algorithm>
@@ -195,9 +197,10 @@ class Reader {
   std::string hide(const std::string& text) const { return hide_paths(text, roots_); }
 
   /// Text that Python reads as JSON and JSON's grammar does not: the harness writes NaN for what it did not compute.
-  static bool python_json(const std::string& text) {
+  static bool python_json(const std::string& text) { return Json::accept(without_constants(text)); }
+  static std::string without_constants(const std::string& text) {
     static const std::regex constants("-?\\b(NaN|Infinity)\\b");
-    return Json::accept(std::regex_replace(text, constants, "null"));
+    return std::regex_replace(text, constants, "null");
   }
 
   /// The file as JSON, or nothing when it is another program's.
@@ -211,7 +214,7 @@ class Reader {
       if (ours_by_name || text.find("\"headfold-") != std::string::npos || !python_json(text))
         throw CorruptFile(path.string(), std::string(error.what()).substr(path.string().size() + 2),
                           "make it again or remove it from the run folder");
-      return std::nullopt;
+      return Json::parse(without_constants(text));
     }
   }
 
@@ -246,8 +249,10 @@ class Reader {
       read_calibration(path, *json, file);
     } else {
       const auto own = json->find("headfold");
-      if (own == json->end() || text_at(*own, "format") != "headfold-results") return ignore(path);
-      read_result(path, *json, *own, file);
+      if (own != json->end() && text_at(*own, "format") == "headfold-results")
+        read_result(path, *json, *own, file);
+      else if (!read_harness_result(path, *json, file))
+        return ignore(path);
     }
     data_.files.push_back(relative(path));
   }
@@ -617,22 +622,90 @@ class Reader {
       result.model.reference_fingerprint = text_at(*reference, "fingerprint");
     }
     result.model.tokens_per_second = number_at(own, "tokens_per_second");
+    read_tasks(path, json, file, result);
+    results_.push_back(std::move(result));
+  }
+
+  /// Results that the evaluation harness itself wrote. False: the file is something else.
+  bool read_harness_result(const fs::path& path, const Json& json, const std::string& file) {
+    const auto results = json.find("results"), config = json.find("config");
+    if (results == json.end() || !results->is_object()) return false;
+    Result result;
+    std::string name = text_at(json, "model_name");
+    if (name.empty() && config != json.end() && config->is_object()) {
+      // Older releases name the model in its arguments only: "pretrained=NAME,dtype=…".
+      const std::string arguments = text_at(*config, "model_args"), key = "pretrained=";
+      if (const std::size_t at = arguments.find(key); at != std::string::npos)
+        name = arguments.substr(at + key.size(), arguments.find(',', at) - at - key.size());
+    }
+    result.model.name = last_part(name);
+    if (result.model.name.empty()) return false;
+    result.model.harness = true;
+    result.model.folder = hide(name);
+    result.file = relative(path);
+    result.date = number_at(json, "date").value_or(0);
+    if (config != json.end() && config->is_object()) {
+      result.model.parameters = count_at(*config, "model_num_parameters");
+      result.model.dtype = text_at(*config, "model_dtype");
+    }
+    read_tasks(path, json, file, result);
+    results_.push_back(std::move(result));
+    return true;
+  }
+
+  void read_tasks(const fs::path& path, const Json& json, const std::string& file, Result& result) const {
     const Json tasks = object_at(json, "results", file);
-    const auto hashes = json.find("task_hashes");
+    const auto table = [&](const char* key) {
+      const auto found = json.find(key);
+      return found != json.end() && found->is_object() ? *found : Json::object();
+    };
+    const Json hashes = table("task_hashes"), subtasks = table("group_subtasks"), better = table("higher_is_better"),
+               shots = table("n-shot"), counts = table("n-samples");
+    const std::string name = path.filename().string(), time = name.substr(8, name.size() - 8 - 5);
     for (const auto& [task, values] : tasks.items()) {
       if (!values.is_object()) throw InputError(fmt::format("{}: results of \"{}\" are no JSON object", file, task));
       TaskResult kept;
       kept.file = result.file;
       kept.date = result.date;
-      if (hashes != json.end() && hashes->is_object()) kept.text_hash = text_at(*hashes, task);
+      kept.text_hash = text_at(hashes, task);
       for (const auto& [metric, value] : values.items()) {
         // "metric,filter" names a number; alias, name, sample_len and the like have no comma.
-        if (metric.find(',') == std::string::npos || metric.find("_stderr,") != std::string::npos) continue;
-        kept.metrics[metric] = finite_number(value);
+        const std::size_t comma = metric.find(',');
+        if (comma == std::string::npos) continue;
+        if (const std::size_t error = metric.find("_stderr,"); error == std::string::npos)
+          kept.metrics[metric] = finite_number(value);
+        else if (const auto number = finite_number(value))
+          kept.errors[metric.substr(0, error) + metric.substr(comma)] = *number;
       }
+      if (const auto found = better.find(task); found != better.end() && found->is_object())
+        for (const auto& [metric, higher] : found->items())
+          if (higher.is_boolean()) kept.higher_is_better[metric] = higher.get<bool>();
+      kept.shots = integer_at(shots, task);
+      if (const auto found = counts.find(task); found != counts.end() && found->is_object())
+        kept.documents = integer_at(*found, "effective");
+      if (const auto found = subtasks.find(task); found != subtasks.end() && found->is_array())
+        for (const Json& part : *found)
+          if (part.is_string()) kept.subtasks.push_back(part.get<std::string>());
+      if (!kept.of_text(task)) kept.samples = samples_of(path.parent_path(), task, time);
       result.model.tasks[task] = std::move(kept);
     }
-    results_.push_back(std::move(result));
+  }
+
+  /// The samples that were written with a results file.
+  std::shared_ptr<const Samples> samples_of(const fs::path& folder, const std::string& task,
+                                            const std::string& time) const {
+    // As the harness makes file names of task names.
+    std::string in_file;
+    for (const char c : task) {
+      const bool bad = std::string_view("\"<>:/|\\?*[]").find(c) != std::string_view::npos;
+      if (!bad)
+        in_file += c;
+      else if (!in_file.ends_with("__"))
+        in_file += "__";
+    }
+    const fs::path path = folder / fmt::format("samples_{}_{}.jsonl", in_file, time);
+    std::error_code code;
+    return fs::is_regular_file(path, code) ? read_samples(path, relative(path)) : nullptr;
   }
 
   void attach_verifications() {
@@ -715,11 +788,14 @@ class Reader {
     });
     for (Result& result : results_) {
       const bool is_base = bases.contains(result.model.fingerprint);
-      const int conversion = is_base ? -1 : conversion_of(result);
+      // What another program measured stands beside our own measurements, not in their place.
+      const int conversion = is_base || result.model.harness ? -1 : conversion_of(result);
       Evaluated key;
       key.conversion = conversion;
       if (conversion < 0)
-        key.identity = result.model.fingerprint.empty() ? result.model.name : result.model.fingerprint;
+        key.identity = result.model.harness               ? "harness " + result.model.folder
+                       : result.model.fingerprint.empty() ? result.model.name
+                                                          : result.model.fingerprint;
       auto found = std::find_if(evaluated_.begin(), evaluated_.end(), [&](const Evaluated& e) {
         return e.conversion == key.conversion && e.identity == key.identity;
       });
@@ -730,7 +806,7 @@ class Reader {
       Evaluation merged = std::move(result.model);
       for (auto& [task, value] : found->evaluation.tasks) merged.tasks.try_emplace(task, std::move(value));
       merged.records = std::move(found->evaluation.records);
-      merged.records.emplace_back(result.file, result.record);
+      if (!merged.harness) merged.records.emplace_back(result.file, result.record);
       found->evaluation = std::move(merged);
       found->newest = result.date;
     }
@@ -785,9 +861,9 @@ class Reader {
         if (one.conversion == static_cast<int>(c)) row.evaluation = std::move(one.evaluation);
       section.models.push_back(std::move(row));
     }
-    std::vector<Evaluated*> rest;
+    std::vector<Evaluated*> rest, harness;
     for (Evaluated& one : evaluated_)
-      if (one.conversion < 0) rest.push_back(&one);
+      if (one.conversion < 0) (one.evaluation.harness ? harness : rest).push_back(&one);
     const auto is_reference = [&](const Evaluated& one) {
       return std::any_of(data_.sections.begin(), data_.sections.end(),
                          [&](const Section& s) { return s.fingerprint == one.identity; }) ||
@@ -805,6 +881,28 @@ class Reader {
       row.original = original;
       row.evaluation = std::move(evaluation);
       section.models.push_back(std::move(row));
+    }
+    for (Evaluated* one : harness) {
+      // Beside the base model that was asked most of the same; a model that shares no task stands alone.
+      Section* beside = nullptr;
+      std::size_t most = 0;
+      for (Section& section : data_.sections) {
+        std::size_t shared = 0;
+        for (const auto& [task, result] : one->evaluation.tasks)
+          shared += std::any_of(section.models.begin(), section.models.end(), [&task = task](const ModelRow& row) {
+            return row.evaluation && row.evaluation->tasks.contains(task);
+          });
+        if (shared > most) {
+          beside = &section;
+          most = shared;
+        }
+      }
+      ModelRow row;
+      row.original = beside == nullptr;
+      if (beside == nullptr) beside = &section_of(one->identity, one->evaluation.name);
+      row.evaluation = std::move(one->evaluation);
+      note_date(*beside, one->newest);
+      beside->models.push_back(std::move(row));
     }
     for (Section& section : data_.sections) finish(section);
     std::stable_sort(data_.sections.begin(), data_.sections.end(),
@@ -850,6 +948,7 @@ class Reader {
       };
       return key(a) < key(b);
     });
+    section.benchmarks = benchmarks_of(section.models);
     note_missing(section);
   }
 
@@ -862,6 +961,7 @@ class Reader {
         const fs::path parent = fs::path(row.conversion->folder).parent_path();
         if (!parent.empty()) return last_part(parent.generic_string());
       }
+      if (row.evaluation && row.evaluation->harness) return row.evaluation->name + " (harness)";
       return row.conversion
                  ? last_part(row.conversion->folder == "." ? row.evaluation ? row.evaluation->name : "converted"
                                                            : row.conversion->folder)
@@ -1042,6 +1142,7 @@ class Reader {
         if (original == nullptr) original = &row;
         continue;
       }
+      if (row.evaluation && row.evaluation->harness) continue;
       any_conversion = true;
       if (!row.evaluation) unevaluated.push_back(row.name);
       if (row.perplexity && !row.kl) unreferenced.push_back(row.name);
@@ -1110,6 +1211,13 @@ class Reader {
 };
 
 }  // namespace
+
+bool TaskResult::of_text(const std::string& task) const {
+  if (task.starts_with("ppl_blocks")) return true;
+  const auto has = [&](const char* metric) { return metrics.contains(std::string(metric) + ",none"); };
+  return has("word_perplexity") || has("byte_perplexity") || has("bits_per_byte") || has("kl") ||
+         (has("perplexity") && !has("acc"));
+}
 
 bool Conversion::uneven() const {
   const auto differs = [&](auto LayerFold::*member) {

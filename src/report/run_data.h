@@ -2,9 +2,12 @@
 // What a run folder holds: calibrations, converted models, verifications and evaluations, read from the files their
 // jobs left and put together by base model. File formats: docs/formats.md, section "Files of a run".
 
+#include <headfold/report/paired.h>
+
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -165,16 +168,26 @@ struct Training {
   std::vector<std::pair<double, double>> validations;  ///< step, perplexity
 };
 
-/// One task of a results file. A metric that was recorded but is no finite number has an empty value.
+struct Samples;  // samples.h
+
+/// One task or group of a results file. A metric that was recorded but is no finite number has an empty value.
 struct TaskResult {
   std::string file;
   double date = 0;
   std::string text_hash;                                 ///< of the evaluated samples; empty when not recorded
   std::map<std::string, std::optional<double>> metrics;  ///< by the harness's "metric,filter" name
+  std::map<std::string, double> errors;                  ///< standard errors by the same names, where recorded
+  std::map<std::string, bool> higher_is_better;          ///< by metric; where recorded
+  std::optional<std::int64_t> documents, shots;
+  std::vector<std::string> subtasks;       ///< of a group: tasks or groups right below it
+  std::shared_ptr<const Samples> samples;  ///< of a benchmark task; null: there is no file of them
+  /// Perplexity of a text: no benchmark.
+  bool of_text(const std::string& task) const;
 };
 
 /// All results of one model; for every task the newest file wins.
 struct Evaluation {
+  bool harness = false;  ///< measured by the evaluation harness itself, not by headfold
   std::string name, folder, fingerprint, layout, dtype;
   std::string reference;  ///< name of the reference model, may be empty
   std::string reference_fingerprint;
@@ -203,6 +216,39 @@ struct ModelRow {
   std::optional<double> ratio;  ///< to the original's perplexity on the same text
 };
 
+/// What a model scored by one metric of one benchmark.
+struct BenchmarkCell {
+  std::optional<std::optional<double>> value;  ///< absent: not evaluated; inner empty: no finite number
+  std::optional<double> error;                 ///< standard error as recorded
+  std::optional<std::int64_t> documents;
+  std::optional<double> delta;     ///< value less the original's; only where both saw the same documents and prompts
+  std::optional<PairedTest> test;  ///< original first, from both models' samples
+  std::string file, samples_file;
+};
+/// One metric of one benchmark over all models.
+struct BenchmarkColumn {
+  std::string task, metric, filter;
+  bool higher_is_better = true;
+  bool group = false;                ///< a mean over tasks
+  bool main = false;                 ///< the metric that stands for its task
+  std::vector<std::string> above;    ///< groups that this task or group is part of, the outermost first
+  std::vector<BenchmarkCell> cells;  ///< by Section::models
+  /// A share of documents, shown in per cent.
+  bool share() const;
+};
+/// Mean scores of a retrieval task by depth and length, of one model.
+struct RetrievalMap {
+  std::string task, metric;
+  std::size_t model = 0;                                  ///< index into Section::models
+  std::vector<double> lengths, depths;                    ///< ascending
+  std::vector<std::vector<std::optional<double>>> means;  ///< by depth, then length
+};
+struct Benchmarks {
+  std::vector<BenchmarkColumn> columns;  ///< by task, its main metric first; parts of groups behind their group
+  std::vector<RetrievalMap> retrieval;
+  std::vector<std::string> notes;  ///< sentences: what could not be compared, and why
+};
+
 /// All that was done with one base model.
 struct Section {
   std::string name, fingerprint;
@@ -213,6 +259,7 @@ struct Section {
   std::vector<Training> trainings;
   std::vector<ModelRow> models;    ///< the original first, then by KV heads and quality
   std::vector<std::string> folds;  ///< labels, index = ModelRow::series
+  Benchmarks benchmarks;
   std::string perplexity_task;  ///< the task of ModelRow::perplexity, e.g. "ppl_blocks@256"; empty when there is none
   std::vector<std::string> missing;  ///< sentences: what a complete report would have and this run does not
   double first_date = 0;

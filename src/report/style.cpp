@@ -86,6 +86,8 @@ svg .dot{fill:var(--c);stroke:var(--page);stroke-width:.8}
 svg .ring{fill:var(--page);stroke:var(--c);stroke-width:1.6}
 svg .box{fill:var(--c)}
 svg .back{fill:var(--page)}
+svg .in{font-size:11px;font-variant-numeric:tabular-nums}
+svg .in.far{fill:var(--page)}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}.cn{--c:var(--cn)}
 .q0{--c:var(--q0)}.q1{--c:var(--q1)}.q2{--c:var(--q2)}.q3{--c:var(--q3)}.q4{--c:var(--q4)}.q5{--c:var(--q5)}.q6{--c:var(--q6)}.q7{--c:var(--q7)}
 @media (max-width:600px){main{padding:24px 16px 48px}h1{font-size:1.55rem}.lead{font-size:1.05rem}dl.facts{grid-template-columns:1fr;gap:0}dl.facts dd{margin-bottom:.6em}

@@ -269,7 +269,7 @@ inline std::vector<std::vector<std::string>> parse_csv(const std::string& text) 
 inline void expect_sound(const Page& page, const RunFolder& run) {
   for (const std::string& svg : svgs_of(page.html)) EXPECT_EQ(xml_error(svg), std::nullopt) << svg.substr(0, 2000);
   for (const std::string* text : {&page.html, &page.markdown, &page.quality_csv, &page.layers_csv, &page.timing_csv,
-                                  &page.refit_csv, &page.compare_csv}) {
+                                  &page.refit_csv, &page.compare_csv, &page.benchmarks_csv}) {
     EXPECT_FALSE(std::regex_search(*text, std::regex("\\b(nan|inf|NaN|Infinity|null)\\b")));
     EXPECT_THAT(*text, Not(HasSubstr("<script")));
     EXPECT_THAT(*text, Not(HasSubstr(run.folder().string())));

@@ -352,7 +352,7 @@ TEST(ReportTest, written_twice_the_bytes_are_equal_and_foreign_files_are_safe) {
   const std::string first = read_file(page);
   write_report(out, make_page(read_run(run.folder(), out)));
   EXPECT_EQ(read_file(page), first);
-  EXPECT_EQ(std::distance(fs::directory_iterator(out), fs::directory_iterator()), 7);
+  EXPECT_EQ(std::distance(fs::directory_iterator(out), fs::directory_iterator()), 8);
   // Moving the run folder changes nothing but the names that commands recorded.
   fs::rename(run.folder(), scratch / "run2");
   fs::rename(scratch / "run2", run.folder());
