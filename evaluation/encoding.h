@@ -41,7 +41,7 @@ class Encoder {
   /// together, and the continuation is what is longer than the context alone. An empty context is the prefix token.
   std::pair<std::vector<std::int64_t>, std::vector<std::int64_t>> pair(const std::string& context,
                                                                        const std::string& continuation) const;
-  /// pair() or, for generation, encode() of the context. InputError naming document and request when context or
+  /// pair() or, for generation, encode() of the context. InputError naming document, request and texts when context or
   /// continuation have no token.
   EncodedRequest request(const Request& request) const;
   /// BOS, else EOS. InputError when the tokenizer has neither.

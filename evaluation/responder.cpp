@@ -114,6 +114,30 @@ struct Responder::State {
     }
   }
 
+  static std::string name_of(const std::vector<const Request*>& requests, std::size_t index,
+                             const ResponderHooks& hooks) {
+    if (hooks.name) return hooks.name(index);
+    return fmt::format("request {} of document {}", requests[index]->index, requests[index]->document);
+  }
+
+  /// InputError for what the model cannot read, before anything is computed.
+  void check(const std::vector<const Request*>& requests, const std::vector<EncodedRequest>& encoded,
+             const ResponderHooks& hooks) const {
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      const Request& request = *requests[i];
+      if (request.type == RequestType::generation) {
+        if (request.max_new_tokens < 1 || request.max_new_tokens >= options.max_length)
+          throw InputError(fmt::format("{}: {} new tokens are asked for, and the model reads {} in all",
+                                       name_of(requests, i, hooks), request.max_new_tokens, options.max_length),
+                           "generation needs a model that reads more, or a task with a smaller limit");
+      } else if (std::ssize(encoded[i].continuation) > options.max_length) {
+        throw InputError(fmt::format("{}: a continuation of {} tokens, and the model reads {}",
+                                     name_of(requests, i, hooks), encoded[i].continuation.size(), options.max_length),
+                         "raise --max-length if the model takes more");
+      }
+    }
+  }
+
   /// What a replica found becomes known to all; true when the run is to end.
   bool exchange(const std::vector<const Request*>& requests, Found own, std::vector<Answer>& answers,
                 const ResponderHooks& hooks) const {
@@ -122,11 +146,10 @@ struct Responder::State {
     for (const std::string& share : grid.world.all_gather(packed(own))) unpack(share, all);
     for (std::size_t i = 0; i < all.indices.size(); ++i) {
       const Answer& answer = all.answers[i];
-      const Request& request = *requests[all.indices[i]];
       if (!std::isfinite(answer.log_likelihood))
         throw InputError(
-            fmt::format("{}: the log-likelihood of request {} of document {} is not finite (NaN or infinite logits)",
-                        reader.folder().string(), request.index, request.document),
+            fmt::format("{}: the log-likelihood of {} is not finite (NaN or infinite logits)", reader.folder().string(),
+                        name_of(requests, all.indices[i], hooks)),
             "the weights or the compute dtype are at fault: try --dtype float32, or headfold inspect on the model");
       answers[all.indices[i]] = answer;
     }
@@ -153,17 +176,7 @@ bool Responder::State::score_all(const std::vector<const Request*>& requests, co
                                  const ResponderHooks& hooks) {
   std::vector<ScoredSequence> sequences;
   sequences.reserve(which.size());
-  std::int64_t tokens = 0;
-  for (const std::size_t index : which) {
-    try {
-      sequences.emplace_back(encoded[index], options.max_length);
-    } catch (const InputError& error) {
-      throw InputError(
-          fmt::format("request {} of document {}: {}", requests[index]->index, requests[index]->document, error.what()),
-          error.hint());
-    }
-    tokens += sequences.back().size();
-  }
+  for (const std::size_t index : which) sequences.emplace_back(encoded[index], options.max_length);
   PackingOptions packing{options.max_tokens, options.share};
   std::vector<BatchPlan> plans = plan_batches(sequences, packing, pipeline.config());
   // Ranks without work are worse than small batches.
@@ -241,10 +254,6 @@ bool Responder::State::generate_all(const std::vector<const Request*>& requests,
   for (const std::size_t index : which) {
     const Request& request = *requests[index];
     const std::int64_t room = options.max_length - request.max_new_tokens;
-    if (request.max_new_tokens < 1 || room < 1)
-      throw InputError(fmt::format("document {} asks for {} new tokens, and the model reads {} in all",
-                                   request.document, request.max_new_tokens, options.max_length),
-                       "generation needs a model that reads more, or a task with a smaller limit");
     const std::vector<std::int32_t>& context = *encoded[index].context;
     Prompt prompt;
     prompt.ids.assign(context.end() - std::min<std::ptrdiff_t>(std::ssize(context), room), context.end());
@@ -333,6 +342,7 @@ std::vector<Answer> Responder::answer(const std::vector<Request>& requests, cons
 std::vector<Answer> Responder::answer(const std::vector<const Request*>& requests, const ResponderHooks& hooks) const {
   std::vector<Answer> answers(requests.size());
   const std::vector<EncodedRequest> encoded = encode_requests(state_->grid.world, state_->encoder, requests);
+  state_->check(requests, encoded, hooks);
   std::vector<std::size_t> scored, generated;
   for (std::size_t i = 0; i < requests.size(); ++i)
     (requests[i]->type == RequestType::generation ? generated : scored).push_back(i);

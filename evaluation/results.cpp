@@ -1,5 +1,6 @@
 #include <headfold/base/files.h>
 #include <headfold/base/hash.h>
+#include <headfold/base/table.h>
 #include <headfold/base/version.h>
 #include <headfold/evaluation/results.h>
 
@@ -13,6 +14,22 @@ namespace {
 /// JSON text that never throws: text files may hold bytes that are no UTF-8.
 std::string dump(const OrderedJson& value, int indent) {
   return value.dump(indent, ' ', false, OrderedJson::error_handler_t::replace);
+}
+
+/// A float as Python's str() writes it: the shortest form that reads back, with a point or an exponent.
+std::string python_float(double value) {
+  if (!std::isfinite(value)) return std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf";
+  std::string text = fmt::format("{}", value);
+  if (text.find_first_of(".e") == std::string::npos) text += ".0";
+  return text;
+}
+
+/// A version as the harness holds it: a number.
+OrderedJson version_number(const std::string& text) {
+  const bool plain = !text.empty() && text.find_first_not_of("0123456789.") == std::string::npos;
+  if (!plain || std::count(text.begin(), text.end(), '.') > 1) return text;
+  if (text.find('.') == std::string::npos) return std::stoll(text);
+  return std::stod(text);
 }
 
 /// Infinity has no JSON form; a perplexity beyond float64 becomes null.
@@ -105,6 +122,66 @@ TaskResult make_result(const Task& task, std::vector<WindowScore> scores, bool h
   return result;
 }
 
+BenchmarkResult make_result(const BenchmarkTask& task, std::vector<Answer> answers) {
+  BenchmarkResult result;
+  result.task = &task;
+  result.answers = std::move(answers);
+  result.scored = task.score(task, result.answers);
+  return result;
+}
+
+std::vector<OrderedJson> sample_lines(const BenchmarkResult& result) {
+  const BenchmarkTask& task = *result.task;
+  std::vector<std::vector<std::size_t>> requests(task.documents.size());
+  for (std::size_t r = 0; r < task.requests.size(); ++r)
+    requests.at(static_cast<std::size_t>(task.requests[r].document)).push_back(r);
+  const bool generates = task.output_type == "generate_until";
+  const OrderedJson kwargs =
+      task.config.contains("generation_kwargs") ? task.config["generation_kwargs"] : OrderedJson::object();
+  std::vector<OrderedJson> lines;
+  lines.reserve(result.scored.samples.size());
+  for (const Sample& sample : result.scored.samples) {
+    const auto index = static_cast<std::size_t>(sample.document);
+    const BenchmarkDocument& document = task.documents.at(index);
+    OrderedJson arguments = OrderedJson::object();
+    OrderedJson responses = OrderedJson::array();
+    OrderedJson filtered = OrderedJson::array();
+    OrderedJson tokens = OrderedJson::array();
+    for (std::size_t i = 0; i < requests[index].size(); ++i) {
+      const Request& request = task.requests[requests[index][i]];
+      const Answer& answer = result.answers[requests[index][i]];
+      arguments[fmt::format("gen_args_{}", i)] = {{"arg_0", request.context},
+                                                  {"arg_1", generates ? kwargs : OrderedJson(request.continuation)}};
+      // Every leaf is a text, as the harness writes it.
+      const OrderedJson response =
+          generates ? OrderedJson(answer.text)
+                    : OrderedJson::array({python_float(answer.log_likelihood), answer.greedy ? "True" : "False"});
+      responses.push_back(OrderedJson::array({response}));
+      if (sample.filtered.empty()) filtered.push_back(response);
+      tokens.push_back({{"scored", answer.scored_tokens}, {"context", answer.context_tokens}});
+    }
+    for (const std::string& text : sample.filtered) filtered.push_back(text);
+    const SampleHashes hashes = sample_hashes(task, sample.document);
+    OrderedJson line;
+    line["doc_id"] = document.id;
+    line["doc"] = document.fields;
+    line["target"] = document.target;
+    line["arguments"] = std::move(arguments);
+    line["resps"] = std::move(responses);
+    line["filtered_resps"] = std::move(filtered);
+    line["filter"] = sample.filter;
+    line["metrics"] = OrderedJson::array();
+    for (const auto& [name, value] : sample.metrics) line["metrics"].push_back(name);
+    line["doc_hash"] = hashes.document;
+    line["prompt_hash"] = hashes.prompt;
+    line["target_hash"] = hashes.target;
+    for (const auto& [name, value] : sample.metrics) line[name] = number(value);
+    line["response_tokens"] = std::move(tokens);
+    lines.push_back(std::move(line));
+  }
+  return lines;
+}
+
 OrderedJson describe_model(const checkpoint::Reader& reader, at::ScalarType compute_dtype) {
   const checkpoint::ModelConfig& config = reader.config();
   std::int64_t parameters = 0;
@@ -188,15 +265,15 @@ std::vector<OrderedJson> sample_lines(const TaskResult& result) {
   return lines;
 }
 
-OrderedJson harness_results(const RunInfo& run, const std::vector<TaskResult>& tasks) {
+OrderedJson harness_results(const RunInfo& run, const Results& all) {
   const fs::path& folder = run.model->folder();
   const OrderedJson model = describe_model(*run.model, run.dtype);
   OrderedJson file;
-  for (const char* key :
-       {"results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config"})
-    file[key] = OrderedJson::object();
+  for (const char* key : {"results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better",
+                          "n-samples", "config"})
+    if (std::string_view(key) != "groups" || !all.groups.empty()) file[key] = OrderedJson::object();
   OrderedJson hashes = OrderedJson::object();
-  for (const TaskResult& result : tasks) {
+  for (const TaskResult& result : all.texts) {
     const Task& task = *result.task;
     OrderedJson values = {{"name", task.name}, {"alias", task.name}, {"sample_len", task.items}};
     OrderedJson metric_list = OrderedJson::array();
@@ -237,6 +314,40 @@ OrderedJson harness_results(const RunInfo& run, const std::vector<TaskResult>& t
                 line["target_hash"].get<std::string>();
     hashes[task.name] = sha256_hex(joined);
   }
+  const auto put_metrics = [](OrderedJson& values, const std::vector<Metric>& metrics) {
+    OrderedJson better = OrderedJson::object();
+    for (const Metric& metric : metrics) {
+      values[metric.name + "," + metric.filter] = number(metric.value);
+      values[metric.name + "_stderr," + metric.filter] =
+          metric.error.has_value() ? number(*metric.error) : OrderedJson("N/A");
+      better[metric.name] = metric.higher_is_better;
+    }
+    return better;
+  };
+  for (const BenchmarkResult& result : all.benchmarks) {
+    const BenchmarkTask& task = *result.task;
+    const auto count = std::ssize(task.documents);
+    OrderedJson values = {{"name", task.name}, {"alias", task.alias}, {"sample_len", count}};
+    file["higher_is_better"][task.name] = put_metrics(values, result.scored.metrics);
+    file["results"][task.name] = std::move(values);
+    file["group_subtasks"][task.name] = OrderedJson::array();
+    file["configs"][task.name] = task.config;
+    file["versions"][task.name] = version_number(task.version);
+    file["n-shot"][task.name] = task.shots;
+    file["n-samples"][task.name] = {{"original", task.documents_original}, {"effective", count}};
+    hashes[task.name] = task_hash(task, result.scored.samples);
+  }
+  for (const GroupResult& group : all.groups) {
+    OrderedJson values = {{"name", group.name}, {"alias", group.alias}};
+    file["higher_is_better"][group.name] = put_metrics(values, group.metrics);
+    values["sample_count"] = OrderedJson::object();
+    for (const Metric& metric : group.metrics)
+      values["sample_count"][metric.name + "," + metric.filter] = group.sample_count;
+    file["results"][group.name] = values;
+    file["groups"][group.name] = values;
+    file["group_subtasks"][group.name] = group.subtasks;
+    file["versions"][group.name] = version_number(group.version);
+  }
   OrderedJson& config = file["config"];
   config["model"] = "headfold";
   config["model_args"] = run.model_args;
@@ -249,9 +360,13 @@ OrderedJson harness_results(const RunInfo& run, const std::vector<TaskResult>& t
   config["device"] = "cpu";
   config["use_cache"] = nullptr;
   config["limit"] = run.limit > 0 ? OrderedJson(run.limit) : OrderedJson(nullptr);
-  // Nothing here is drawn at random and no error bar is bootstrapped.
+  // Perplexities draw nothing at random and have no bootstrapped error bar.
   for (const char* key : {"bootstrap_iters", "gen_kwargs", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed"})
     config[key] = nullptr;
+  if (!all.benchmarks.empty()) {
+    config["bootstrap_iters"] = run.bootstrap_iterations;
+    config["fewshot_seed"] = run.fewshot_seed;
+  }
   file["git_hash"] = nullptr;
   file["date"] = run.date;
   file["pretty_env_info"] = run.environment;
@@ -296,16 +411,47 @@ std::string file_time() {
                      local.tm_hour, local.tm_min, local.tm_sec, micros);
 }
 
-fs::path write_results(const fs::path& folder, const RunInfo& run, const std::vector<TaskResult>& tasks) {
-  const std::string time = file_time();
-  for (const TaskResult& result : tasks) {
-    std::string text;
-    for (const OrderedJson& line : sample_lines(result)) text += dump(line, -1) + "\n";
-    write_file(folder / fmt::format("samples_{}_{}.jsonl", result.task->name, time), text);
+std::string results_table(const Results& results) {
+  Table table({"task", "version", "filter", "n-shot", "metric", "", "value", "", "stderr"});
+  const auto arrow = [](bool higher) { return higher ? "↑" : "↓"; };
+  for (const TaskResult& result : results.texts) {
+    std::string name = result.task->name;
+    for (const auto& [metric, value] : result.metrics()) {
+      table.add({name,
+                 name.empty()                      ? ""
+                 : result.task->name == "wikitext" ? "2"
+                                                   : "1",
+                 "none", "0", metric, arrow(higher_is_better(metric)), fmt::format("{:.6g}", value), "±", "N/A"});
+      name.clear();
+    }
   }
+  const auto add = [&](std::string name, const std::string& version, const std::string& shots,
+                       const std::vector<Metric>& metrics) {
+    for (const Metric& metric : metrics) {
+      table.add({name, name.empty() ? "" : version, metric.filter, shots, metric.name, arrow(metric.higher_is_better),
+                 fmt::format("{:.4f}", metric.value), "±",
+                 metric.error.has_value() ? fmt::format("{:.4f}", *metric.error) : std::string("N/A")});
+      name.clear();
+    }
+  };
+  for (const BenchmarkResult& result : results.benchmarks)
+    add(result.task->name, result.task->version, std::to_string(result.task->shots), result.scored.metrics);
+  for (const GroupResult& group : results.groups) add(group.name, group.version, "", group.metrics);
+  return table.text();
+}
+
+fs::path write_results(const fs::path& folder, const RunInfo& run, const Results& results) {
+  const std::string time = file_time();
+  const auto write_samples = [&](const std::string& task, const std::vector<OrderedJson>& lines) {
+    std::string text;
+    for (const OrderedJson& line : lines) text += dump(line, -1) + "\n";
+    write_file(folder / fmt::format("samples_{}_{}.jsonl", sanitized(task), time), text);
+  };
+  for (const TaskResult& result : results.texts) write_samples(result.task->name, sample_lines(result));
+  for (const BenchmarkResult& result : results.benchmarks) write_samples(result.task->name, sample_lines(result));
   // The results come last: whoever sees them finds the samples too.
   fs::path path = folder / fmt::format("results_{}.json", time);
-  write_file(path, dump(harness_results(run, tasks), 2) + "\n");
+  write_file(path, dump(harness_results(run, results), 2) + "\n");
   return path;
 }
 

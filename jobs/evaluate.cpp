@@ -1,12 +1,16 @@
-// headfold evaluate: perplexity of a model on a text, and its divergence from a reference model on the same windows.
+// headfold evaluate: benchmarks, perplexity of a model on a text, and its divergence from a reference model on the same
+// windows.
 
 #include <headfold/base/files.h>
+#include <headfold/base/hash.h>
 #include <headfold/base/log.h>
 #include <headfold/base/progress.h>
+#include <headfold/base/stop.h>
 #include <headfold/base/table.h>
 #include <headfold/base/version.h>
 #include <headfold/calibration/text.h>
 #include <headfold/device/device.h>
+#include <headfold/evaluation/benchmark.h>
 #include <headfold/evaluation/results.h>
 
 #include <unistd.h>
@@ -14,85 +18,10 @@
 #include <chrono>
 #include <iostream>
 
-#include "job.h"
+#include "evaluate_options.h"
 
 namespace headfold::jobs {
 namespace {
-
-struct Options {
-  fs::path model, reference, out;
-  evaluation::TextSource source;
-  bool blocks = false, rolling = false;
-  std::int64_t seq_len = 0, limit = 0, micro_batch = 0;
-  std::string dtype;
-  int pipeline_ranks = 0;
-  bool streamed = false, dry_run = false;
-};
-
-Options read_options(const Context& context, const std::vector<std::string>& arguments) {
-  po::options_description own("options of evaluate");
-  own.add_options()("model", po::value<std::string>()->required(), "model folder (Hugging Face form)")(
-      "reference", po::value<std::string>(),
-      "model to compare with, usually the original: adds KL divergence and top-1 agreement")(
-      "data", po::value<std::vector<std::string>>()->multitoken()->composing()->required(),
-      "text files: .jsonl, .txt, .raw (WikiText)")("field", po::value<std::string>()->default_value("text"),
-                                                   "field of .jsonl lines that holds the text")(
-      "tasks", po::value<std::string>()->default_value("ppl_blocks"),
-      "comma-separated: ppl_blocks (the papers' windows), rolling (the harness's word, "
-      "byte and bit rates; `wikitext` for .raw files)")("seq-len", po::value<std::int64_t>()->default_value(2048),
-                                                        "tokens per window; clipped to what the model can take")(
-      "joiner", po::value<std::string>()->default_value("auto"),
-      "how ppl_blocks joins texts: documents, paper, auto (documents for .jsonl)")(
-      "limit", po::value<std::int64_t>()->default_value(0), "at most this many windows (rolling: documents); 0 = all")(
-      "bos", po::value<std::string>()->default_value("default"), "beginning-of-sequence token: default, always, never")(
-      "dtype", po::value<std::string>()->default_value("auto"), "compute in float32, bfloat16, or auto")(
-      "pipeline-ranks", po::value<int>()->default_value(0),
-      "ranks that share one copy of the layers; 0 = as few as memory needs")(
-      "micro-batch", po::value<std::int64_t>()->default_value(0), "windows per forward pass; 0 = 4096 tokens' worth")(
-      "streamed", po::bool_switch(), "keep one layer in memory at a time")(
-      "dry-run", po::bool_switch(), "say what would be done and stop")("out", po::value<std::string>()->required(),
-                                                                       "folder for results_*.json and samples_*.jsonl");
-  const po::variables_map values =
-      parse(context, "evaluate", "headfold evaluate --model DIR --data FILE… --out DIR [--reference DIR] [options]",
-            own, arguments);
-  Options options;
-  options.model = values["model"].as<std::string>();
-  if (values.count("reference") > 0) options.reference = values["reference"].as<std::string>();
-  options.out = values["out"].as<std::string>();
-  for (const std::string& file : values["data"].as<std::vector<std::string>>()) options.source.files.emplace_back(file);
-  options.source.field = values["field"].as<std::string>();
-  options.source.joiner = evaluation::parse_joiner(values["joiner"].as<std::string>());
-  options.source.bos = evaluation::parse_bos(values["bos"].as<std::string>());
-  const std::string tasks = values["tasks"].as<std::string>();
-  for (std::size_t at = 0; at <= tasks.size();) {
-    const std::size_t end = std::min(tasks.find(',', at), tasks.size());
-    const std::string task = tasks.substr(at, end - at);
-    if (task == "ppl_blocks") {
-      options.blocks = true;
-    } else if (task == "rolling" || task == "wikitext") {
-      options.rolling = true;
-    } else {
-      throw UsageError(fmt::format("--tasks {}: there is no task '{}'; tasks are ppl_blocks and rolling", tasks, task));
-    }
-    at = end + 1;
-  }
-  options.seq_len = values["seq-len"].as<std::int64_t>();
-  if (options.seq_len < 2)
-    throw UsageError(fmt::format("--seq-len {}: a window needs at least 2 tokens", options.seq_len));
-  options.limit = values["limit"].as<std::int64_t>();
-  if (options.limit < 0) throw UsageError(fmt::format("--limit {}: must be 0 (all) or more", options.limit));
-  options.micro_batch = values["micro-batch"].as<std::int64_t>();
-  if (options.micro_batch < 0)
-    throw UsageError(fmt::format("--micro-batch {}: must be 0 (automatic) or more", options.micro_batch));
-  options.dtype = values["dtype"].as<std::string>();
-  parse_dtype(options.dtype, "float32");  // an unknown name is refused before any file is opened
-  options.pipeline_ranks = values["pipeline-ranks"].as<int>();
-  if (options.pipeline_ranks < 0)
-    throw UsageError(fmt::format("--pipeline-ranks {}: must be 0 (automatic) or more", options.pipeline_ranks));
-  options.streamed = values["streamed"].as<bool>();
-  options.dry_run = values["dry-run"].as<bool>();
-  return options;
-}
 
 /// A folder that cannot be written to is found out now, not after hours of scoring.
 void check_writable(const fs::path& out) {
@@ -120,7 +49,7 @@ std::int64_t largest_stage(const std::vector<std::pair<const checkpoint::Reader*
 
 /// Two models can only be compared token by token when a text is the same tokens to both. A reference without tokenizer
 /// files is taken to share the model's.
-void require_same_tokenizer(const tokenizer::Tokenizer& own, const Options& options) {
+void require_same_tokenizer(const tokenizer::Tokenizer& own, const EvaluateOptions& options) {
   bool has_files = false;
   for (const char* name : {"tokenizer.model", "tokenizer.json"})
     has_files = has_files || fs::exists(options.reference / name);
@@ -133,155 +62,381 @@ void require_same_tokenizer(const tokenizer::Tokenizer& own, const Options& opti
                    "KL divergence compares distributions over the same tokens: give the model this one was made from");
 }
 
+/// What is evaluated, and on which model.
+struct Work {
+  std::unique_ptr<checkpoint::Reader> model, reference;
+  std::unique_ptr<tokenizer::Tokenizer> tokenizer;
+  std::vector<evaluation::Task> texts;
+  evaluation::Suite suite;
+  std::int64_t length = 0;           ///< of a text's windows
+  std::int64_t question_length = 0;  ///< that questions are cut to
+  evaluation::ScorerOptions scoring;
+  std::int64_t requests() const {
+    std::int64_t count = 0;
+    for (const evaluation::BenchmarkTask& task : suite.tasks) count += std::ssize(task.requests);
+    return count;
+  }
+  std::int64_t documents() const {
+    std::int64_t count = 0;
+    for (const evaluation::BenchmarkTask& task : suite.tasks) count += std::ssize(task.documents);
+    return count;
+  }
+};
+
+/// A task with a limit that may be a fraction of its items.
+evaluation::Task limited(double limit, const std::function<evaluation::Task(std::int64_t limit)>& make) {
+  if (limit == 0 || limit >= 1) return make(static_cast<std::int64_t>(limit));
+  const std::int64_t all = make(0).items_original;
+  return make(static_cast<std::int64_t>(std::ceil(limit * static_cast<double>(all))));
+}
+
+Work read_work(const Context& context, const EvaluateOptions& options) {
+  Work work;
+  work.model = std::make_unique<checkpoint::Reader>(options.model);
+  const checkpoint::ModelConfig& config = work.model->config();
+  if (!options.reference.empty()) work.reference = std::make_unique<checkpoint::Reader>(options.reference);
+  work.tokenizer = tokenizer::load_tokenizer(options.model);
+  if (work.reference && work.reference->config().vocab != config.vocab)
+    throw InputError(
+        fmt::format("vocabularies differ: {} has {} tokens, the reference {} has {}", options.model.string(),
+                    config.vocab, options.reference.string(), work.reference->config().vocab),
+        "KL divergence compares distributions over the same tokens: give the model this one was made from");
+  if (work.reference) require_same_tokenizer(*work.tokenizer, options);
+  work.length = std::min(options.seq_len, config.max_positions);
+  if (work.reference) work.length = std::min(work.length, work.reference->config().max_positions);
+  work.question_length = options.max_length > 0 ? options.max_length : evaluation::harness_max_length(config);
+  if (config.family == checkpoint::Family::llama && work.question_length > config.max_positions)
+    throw UsageError(fmt::format("--max-length {}: {} takes {} tokens", options.max_length, options.model.string(),
+                                 config.max_positions));
+
+  // What follows the harness has its BOS rule; the papers' blocks have none of it.
+  evaluation::TextSource rolling = options.source;
+  rolling.bos = options.harness_bos();
+  if (options.blocks)
+    work.texts.push_back(limited(options.limit, [&](std::int64_t limit) {
+      return evaluation::blocks_task(*work.tokenizer, options.source, work.length, limit);
+    }));
+  if (options.rolling)
+    work.texts.push_back(limited(options.limit, [&](std::int64_t limit) {
+      return evaluation::rolling_task(*work.tokenizer, rolling, work.length, limit);
+    }));
+  if (!options.names.empty()) {
+    evaluation::SuiteOptions suite = options.suite;
+    const auto encoder = std::make_shared<const evaluation::Encoder>(*work.tokenizer, options.harness_bos());
+    suite.tokens = [encoder](std::string_view text) { return std::ssize(encoder->encode(text)); };
+    suite.max_length = work.question_length;
+    work.suite = evaluation::make_tasks(options.names, suite);
+    for (const evaluation::PerplexityText& text : work.suite.texts)
+      work.texts.push_back(limited(options.limit, [&](std::int64_t limit) {
+        return evaluation::perplexity_task(
+            *work.tokenizer, text, work.length, text.rolling ? options.harness_bos() : options.source.bos, limit);
+      }));
+    for (const evaluation::SkippedTask& skipped : work.suite.skipped)
+      if (context.world.root()) spdlog::warn("{} is left out: {}", skipped.name, skipped.reason);
+    if (work.texts.empty() && work.suite.tasks.empty())
+      throw InputError("every task was left out: none of their files is there",
+                       "headfold evaluate --list shows where they are looked for");
+  }
+  if (work.length < options.seq_len && !work.texts.empty() && context.world.root())
+    spdlog::info("windows of {} tokens: the longest this model takes", work.length);
+  for (const evaluation::Task& task : work.texts) evaluation::check_ids(task, config.vocab, options.model.string());
+
+  work.scoring.dtype = parse_dtype(options.dtype, config.dtype);
+  work.scoring.reference_dtype =
+      work.reference ? parse_dtype(options.dtype, work.reference->config().dtype) : work.scoring.dtype;
+  work.scoring.micro_batch =
+      options.micro_batch > 0 ? options.micro_batch : std::max<std::int64_t>(1, 4096 / work.length);
+  return work;
+}
+
+using Models = std::vector<std::pair<const checkpoint::Reader*, at::ScalarType>>;
+
+/// One pipeline stage when the weights fit this rank's share of the host's memory, else the fewest that do; streamed
+/// layers when none does. Collective.
+int choose_stages(const Context& context, const EvaluateOptions& options, const Models& models, std::int64_t memory,
+                  model::Residency& residency) {
+  std::int64_t most_stages = context.world.size();
+  for (const auto& [reader, dtype] : models) most_stages = std::min(most_stages, reader->config().layers);
+  if (options.pipeline_ranks > 0) {
+    if (options.pipeline_ranks > most_stages)
+      throw UsageError(fmt::format("--pipeline-ranks {}: there are {} ranks and {} layers to share",
+                                   options.pipeline_ranks, context.world.size(), models.front().first->config().layers),
+                       fmt::format("use at most {}", most_stages));
+    if (options.streamed) residency = model::Residency::streamed;
+    return options.pipeline_ranks;
+  }
+  int stages = 1;
+  const auto fits = [&](int count) { return largest_stage(models, count) <= memory; };
+  while (!options.streamed && !fits(stages) && stages < most_stages) {
+    do ++stages;
+    while (stages < most_stages && context.world.size() % stages != 0);
+  }
+  if (context.world.size() % stages != 0) stages = 1;
+  if (options.streamed || !fits(stages)) residency = model::Residency::streamed;
+  return stages;
+}
+
+void print_plan(const Context& context, const EvaluateOptions& options, const Work& work, const comm::Grid& grid,
+                const Models& models, std::int64_t memory) {
+  const checkpoint::ModelConfig& config = work.model->config();
+  Table plan({"what", "value"});
+  plan.add({"model", fmt::format("{} ({}, {} layers, hidden {}, {} heads, {} KV heads, {})", options.model.string(),
+                                 checkpoint::name_of(config.family), config.layers, config.hidden, config.heads,
+                                 config.kv_heads_text(), checkpoint::name_of(config.layout))});
+  plan.add({"reference", work.reference ? fmt::format("{} ({} KV heads, {})", options.reference.string(),
+                                                      work.reference->config().kv_heads_text(),
+                                                      checkpoint::name_of(work.reference->config().layout))
+                                        : std::string("none")});
+  for (const evaluation::Task& task : work.texts) {
+    plan.add({task.name, fmt::format("{} of {} {}, {} windows, {} tokens scored", task.items, task.items_original,
+                                     task.kind == evaluation::TaskKind::blocks ? "windows" : "documents",
+                                     task.windows.size(), task.predictions())});
+    plan.add({"  text", task.recipe});
+  }
+  constexpr std::size_t kShown = 12;
+  const std::vector<evaluation::BenchmarkTask>& tasks = work.suite.tasks;
+  for (std::size_t t = 0; t < std::min(tasks.size(), kShown); ++t)
+    plan.add({tasks[t].name, fmt::format("{} of {} documents, {} requests, {} shots", tasks[t].documents.size(),
+                                         tasks[t].documents_original, tasks[t].requests.size(), tasks[t].shots)});
+  if (tasks.size() > kShown) plan.add({"…", fmt::format("{} tasks more", tasks.size() - kShown)});
+  if (!tasks.empty()) {
+    plan.add({"questions", fmt::format("{} requests about {} documents, at most {} tokens each, {} tokens at a time",
+                                       work.requests(), work.documents(), work.question_length, options.max_tokens)});
+    plan.add({"BOS", fmt::format("{} (harness {})", evaluation::name_of(options.harness_bos()),
+                                 evaluation::name_of(options.harness))});
+  }
+  plan.add(
+      {"compute", fmt::format("{}, {} windows per micro-batch, log-softmax float32, sums float64",
+                              work.scoring.dtype == at::kFloat ? "float32" : "bfloat16", work.scoring.micro_batch)});
+  plan.add({"ranks", fmt::format("{} = {} pipeline stages x {} replicas, {}", context.world.size(), grid.stages,
+                                 grid.replicas, device::describe_device())});
+  std::string ranges;
+  for (const comm::LayerRange& range : model::stage_layers(config, grid.stages))
+    ranges += fmt::format("{}{}..{}", ranges.empty() ? "" : ", ", range.begin, range.end - 1);
+  plan.add({"layers per stage", ranges});
+  plan.add({"weights per rank",
+            work.scoring.residency == model::Residency::streamed
+                ? std::string("one layer at a time (streamed)")
+                : fmt::format("{} of {} usable", human_bytes(static_cast<double>(largest_stage(models, grid.stages))),
+                              human_bytes(static_cast<double>(memory)))});
+  plan.add({"out", options.out.string()});
+  std::cout << plan.text() << std::flush;
+  for (const evaluation::BenchmarkTask& task : tasks)
+    for (const std::string& note : task.notes) spdlog::warn("{}: {}", task.name, note);
+}
+
+/// What answers depend on: the model, how questions become tokens, and how it computes.
+OrderedJson answer_identity(const Context& context, const EvaluateOptions& options, const Work& work) {
+  std::string hashes;
+  context.world.on_root([&] {
+    Sha256 tokenizer;
+    for (const char* name : {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "config.json"})
+      if (fs::exists(options.model / name))
+        tokenizer.update(std::string(name) + sha256_hex(read_file(options.model / name)));
+    hashes = work.model->fingerprint() + " " + tokenizer.hex();
+  });
+  context.world.broadcast(hashes);
+  const std::size_t space = hashes.find(' ');
+  OrderedJson identity;
+  identity["format_version"] = 1;
+  identity["model"] = hashes.substr(0, space);
+  identity["tokenizer"] = hashes.substr(space + 1);
+  identity["bos"] = evaluation::name_of(options.harness_bos());
+  identity["max_length"] = work.question_length;
+  identity["dtype"] = work.scoring.dtype == at::kFloat ? "float32" : "bfloat16";
+  return identity;
+}
+
+/// How the answers came about, for the results file.
+struct Run {
+  double tokens = 0, seconds = 0;  ///< of texts
+  std::int64_t requests = 0, known = 0, repeated = 0;
+  double request_seconds = 0;
+  std::int64_t computed_tokens = 0, asked_tokens = 0;
+};
+
+std::vector<evaluation::TaskResult> score_texts(const Context& context, const EvaluateOptions& options,
+                                                const Work& work, const comm::Grid& grid, Run& run) {
+  std::vector<evaluation::TaskResult> results;
+  if (work.texts.empty()) return results;
+  const evaluation::Scorer scorer(*work.model, work.reference.get(), grid, work.scoring);
+  for (const evaluation::Task& task : work.texts) run.tokens += static_cast<double>(task.input_tokens());
+  Progress progress("evaluate", "token", run.tokens, context.world.root());
+  const auto start = std::chrono::steady_clock::now();
+  for (const evaluation::Task& task : work.texts) {
+    if (context.world.all_reduce(std::int64_t{stop_requested() ? 1 : 0}, comm::Reduce::max) != 0)
+      throw Stopped("stopped on request between two texts; their scores are not kept");
+    results.push_back(evaluation::make_result(
+        task, scorer.score(task.windows, task.name, [&](double amount) { progress.advance(amount); }),
+        work.reference != nullptr));
+  }
+  context.world.barrier("end of scoring");
+  run.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (!options.names.empty() && context.world.root()) spdlog::info("texts are scored");
+  return results;
+}
+
+std::vector<evaluation::BenchmarkResult> ask_benchmarks(const Context& context, const EvaluateOptions& options,
+                                                        const Work& work, const comm::Grid& grid,
+                                                        const fs::path& folder, Run& run) {
+  std::vector<evaluation::BenchmarkResult> results;
+  if (work.suite.tasks.empty()) return results;
+  const comm::Communicator& world = context.world;
+  evaluation::AnswerStore store(world, folder / "answers", answer_identity(context, options, work));
+  evaluation::ResponderOptions responding;
+  responding.dtype = work.scoring.dtype;
+  responding.residency = work.scoring.residency;
+  responding.bos = options.harness_bos();
+  responding.max_length = work.question_length;
+  responding.max_tokens = options.max_tokens;
+  const evaluation::Responder responder(*work.model, *work.tokenizer, grid, responding);
+  if (store.size() > 0 && world.root())
+    spdlog::info("{} answers of earlier runs are in {}", store.size(), store.folder().string());
+  Progress progress("evaluate", "request", static_cast<double>(work.requests()), world.root());
+  const auto start = std::chrono::steady_clock::now();
+  evaluation::AskOptions asking;
+  asking.store = &store;
+  asking.stop = [&] { return world.root() ? stop_requested(options.out) : stop_requested(); };
+  asking.progress = [&](double requests) { progress.advance(requests); };
+  evaluation::Asked asked = evaluation::ask(world, responder, work.suite.tasks, asking);
+  run.request_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  run.requests = asked.requests;
+  run.known = asked.known;
+  run.repeated = asked.repeated;
+  // Every stage of a pipeline counts the same tokens.
+  const evaluation::Responder::Work done = responder.work();
+  run.computed_tokens = world.all_reduce(done.computed) / grid.stages;
+  run.asked_tokens = world.all_reduce(done.asked) / grid.stages;
+  if (asked.known > 0 && world.root())
+    spdlog::info("{} of {} requests were answered before", asked.known, asked.requests);
+  world.on_root([&] {
+    for (std::size_t t = 0; t < work.suite.tasks.size(); ++t)
+      results.push_back(evaluation::make_result(work.suite.tasks[t], std::move(asked.answers[t])));
+  });
+  return results;
+}
+
+/// Our own key of the results file.
+OrderedJson own_facts(const Context& context, const EvaluateOptions& options, const Work& work, const comm::Grid& grid,
+                      const Run& run, const OrderedJson& record) {
+  OrderedJson facts;
+  facts["format"] = "headfold-results";
+  facts["format_version"] = 1;
+  facts["model"] = evaluation::describe_model(*work.model, work.scoring.dtype);
+  facts["reference"] =
+      work.reference ? evaluation::describe_model(*work.reference, work.scoring.reference_dtype) : OrderedJson(nullptr);
+  facts["bos"] = evaluation::name_of(options.source.bos);
+  facts["world_size"] = context.world.size();
+  facts["stages"] = grid.stages;
+  facts["replicas"] = grid.replicas;
+  facts["micro_batch"] = work.scoring.micro_batch;
+  facts["data_hash"] = options.source.files.empty()
+                           ? OrderedJson(nullptr)
+                           : OrderedJson(calibration::data_hash(options.source.files, options.source.field));
+  facts["record"] = record;
+  if (run.seconds > 0) facts["tokens_per_second"] = run.tokens / run.seconds;
+  if (work.suite.tasks.empty() && work.suite.skipped.empty()) return facts;
+  OrderedJson& harness = facts["benchmarks"];
+  harness["prompts_of_harness"] = "0.4.13.dev0 (4e7e0d47)";
+  harness["harness_compat"] = evaluation::name_of(options.harness);
+  harness["bos"] = evaluation::name_of(options.harness_bos());
+  harness["adds_bos"] =
+      !evaluation::Encoder(*work.tokenizer, options.harness_bos()).encode("a").empty() &&
+      evaluation::Encoder(*work.tokenizer, options.harness_bos()).encode("a").front() == work.tokenizer->bos();
+  harness["max_length"] = work.question_length;
+  harness["max_batch_tokens"] = options.max_tokens;
+  harness["requests"] = run.requests;
+  harness["answered_before"] = run.known;
+  harness["repeated"] = run.repeated;
+  harness["seconds"] = run.request_seconds;
+  harness["tokens_computed"] = run.computed_tokens;
+  harness["tokens_one_by_one"] = run.asked_tokens;
+  harness["skipped"] = OrderedJson::array();
+  for (const evaluation::SkippedTask& skipped : work.suite.skipped)
+    harness["skipped"].push_back({{"task", skipped.name}, {"reason", skipped.reason}});
+  harness["files"] = OrderedJson::object();
+  harness["notes"] = OrderedJson::object();
+  for (const evaluation::BenchmarkTask& task : work.suite.tasks) {
+    OrderedJson files = OrderedJson::array();
+    for (const fs::path& file : task.files) files.push_back(file.string());
+    harness["files"][task.name] = files;
+    if (!task.notes.empty()) harness["notes"][task.name] = task.notes;
+  }
+  return facts;
+}
+
 }  // namespace
 
 void evaluate(const Context& context, const std::vector<std::string>& arguments) {
   const auto start = std::chrono::steady_clock::now();
   const auto elapsed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
-  const Options options = read_options(context, arguments);
+  const EvaluateOptions options = read_evaluate_options(context, arguments);
   const bool speaks = context.world.root();
+  if (options.list) {
+    if (speaks)
+      std::cout << evaluation::listing_text(evaluation::list_tasks(options.suite, !options.suite.data_dir.empty()))
+                << std::flush;
+    return;
+  }
+  // From here on a signal ends the job in good order: after the shard at hand, with every answer saved.
+  if (!options.names.empty()) listen_for_stop();
 
-  const checkpoint::Reader model(options.model);
-  std::unique_ptr<checkpoint::Reader> reference;
-  if (!options.reference.empty()) reference = std::make_unique<checkpoint::Reader>(options.reference);
-  const checkpoint::ModelConfig& config = model.config();
-  const std::unique_ptr<tokenizer::Tokenizer> tokenizer = tokenizer::load_tokenizer(options.model);
-  if (reference && reference->config().vocab != config.vocab)
-    throw InputError(
-        fmt::format("vocabularies differ: {} has {} tokens, the reference {} has {}", options.model.string(),
-                    config.vocab, options.reference.string(), reference->config().vocab),
-        "KL divergence compares distributions over the same tokens: give the model this one was made from");
-  if (reference) require_same_tokenizer(*tokenizer, options);
-  std::int64_t length = std::min(options.seq_len, config.max_positions);
-  if (reference) length = std::min(length, reference->config().max_positions);
-  if (length < options.seq_len && speaks) spdlog::info("windows of {} tokens: the longest this model takes", length);
-
-  std::vector<evaluation::Task> tasks;
-  if (options.blocks) tasks.push_back(evaluation::blocks_task(*tokenizer, options.source, length, options.limit));
-  if (options.rolling) tasks.push_back(evaluation::rolling_task(*tokenizer, options.source, length, options.limit));
-  for (const evaluation::Task& task : tasks) evaluation::check_ids(task, config.vocab, options.model.string());
+  Work work = read_work(context, options);
   context.world.on_root([&] { check_writable(options.out); });
-
-  evaluation::ScorerOptions scoring;
-  scoring.dtype = parse_dtype(options.dtype, config.dtype);
-  scoring.reference_dtype = reference ? parse_dtype(options.dtype, reference->config().dtype) : scoring.dtype;
-  scoring.micro_batch = options.micro_batch > 0 ? options.micro_batch : std::max<std::int64_t>(1, 4096 / length);
-
-  // The grid: one pipeline stage when the weights fit this rank's share of the host's memory, else the fewest that do.
-  std::vector<std::pair<const checkpoint::Reader*, at::ScalarType>> models = {{&model, scoring.dtype}};
-  if (reference) models.emplace_back(reference.get(), scoring.reference_dtype);
+  Models models = {{work.model.get(), work.scoring.dtype}};
+  if (work.reference) models.emplace_back(work.reference.get(), work.scoring.reference_dtype);
   const comm::Communicator host = context.world.split_by_host();
   const std::int64_t memory = context.world.all_reduce(
       static_cast<std::int64_t>(available_memory_bytes()) / host.size() / 10 * 8, comm::Reduce::min);
-  std::int64_t most_stages = std::min<std::int64_t>(context.world.size(), config.layers);
-  if (reference) most_stages = std::min(most_stages, reference->config().layers);
-  int stages = options.pipeline_ranks;
-  if (stages == 0) {
-    stages = 1;
-    const auto fits = [&](int count) { return largest_stage(models, count) <= memory; };
-    while (!options.streamed && !fits(stages) && stages < most_stages) {
-      do ++stages;
-      while (stages < most_stages && context.world.size() % stages != 0);
-    }
-    if (context.world.size() % stages != 0) stages = 1;
-    if (options.streamed || !fits(stages)) scoring.residency = model::Residency::streamed;
-  } else if (stages > most_stages) {
-    throw UsageError(fmt::format("--pipeline-ranks {}: there are {} ranks and {} layers to share", stages,
-                                 context.world.size(), config.layers),
-                     fmt::format("use at most {}", most_stages));
-  } else if (options.streamed) {
-    scoring.residency = model::Residency::streamed;
-  }
-  const comm::Grid grid = comm::make_grid(context.world, stages);
-  const bool streamed = scoring.residency == model::Residency::streamed;
-
-  if (speaks) {
-    Table plan({"what", "value"});
-    plan.add({"model", fmt::format("{} ({}, {} layers, hidden {}, {} heads, {} KV heads, {})", options.model.string(),
-                                   checkpoint::name_of(config.family), config.layers, config.hidden, config.heads,
-                                   config.kv_heads_text(), checkpoint::name_of(config.layout))});
-    plan.add({"reference", reference ? fmt::format("{} ({} KV heads, {})", options.reference.string(),
-                                                   reference->config().kv_heads_text(),
-                                                   checkpoint::name_of(reference->config().layout))
-                                     : std::string("none")});
-    for (const evaluation::Task& task : tasks) {
-      plan.add({task.name, fmt::format("{} of {} {}, {} windows, {} tokens scored", task.items, task.items_original,
-                                       task.kind == evaluation::TaskKind::blocks ? "windows" : "documents",
-                                       task.windows.size(), task.predictions())});
-      plan.add({"  text", task.recipe});
-    }
-    plan.add({"compute", fmt::format("{}, {} windows per micro-batch, log-softmax float32, sums float64",
-                                     scoring.dtype == at::kFloat ? "float32" : "bfloat16", scoring.micro_batch)});
-    plan.add({"ranks", fmt::format("{} = {} pipeline stages x {} replicas, {}", context.world.size(), grid.stages,
-                                   grid.replicas, device::describe_device())});
-    std::string ranges;
-    for (const comm::LayerRange& range : model::stage_layers(config, stages))
-      ranges += fmt::format("{}{}..{}", ranges.empty() ? "" : ", ", range.begin, range.end - 1);
-    plan.add({"layers per stage", ranges});
-    plan.add({"weights per rank",
-              streamed ? std::string("one layer at a time (streamed)")
-                       : fmt::format("{} of {} usable", human_bytes(static_cast<double>(largest_stage(models, stages))),
-                                     human_bytes(static_cast<double>(memory)))});
-    plan.add({"out", options.out.string()});
-    std::cout << plan.text() << std::flush;
-  }
+  const comm::Grid grid =
+      comm::make_grid(context.world, choose_stages(context, options, models, memory, work.scoring.residency));
+  if (speaks) print_plan(context, options, work, grid, models, memory);
   if (options.dry_run) return;
 
-  const evaluation::Scorer scorer(model, reference.get(), grid, scoring);
-  std::int64_t tokens = 0;
-  for (const evaluation::Task& task : tasks) tokens += task.input_tokens();
-  Progress progress("evaluate", "token", static_cast<double>(tokens), speaks);
-  const auto scoring_start = elapsed();
-  std::vector<evaluation::TaskResult> results;
-  results.reserve(tasks.size());
-  for (const evaluation::Task& task : tasks)
-    results.push_back(evaluation::make_result(
-        task, scorer.score(task.windows, task.name, [&](double amount) { progress.advance(amount); }),
-        reference != nullptr));
-  context.world.barrier("end of scoring");
-  const double scoring_seconds = elapsed() - scoring_start;
+  fs::path model_folder = fs::weakly_canonical(fs::absolute(options.model));
+  if (model_folder.filename().empty()) model_folder = model_folder.parent_path();  // the path ended with a slash
+  const fs::path folder = options.out / evaluation::sanitized(model_folder.filename().string());
+  Run run;
+  evaluation::Results results;
+  results.texts = score_texts(context, options, work, grid, run);
+  results.benchmarks = ask_benchmarks(context, options, work, grid, folder, run);
 
-  OrderedJson record = run_record(context, "evaluate", arguments, elapsed());
+  const OrderedJson record = run_record(context, "evaluate", arguments, elapsed());
   context.world.on_root([&] {
-    evaluation::RunInfo run;
-    run.model = &model;
-    run.tokenizer = tokenizer.get();
-    run.model_args = fmt::format("pretrained={},dtype={},max_length={},bos={}", options.model.string(), options.dtype,
-                                 length, evaluation::name_of(options.source.bos));
-    run.dtype = scoring.dtype;
-    run.micro_batch = scoring.micro_batch;
-    run.limit = options.limit;
-    run.max_length = length;
-    run.seconds = elapsed();
-    run.date =
+    std::map<std::string, evaluation::Scored> scored;
+    for (const evaluation::BenchmarkResult& result : results.benchmarks) scored[result.task->name] = result.scored;
+    results.groups = evaluation::group_results(work.suite, scored);
+    evaluation::RunInfo info;
+    info.model = work.model.get();
+    info.tokenizer = work.tokenizer.get();
+    info.model_args = fmt::format("pretrained={},dtype={},max_length={},bos={}", options.model.string(), options.dtype,
+                                  work.suite.tasks.empty() ? work.length : work.question_length,
+                                  evaluation::name_of(options.source.bos));
+    info.dtype = work.scoring.dtype;
+    info.micro_batch = work.scoring.micro_batch;
+    info.limit = options.limit;
+    info.max_length = work.suite.tasks.empty() ? work.length : work.question_length;
+    info.seconds = elapsed();
+    info.date =
         std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
-    run.environment = build_description() + device::describe_device();
-    run.source = options.source;
-    run.headfold["format"] = "headfold-results";
-    run.headfold["format_version"] = 1;
-    run.headfold["model"] = evaluation::describe_model(model, scoring.dtype);
-    run.headfold["reference"] =
-        reference ? evaluation::describe_model(*reference, scoring.reference_dtype) : OrderedJson(nullptr);
-    run.headfold["bos"] = evaluation::name_of(options.source.bos);
-    run.headfold["world_size"] = context.world.size();
-    run.headfold["stages"] = grid.stages;
-    run.headfold["replicas"] = grid.replicas;
-    run.headfold["micro_batch"] = scoring.micro_batch;
-    run.headfold["data_hash"] = calibration::data_hash(options.source.files, options.source.field);
-    run.headfold["record"] = record;
-    run.headfold["tokens_per_second"] = static_cast<double>(tokens) / scoring_seconds;
-    const std::string name = run.headfold["model"]["name"].get<std::string>();
-    const fs::path path = evaluation::write_results(options.out / evaluation::sanitized(name), run, results);
+    info.environment = build_description() + device::describe_device();
+    info.source = options.source;
+    info.bootstrap_iterations = options.suite.bootstrap_iterations;
+    info.fewshot_seed = options.suite.fewshot_seed;
+    info.headfold = own_facts(context, options, work, grid, run, record);
+    const fs::path path = evaluation::write_results(folder, info, results);
 
-    Table table({"task", "metric", "value"});
-    for (const evaluation::TaskResult& result : results)
-      for (const auto& [metric, value] : result.metrics())
-        table.add({result.task->name, metric, fmt::format("{:.6g}", value)});
-    std::cout << "\n"
-              << table.text()
-              << fmt::format("\n{:.0f} tokens/s over {} ranks, {}\n", static_cast<double>(tokens) / scoring_seconds,
-                             context.world.size(), human_seconds(elapsed()))
-              << fmt::format("results: {}\nnext:    headfold report --run {}\n", path.string(), options.out.string())
+    std::cout << "\n" << evaluation::results_table(results) << "\n";
+    if (run.seconds > 0)
+      std::cout << fmt::format("{:.0f} tokens/s of text over {} ranks\n", run.tokens / run.seconds,
+                               context.world.size());
+    if (run.requests > run.known)
+      std::cout << fmt::format(
+          "{} requests in {}, {:.1f} requests/s; {} tokens computed where one by one would take {}\n",
+          run.requests - run.known, human_seconds(run.request_seconds),
+          static_cast<double>(run.requests - run.known) / run.request_seconds, run.computed_tokens, run.asked_tokens);
+    std::cout << fmt::format("{} in all\nresults: {}\nnext:    headfold report --run {}\n", human_seconds(elapsed()),
+                             path.string(), options.out.string())
               << std::flush;
   });
 }
