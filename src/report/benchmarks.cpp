@@ -151,9 +151,11 @@ class Writer {
   Words best_words() const {
     Words words;
     std::map<std::int64_t, std::size_t, std::greater<>> best;
+    std::map<std::int64_t, int> candidates;
     const auto change_of = [&](std::size_t model) { return average(averaged_, model, true).value_or(0); };
     for (const std::size_t m : models_) {
       if (averaged_.empty() || row(m).original || !row(m).kv_heads || !average(averaged_, m, true)) continue;
+      ++candidates[*row(m).kv_heads];
       const auto found = best.find(*row(m).kv_heads);
       if (found == best.end() || change_of(m) > change_of(found->second)) best[*row(m).kv_heads] = m;
     }
@@ -166,8 +168,8 @@ class Writer {
       }
       words.add(fmt::format("{} KV head{}: ", heads, heads == 1 ? "" : "s"));
       words.strong(row(m).name);
-      words.add(fmt::format(" does best, {} on average over {} benchmark{} ({})", points(change_of(m)),
-                            averaged_.size(), averaged_.size() == 1 ? "" : "s",
+      words.add(fmt::format("{}{} on average over {} benchmark{} ({})", candidates[heads] > 1 ? " does best, " : ": ",
+                            points(change_of(m)), averaged_.size(), averaged_.size() == 1 ? "" : "s",
                             percent(*average(averaged_, m, false))));
       if (tested > 0)
         words.add(lost == 0 ? "; no loss is significant"
@@ -279,7 +281,8 @@ class Writer {
           if (!many || line.strong) description += one.hint + ". ";
           line.marks.push_back(std::move(one));
         }
-        figure.rows.push_back(std::move(line));
+        // Tasks that no model of this size was asked.
+        if (!line.marks.empty()) figure.rows.push_back(std::move(line));
       }
       figure.description = description;
       panels.push_back(figure.svg());

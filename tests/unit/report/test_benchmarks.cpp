@@ -206,7 +206,7 @@ TEST(BenchmarkTest, side_by_side_with_exact_statistics) {
                                                                            "2.5|"));
   EXPECT_THAT(row_with(page.html, "Paired tests of base", "x-4"), HasSubstr("|12||2||McNemar||0.013|"));
   EXPECT_THAT(page.markdown, HasSubstr("| 25.0\xC2\xA0% (−25.0\xC2\xA0pp ▼) |"));
-  EXPECT_THAT(page.html, HasSubstr("4 KV heads: <strong>x-4</strong> does best, −25.0\xC2\xA0pp on average over 1 "
+  EXPECT_THAT(page.html, HasSubstr("4 KV heads: <strong>x-4</strong>: −25.0\xC2\xA0pp on average over 1 "
                                    "benchmark (25.0\xC2\xA0%); the loss is significant on 1 of 1."));
   EXPECT_THAT(page.html, Not(HasSubstr("Further metrics"))) << "benchmarks have a table of their own";
   const auto csv = parse_csv(page.benchmarks_csv);
@@ -222,6 +222,20 @@ TEST(BenchmarkTest, side_by_side_with_exact_statistics) {
   EXPECT_EQ(at(2, "test"), "mcnemar_exact");
   EXPECT_EQ(at(2, "only_original") + "/" + at(2, "only_model"), "12/2");
   EXPECT_EQ(at(2, "samples_file"), "e/x/samples_arc_2026-10-01T10-00-00.000000.jsonl");
+}
+
+TEST(BenchmarkTest, the_best_of_a_size_is_named_and_bold) {
+  const ScratchFolder scratch;
+  const RunFolder pair = pair_of(scratch / "run");
+  RunFolder run = pair;
+  run.conversion("y-4", "base", "aaaa", {"meanpool", "weights", "gqa", true, 4, 6});
+  const std::string worse = std::string(36, '0') + "1111";
+  Results(run.folder() / "e/y").add({"arc", worse}).headfold("y-4", "c2", 4, "aaaa").write();
+  const Page page = page_of(run);
+  expect_sound(page, run);
+  EXPECT_THAT(page.html, HasSubstr("4 KV heads: <strong>x-4</strong> does best, −25.0\xC2\xA0pp"));
+  EXPECT_THAT(page.html, HasSubstr("<td class=\"n best\">25.0"));
+  EXPECT_THAT(page.html, Not(HasSubstr("<td class=\"n best\">10.0")));
 }
 
 TEST(BenchmarkTest, small_changes_are_not_marked_and_order_of_lines_does_not_matter) {

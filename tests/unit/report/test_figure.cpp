@@ -202,6 +202,31 @@ TEST(TextTest, numbers_have_sensible_digits) {
   EXPECT_EQ(words_for_share(0.4), "40\xC2\xA0%");
 }
 
+TEST(ChangeRowsTest, markers_lie_by_value_and_nothing_breaks_it) {
+  ChangeRows figure;
+  figure.id = "c";
+  figure.title = "t<>&";
+  EXPECT_EQ(xml_error(figure.svg()), std::nullopt) << "no rows";
+  figure.rows = {{"a \"row\"", false, {{-20, 5, 0, true, "low"}, {10, 0, 7, false, "high"}}},
+                 {std::string(200, 'w'), true, {{kNan, 1, 0, true, "none"}, {0, kInfinity, 1, true, "endless"}}},
+                 {"empty", false, {}}};
+  figure.key = {{"one", 0}, {std::string(120, 'k'), 1}, {"<two>", 2}};
+  const std::string svg = figure.svg();
+  EXPECT_EQ(xml_error(svg), std::nullopt) << svg;
+  EXPECT_EQ(svg.find("nan"), std::string::npos);
+  EXPECT_EQ(svg.find("inf"), std::string::npos);
+  EXPECT_EQ(svg.find("<title>none</title>"), std::string::npos) << "a value that is no number has no marker";
+  // A circle of radius r begins at its left edge; the square of the other colour at its upper left corner.
+  const auto left_of = [&](const std::string& hint) {
+    const std::size_t at = svg.rfind("d=\"M", svg.find("<title>" + hint)) + 4;
+    return std::stod(svg.substr(at));
+  };
+  EXPECT_LT(left_of("low") + 100, left_of("high"));
+  std::vector<ChangeRows::Row> many(60, figure.rows[0]);
+  figure.rows = many;
+  EXPECT_EQ(xml_error(figure.svg()), std::nullopt);
+}
+
 TEST(TextTest, machine_paths_disappear) {
   const std::vector<std::string> roots = {"/tmp/run"};
   EXPECT_EQ(
