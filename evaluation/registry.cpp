@@ -64,10 +64,16 @@ const NamedGroup* find_group(const std::string& name) {
   return nullptr;
 }
 
-std::vector<Definition> all_definitions(const SuiteOptions& options) {
+std::vector<Definition> built_in_definitions() {
   std::vector<Definition> all = choice_definitions();
   for (auto more : {mmlu_definitions(), generation_definitions(), longbench_definitions(), retrieval_definitions()})
     for (Definition& definition : more) all.push_back(std::move(definition));
+  return all;
+}
+
+std::vector<Definition> all_definitions(const SuiteOptions& options) {
+  static const std::vector<Definition> built_in = built_in_definitions();
+  std::vector<Definition> all = built_in;
   for (const fs::path& file : options.user_tasks) {
     Definition own = user_definition(file, options.data_dir);
     const auto same = [&](const auto& entry) { return entry.name == own.name; };
@@ -424,7 +430,9 @@ std::string listing_text(const std::vector<TaskListing>& tasks) {
     if (task.files.empty()) table.add({task.name, "none needed", "yes", "", task.about});
     for (const FileListing& file : task.files) {
       const bool first = &file == &task.files.front();
-      table.add({first ? task.name : "", fmt::format("{}: {}", file.purpose, file.wanted[0]),
+      const bool labels = file.purpose.ends_with("labels");
+      table.add({first ? task.name : "",
+                 fmt::format("{}: {}", labels ? file.purpose + " (unless inside)" : file.purpose, file.wanted[0]),
                  file.found.empty() ? "no" : file.found.string(), file.sha256.substr(0, 16), first ? task.about : ""});
     }
     if (!task.ready()) missing.push_back(fmt::format("  {}: {}", task.name, task.obtain));
