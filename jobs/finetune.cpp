@@ -313,7 +313,7 @@ std::vector<std::pair<const char*, std::int64_t>> components_of(const finetune::
           {"gradients", memory.gradients}, {"optimizer", memory.optimizer},
           {"messages", memory.messages},   {"activations", memory.activations},
           {"logits", memory.logits},       {"teacher", memory.teacher},
-          {"total", memory.total()}};
+          {"saving", memory.saving},       {"total", memory.total()}};
 }
 
 std::string memory_text(const finetune::MemoryEstimate& memory, double budget) {

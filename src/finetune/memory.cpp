@@ -167,6 +167,7 @@ MemoryEstimate memory_of(const ModelConfig& config, const LoraOptions& options, 
   head += chunk * config.hidden * size * 4;
   if (casts) head += config.vocab * config.hidden * size;
   m.logits = std::max<std::int64_t>(0, head - temporary);
+  if (shards > 1) m.saving = std::max<std::int64_t>(0, trained * wide - m.activations - m.logits - m.messages);
   return m;
 }
 

@@ -79,6 +79,17 @@ Optimizer::Optimizer(const comm::Communicator& world, std::vector<Parameter>& pa
     buckets_.back().begin = begins_[p];
     buckets_.back().lowest_layer = parameters[p].layer;
   }
+  // Large ones in pieces, so that what is under way at a time can be bounded.
+  const std::int64_t piece = std::max<std::int64_t>(1, 16 * bucket_bytes / 4);
+  std::vector<Bucket> pieces;
+  for (const Bucket& bucket : buckets_) {
+    for (std::int64_t end = bucket.end; end > bucket.begin; end -= piece) {
+      pieces.push_back(bucket);
+      pieces.back().begin = std::max(bucket.begin, end - piece);
+      pieces.back().end = end;
+    }
+  }
+  buckets_ = std::move(pieces);
   const auto ranks = static_cast<std::int64_t>(world_.size());
   for (Bucket& bucket : buckets_) {
     const std::int64_t size = bucket.end - bucket.begin;

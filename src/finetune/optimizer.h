@@ -47,7 +47,8 @@ std::int64_t bytes_under_way();
 /// its slices only, and gathers the other ranks' new values.
 class Optimizer {
  public:
-  /// Collective. `parameters` must outlive it. InternalError unless all are float32 and in order of layer.
+  /// Collective. Buckets of more than 16 `bucket_bytes` are cut. `parameters` must outlive it. InternalError unless all
+  /// are float32 and in order of layer.
   Optimizer(const comm::Communicator& world, std::vector<Parameter>& parameters, const AdamOptions& options, bool shard,
             std::int64_t bucket_bytes = std::int64_t{4} << 20);
   Optimizer(const Optimizer&) = delete;

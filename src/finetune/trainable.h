@@ -114,10 +114,12 @@ struct MemoryEstimate {
   std::int64_t logits = 0;       ///< one chunk of logits and its gradient
   std::int64_t teacher = 0;      ///< its weights, and hidden states
   std::int64_t messages = 0;     ///< copies of gradients that the message library makes while it sums them over ranks
+  std::int64_t saving = 0;       ///< moments gathered for a checkpoint, beyond what is free between steps
   std::int64_t data = 0;         ///< token sequences; the caller's to fill in
   std::int64_t process = 0;      ///< program and libraries; the caller's to fill in (process_bytes)
   std::int64_t total() const {
-    return weights + adapter + gradients + optimizer + activations + logits + teacher + messages + data + process;
+    return weights + adapter + gradients + optimizer + activations + logits + teacher + messages + saving + data +
+           process;
   }
 };
 /// Resident memory of a process in which training runs, without anything that follows from model and data: what is

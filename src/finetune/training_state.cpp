@@ -126,7 +126,8 @@ TensorSource stored_tensors(const std::filesystem::path& file, const std::vector
     }
   }
   for (const auto& [name, info] : stored->tensors())
-    if (std::none_of(parameters.begin(), parameters.end(), [&](const Parameter& p) { return p.name == name; }))
+    if (std::none_of(parameters.begin(), parameters.end(),
+                     [&, &wanted = name](const Parameter& p) { return p.name == wanted; }))
       throw CorruptFile(path, fmt::format("tensor {} belongs to nothing that is trained", name), kHint);
   auto last = std::make_shared<std::string>();
   return [stored, last](const std::string& name) {

@@ -83,10 +83,14 @@ TEST(OptimizerTest, follows_adamw_with_and_without_shards) {
   options.weight_decay = 0.1;
   const Reference reference = reference_after(7, options, 1e-2, 0.5);
   for (const bool shard : {false, true}) {
-    for (const std::int64_t bucket_bytes : {1, 100, 1 << 20}) {
+    for (const std::int64_t bucket_bytes : {1, 8, 100, 1 << 20}) {
       auto list = parameters();
       Optimizer optimizer(world(), list, options, shard, bucket_bytes);
-      EXPECT_EQ(optimizer.buckets(), bucket_bytes == 1 ? 4U : bucket_bytes == 100 ? 3U : 1U) << bucket_bytes;
+      if (bucket_bytes == 1) {
+        EXPECT_GT(optimizer.buckets(), 10U);  // layers in pieces
+      } else {
+        EXPECT_EQ(optimizer.buckets(), bucket_bytes == 8 ? 4U : bucket_bytes == 100 ? 3U : 1U) << bucket_bytes;
+      }
       run(optimizer, list, 1, 7, 1e-2, 0.5);
       for (std::size_t p = 0; p < list.size(); ++p) {
         EXPECT_TRUE(at::allclose(list[p].value.to(at::kDouble), reference.value[p], 1e-5, 1e-6)) << p << ' ' << shard;
