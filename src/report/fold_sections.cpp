@@ -678,7 +678,9 @@ void trainings(Document& document, const Section& section, const NewId& id) {
     cells[4].small = shown(training.perplexity_best, format_perplexity);
     if (training.perplexity_before && training.perplexity_best && *training.perplexity_before > 0)
       cells[5].text = format_change(*training.perplexity_best / *training.perplexity_before);
-    cells[6].text = shown(training.kl_before, [](double v) { return format_significant(v, 3); });
+    cells[6].text = shown(training.kl_before, [&](double v) {
+      return format_significant(v, 3) + (training.kl_top ? fmt::format(" (top {})", *training.kl_top) : std::string());
+    });
     cells[6].small = shown(training.kl_last, [](double v) { return format_significant(v, 3); });
     cells[7].text = shown(training.tokens_per_second, [](double v) { return fmt::format("{:.0f}", v); });
     cells[8].text = seconds_text(training.record.seconds);

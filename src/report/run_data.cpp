@@ -461,6 +461,7 @@ class Reader {
       training.perplexity_best = number_at(*results, "validation_perplexity_best");
       training.kl_before = number_at(*results, "validation_kl_before");
       training.kl_last = number_at(*results, "validation_kl_last");
+      training.kl_top = integer_at(*results, "validation_kl_top");
     }
     const fs::path lines = path.parent_path() / "train.jsonl";
     std::error_code code;

@@ -162,6 +162,7 @@ struct Training {
   std::string teacher;                                 ///< name of the teacher's folder; empty: none
   bool full = false;                                   ///< all weights instead of adapters
   std::optional<std::int64_t> width, batch, sequence, steps, chosen_step, tokens;
+  std::optional<std::int64_t> kl_top;  ///< KL is over so many tokens per position and the rest as one class
   std::optional<double> distill, learning_rate, tokens_per_second;
   std::optional<double> perplexity_before, perplexity_best, kl_before, kl_last;  ///< on the validation text
   std::vector<std::pair<double, double>> losses;       ///< step, cross-entropy of the training text in nats per token

@@ -235,6 +235,9 @@ TEST_F(FinetuneTest, validation_tells_the_divergence_from_a_cached_teacher) {
   EXPECT_LE(part, whole * 1.0001);
   EXPECT_GT(part, whole * 0.5);
   EXPECT_LT(top.at("validation_kl_last").get<double>(), part);
+  const Outcome report = run({"report", "--run", root_.string(), "--out", root_ / "report"});
+  ASSERT_EQ(report.code, 0) << report.output;
+  EXPECT_THAT(read_file(root_ / "report" / "report.md"), HasSubstr("(top 16)"));
   // From the files alone.
   const Outcome alone = run(with("alone", {"--cache-teacher", cache}));
   ASSERT_EQ(alone.code, 0) << alone.output;
