@@ -37,10 +37,7 @@ struct CostModel {
 ScoredSequence::ScoredSequence(const EncodedRequest& request, std::int64_t max_length) : request_(&request) {
   const auto context = static_cast<std::int64_t>(request.context->size());
   const auto continuation = static_cast<std::int64_t>(request.continuation.size());
-  if (continuation > max_length)
-    throw InputError(
-        fmt::format("a continuation of {} tokens exceeds the {} that the model reads", continuation, max_length),
-        "raise --max-length if the model takes more");
+  if (max_length < 1) throw InternalError(fmt::format("a sequence of at most {} tokens", max_length));
   size_ = std::min(context + continuation - 1, max_length);
   skipped_ = context + continuation - 1 - size_;
 }

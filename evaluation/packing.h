@@ -11,13 +11,14 @@
 namespace headfold::evaluation {
 
 /// What a log-likelihood request is to the model: it reads the last `max_length` + 1 tokens of context and continuation
-/// without the last one, and its predictions at the last positions are the continuation's.
+/// without the last one, and its predictions at the last positions are the continuation's. Of a continuation longer
+/// than `max_length`, which the harness refuses, the last `max_length` tokens are scored.
 class ScoredSequence {
  public:
-  /// `request` must outlive it. InputError when the continuation is longer than `max_length`.
+  /// `request` must outlive it. InternalError unless `max_length` is at least 1.
   ScoredSequence(const EncodedRequest& request, std::int64_t max_length);
   std::int64_t size() const { return size_; }  ///< tokens read
-  std::int64_t scored() const { return static_cast<std::int64_t>(request_->continuation.size()); }
+  std::int64_t scored() const { return std::min<std::int64_t>(std::ssize(request_->continuation), size_); }
   std::int64_t context_tokens() const { return size_ + 1 - scored(); }  ///< after truncation from the left
   std::int32_t operator[](std::int64_t position) const {
     const std::int64_t at = position + skipped_;

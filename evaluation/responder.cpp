@@ -3,6 +3,7 @@
 #include <headfold/base/json.h>
 #include <headfold/evaluation/generation.h>
 #include <headfold/evaluation/responder.h>
+#include <spdlog/spdlog.h>
 
 #include <algorithm>
 #include <chrono>
@@ -122,7 +123,7 @@ struct Responder::State {
 
   /// InputError for what the model cannot read, before anything is computed.
   void check(const std::vector<const Request*>& requests, const std::vector<EncodedRequest>& encoded,
-             const ResponderHooks& hooks) const {
+             const ResponderHooks& hooks) {
     for (std::size_t i = 0; i < requests.size(); ++i) {
       const Request& request = *requests[i];
       if (request.type == RequestType::generation) {
@@ -130,10 +131,10 @@ struct Responder::State {
           throw InputError(fmt::format("{}: {} new tokens are asked for, and the model reads {} in all",
                                        name_of(requests, i, hooks), request.max_new_tokens, options.max_length),
                            "generation needs a model that reads more, or a task with a smaller limit");
-      } else if (std::ssize(encoded[i].continuation) > options.max_length) {
-        throw InputError(fmt::format("{}: a continuation of {} tokens, and the model reads {}",
-                                     name_of(requests, i, hooks), encoded[i].continuation.size(), options.max_length),
-                         "raise --max-length if the model takes more");
+      } else if (std::ssize(encoded[i].continuation) > options.max_length && work.cut++ == 0 && grid.world.root()) {
+        spdlog::warn(
+            "{}: a continuation of {} tokens, and the model reads {}: only its end is scored (the harness refuses it)",
+            name_of(requests, i, hooks), encoded[i].continuation.size(), options.max_length);
       }
     }
   }

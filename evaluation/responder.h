@@ -51,7 +51,8 @@ class Responder {
             ResponderOptions options);
   ~Responder();
   /// Answers in the order of `requests`, the same on every rank; those after an early end are empty. Collective.
-  /// InputError for a request that cannot be encoded or does not fit the model, and when the model gives NaN.
+  /// InputError for a request that cannot be encoded, for generation that does not fit the model, and when the model
+  /// gives NaN. A warning for continuations longer than the model reads.
   std::vector<Answer> answer(const std::vector<const Request*>& requests, const ResponderHooks& hooks = {}) const;
   std::vector<Answer> answer(const std::vector<Request>& requests, const ResponderHooks& hooks = {}) const;
   std::int64_t max_length() const;
@@ -61,6 +62,7 @@ class Responder {
   struct Work {
     std::int64_t computed = 0;
     std::int64_t asked = 0;
+    std::int64_t cut = 0;  ///< continuations longer than the model reads, of which only the end was scored (all ranks)
   };
   Work work() const;
 

@@ -128,8 +128,8 @@ Work read_work(const Context& context, const EvaluateOptions& options) {
     work.suite = evaluation::make_tasks(options.names, suite);
     for (const evaluation::PerplexityText& text : work.suite.texts)
       work.texts.push_back(limited(options.limit, [&](std::int64_t limit) {
-        return evaluation::perplexity_task(
-            *work.tokenizer, text, work.length, text.rolling ? options.harness_bos() : options.source.bos, limit);
+        return evaluation::perplexity_task(*work.tokenizer, text, work.length,
+                                           text.rolling ? options.harness_bos() : options.source.bos, limit);
       }));
     for (const evaluation::SkippedTask& skipped : work.suite.skipped)
       if (context.world.root()) spdlog::warn("{} is left out: {}", skipped.name, skipped.reason);
@@ -252,7 +252,7 @@ struct Run {
   double tokens = 0, seconds = 0;  ///< of texts
   std::int64_t requests = 0, known = 0, repeated = 0;
   double request_seconds = 0;
-  std::int64_t computed_tokens = 0, asked_tokens = 0;
+  std::int64_t computed_tokens = 0, asked_tokens = 0, cut = 0;
 };
 
 std::vector<evaluation::TaskResult> score_texts(const Context& context, const EvaluateOptions& options,
@@ -306,6 +306,7 @@ std::vector<evaluation::BenchmarkResult> ask_benchmarks(const Context& context, 
   // Every stage of a pipeline counts the same tokens.
   const evaluation::Responder::Work done = responder.work();
   run.computed_tokens = world.all_reduce(done.computed) / grid.stages;
+  run.cut = done.cut;
   run.asked_tokens = world.all_reduce(done.asked) / grid.stages;
   if (asked.known > 0 && world.root())
     spdlog::info("{} of {} requests were answered before", asked.known, asked.requests);
@@ -351,6 +352,7 @@ OrderedJson own_facts(const Context& context, const EvaluateOptions& options, co
   harness["seconds"] = run.request_seconds;
   harness["tokens_computed"] = run.computed_tokens;
   harness["tokens_one_by_one"] = run.asked_tokens;
+  harness["continuations_cut"] = run.cut;
   harness["skipped"] = OrderedJson::array();
   for (const evaluation::SkippedTask& skipped : work.suite.skipped)
     harness["skipped"].push_back({{"task", skipped.name}, {"reason", skipped.reason}});
