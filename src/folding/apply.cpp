@@ -46,15 +46,8 @@ void put(NewTensors& tensors, const std::string& name, const at::Tensor& weight,
   if (bias.defined()) tensors[name + ".bias"] = bias;
 }
 
-at::Tensor rows_of(const at::Tensor& tensor, const at::Tensor& rows, at::ScalarType type = at::kDouble) {
-  return tensor.defined() ? tensor.index_select(0, rows).to(type) : tensor;
-}
-
-/// What new weights are computed in. Where the result is rounded to 16 bits at once, float32 (relative error about
-/// 1e-7 per product, against 5e-4 or 4e-3 of the rounding) halves the time; bases stay float64 until then.
-at::ScalarType working_type(const at::Tensor& source, const Rounding& rounding) {
-  const bool half = source.scalar_type() == at::kHalf || source.scalar_type() == at::kBFloat16;
-  return rounding && half ? at::kFloat : at::kDouble;
+at::Tensor rows_of(const at::Tensor& tensor, const at::Tensor& rows) {
+  return tensor.defined() ? tensor.index_select(0, rows).to(at::kDouble) : tensor;
 }
 
 Basis basis_of(const LayerProblem& problem, Part part, const std::vector<std::int64_t>& kv_heads,
@@ -86,9 +79,7 @@ at::Tensor value_means(const LayerProblem& problem, const std::vector<std::int64
         .index_select(1, block_index(inside, d));
   }
   at::Tensor mean = at::zeros({static_cast<std::int64_t>(kv_heads.size()) * d}, at::kDouble);
-  if (problem.has_moments)
-    mean = at::matmul(source, problem.moments.mean.slice(0, 0, problem.weights.hidden).to(source.scalar_type()))
-               .to(at::kDouble);
+  if (problem.has_moments) mean = at::matmul(source, problem.moments.mean.slice(0, 0, problem.weights.hidden));
   if (source_bias.defined()) mean = mean + source_bias;
   return mean.unsqueeze(0).expand({count, mean.size(0)});
 }
@@ -253,9 +244,9 @@ NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, c
     const auto size = static_cast<std::int64_t>(groups[g].size());
     const at::Tensor rows = block_index(groups[g], d);
     const at::Tensor query_rows = block_index(query_heads_of(groups[g], repeat), d);
-    key[g] = rows_of(w.key, rows, working_type(w.key, rounding));
+    key[g] = rows_of(w.key, rows);
     key_bias[g] = rows_of(w.key_bias, rows);
-    query[g] = rows_of(w.query, query_rows, working_type(w.query, rounding));
+    query[g] = rows_of(w.query, query_rows);
     query_bias[g] = rows_of(w.query_bias, query_rows);
     const auto round = [&] {
       round_all(rounding, std::string(names.key) + ".weight", key[g]);
@@ -269,7 +260,7 @@ NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, c
       round();
       return;
     }
-    key[g] = at::matmul(basis.encoder.to(key[g].scalar_type()), key[g]);
+    key[g] = at::matmul(basis.encoder, key[g]);
     // Without rotation a key bias adds the same number to every score of a query: it drops out of the softmax
     // (methods.md 2.1). Folds that keep it merge it like the weights.
     const bool drops_bias = options.keys == KeyFold::norope || (options.keys == KeyFold::latent && !problem.rotates);
@@ -284,8 +275,8 @@ NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, c
       round();
       return;
     }
-    query[g] = at::matmul(decoder_t.unsqueeze(1).to(query[g].scalar_type()), query[g].view({size, repeat, d, -1}))
-                   .reshape({size * repeat * r, -1});
+    query[g] =
+        at::matmul(decoder_t.unsqueeze(1), query[g].view({size, repeat, d, -1})).reshape({size * repeat * r, -1});
     if (query_bias[g].defined())
       query_bias[g] = at::matmul(decoder_t.unsqueeze(1), query_bias[g].view({size, repeat, d, 1})).reshape({-1});
     round();
@@ -317,10 +308,10 @@ NewTensors folded_values(const LayerProblem& problem, const LayerTarget& target,
     const auto size = static_cast<std::int64_t>(groups[g].size());
     const at::Tensor rows = block_index(groups[g], d);
     const std::vector<std::int64_t> query_heads = query_heads_of(groups[g], repeat);
-    const at::Tensor source = rows_of(w.value, rows, working_type(w.value, rounding));
+    const at::Tensor source = rows_of(w.value, rows);
     const at::Tensor source_bias = rows_of(w.value_bias, rows);
-    output[g] = w.output.index_select(1, block_index(query_heads, d)).to(working_type(w.output, rounding));
-    value[g] = at::matmul(basis.encoder.to(source.scalar_type()), source);
+    output[g] = w.output.index_select(1, block_index(query_heads, d)).to(at::kDouble);
+    value[g] = at::matmul(basis.encoder, source);
     if (source_bias.defined()) value_bias[g] = at::matmul(basis.encoder, source_bias);
     round_all(rounding, std::string(names.value) + ".weight", value[g]);
     if (options.values == ValueFold::meanpool) return;
@@ -339,11 +330,11 @@ NewTensors folded_values(const LayerProblem& problem, const LayerTarget& target,
       for (std::int64_t k = 0; k < size; ++k)
         for (std::int64_t i = 0; i < repeat; ++i)
           wanted.select(0, k * repeat + i).copy_(means.select(0, k * repeat + i).slice(0, k * d, (k + 1) * d));
-      const at::Tensor missing = (wanted - kept.squeeze(2)).view({size * repeat * d});
-      correction[g] = at::matmul(output[g], missing.to(output[g].scalar_type())).to(at::kDouble);
+      const at::Tensor missing = (wanted - kept.squeeze(2)).view({1, size * repeat * d});
+      correction[g] = (output[g] * missing).sum(1);
     }
     if (absorbed)
-      output[g] = at::matmul(heads.permute({1, 2, 0, 3}), decoders.to(heads.scalar_type()))
+      output[g] = at::matmul(heads.permute({1, 2, 0, 3}), decoders)
                       .permute({2, 0, 1, 3})
                       .reshape({w.hidden, size * repeat * r});
     round_all(rounding, std::string(names.output) + ".weight", output[g]);
