@@ -134,6 +134,7 @@ calibration::CollectOptions collect_options(const Settings& settings, const chec
   calibration::CollectOptions options;
   options.dtype = settings.dtype;
   options.residency = settings.streamed ? model::Residency::streamed : model::Residency::resident;
+  if (settings.streamed) options.hidden_folder = std::filesystem::absolute(settings.out).parent_path();
   options.micro_batch = settings.micro_batch;
   options.rotated_keys = settings.rotated_keys;
   options.values = settings.value_gram;
@@ -195,7 +196,7 @@ double weight_bytes(const checkpoint::ModelConfig& config, std::int64_t layer, a
 }
 
 Memory stage_memory(const Settings& settings, const checkpoint::ModelConfig& config, const comm::LayerRange& range,
-                    bool first_stage, std::int64_t replicas) {
+                    bool first_stage) {
   Memory memory;
   const auto element = static_cast<double>(element_size(settings.dtype));
   const auto hidden = static_cast<double>(config.hidden);
@@ -232,21 +233,26 @@ Memory stage_memory(const Settings& settings, const checkpoint::ModelConfig& con
         at::get_num_threads() * length * static_cast<double>(shape.block()) * 4 +
         std::min(scores, static_cast<double>(model::attention_block_bytes()));
   }
-  if (settings.streamed) {
-    const double batches = std::ceil(static_cast<double>(settings.samples) / static_cast<double>(settings.micro_batch));
-    memory.activations += std::ceil(batches / static_cast<double>(replicas)) * tokens * hidden * element;
-  }
   return memory;
 }
 
-Memory widest_stage(const Settings& settings, const checkpoint::ModelConfig& config, int stages, int world) {
+Memory widest_stage(const Settings& settings, const checkpoint::ModelConfig& config, int stages) {
   Memory widest;
   const auto ranges = model::stage_layers(config, stages);
   for (std::size_t stage = 0; stage < ranges.size(); ++stage) {
-    const Memory memory = stage_memory(settings, config, ranges[stage], stage == 0, world / stages);
+    const Memory memory = stage_memory(settings, config, ranges[stage], stage == 0);
     if (memory.total() > widest.total()) widest = memory;
   }
   return widest;
+}
+
+/// What would make a rank need less, given what was chosen.
+std::string less_memory(const Settings& settings) {
+  std::string advice = "use ";
+  if (!settings.streamed) advice += "--streamed, ";
+  if (settings.half_samples) advice += "--half-samples off (half of the statistics), ";
+  if (settings.attention_statistics != "off") advice += "--attention-statistics off, ";
+  return advice + "or more ranks on more hosts (--pipeline-ranks)";
 }
 
 /// The fewest stages that divide the world and fit the memory of the smallest host share. Collective.
@@ -263,14 +269,13 @@ int choose_stages(const Settings& settings, const checkpoint::ModelConfig& confi
   for (int stages = 1; stages <= world.size() && stages <= config.layers; ++stages) {
     if (world.size() % stages != 0) continue;
     most = stages;
-    if (widest_stage(settings, config, stages, world.size()).total() <= budget) return stages;
+    if (widest_stage(settings, config, stages).total() <= budget) return stages;
   }
-  const double needed = widest_stage(settings, config, most, world.size()).total();
+  if (settings.dry_run) return most;  // the plan says what is missing
+  const double needed = widest_stage(settings, config, most).total();
   throw UsageError(fmt::format("a rank would need {} even with {} pipeline rank(s), but only {} are available to it",
                                human_bytes(needed), most, human_bytes(budget)),
-                   settings.streamed
-                       ? "use more ranks on more hosts, shorter sequences or smaller micro-batches"
-                       : "use --streamed, or more ranks on more hosts; --pipeline-ranks N overrides this estimate");
+                   less_memory(settings) + "; --pipeline-ranks N overrides this estimate");
 }
 
 bool same_content(const calibration::StatisticsHeader& a, const calibration::StatisticsHeader& b) {
@@ -338,7 +343,7 @@ std::string plan_text(const Settings& settings, const checkpoint::ModelConfig& c
   Table table({"stage", "layers", "weights", "statistics", "activations", "memory per rank"});
   const auto ranges = model::stage_layers(config, stages);
   for (std::size_t stage = 0; stage < ranges.size(); ++stage) {
-    const Memory memory = stage_memory(settings, config, ranges[stage], stage == 0, replicas);
+    const Memory memory = stage_memory(settings, config, ranges[stage], stage == 0);
     table.add({std::to_string(stage), fmt::format("{}-{}", ranges[stage].begin, ranges[stage].end - 1),
                human_bytes(memory.weights), human_bytes(memory.statistics), human_bytes(memory.activations),
                human_bytes(memory.total())});
@@ -346,9 +351,12 @@ std::string plan_text(const Settings& settings, const checkpoint::ModelConfig& c
   text += table.text();
   text += fmt::format("memory      {} available to each rank\n", human_bytes(budget));
   if (settings.streamed)
-    text +=
-        "streamed    one layer in memory at a time; the hidden states of all micro-batches of a replica are held on "
-        "its rank (counted under activations)\n";
+    text += fmt::format(
+        "streamed    one layer in memory at a time; hidden states wait for the next layer in a temporary file beside "
+        "the "
+        "output ({} over all replicas)\n",
+        human_bytes(static_cast<double>(settings.samples * settings.length * config.hidden) *
+                    static_cast<double>(element_size(settings.dtype))));
   text += fmt::format("output      {}: {}, {} free\n", settings.out.string(),
                       human_bytes(static_cast<double>(calibration::statistics_file_bytes(header))),
                       human_bytes(static_cast<double>(free_bytes(settings.out))));
@@ -391,12 +399,10 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
     const std::int64_t batches = (settings.samples + settings.micro_batch - 1) / settings.micro_batch;
     if (batches < grid.replicas)
       spdlog::warn("{} micro-batches keep only that many of {} replicas busy", batches, grid.replicas);
-    const double needed = widest_stage(settings, config, stages, world.size()).total();
+    const double needed = widest_stage(settings, config, stages).total();
     if (needed > budget)
-      spdlog::warn(
-          "a rank may need {}, but only {} are available to it: it may be killed; --streamed or more --pipeline-ranks "
-          "need less",
-          human_bytes(needed), human_bytes(budget));
+      spdlog::warn("a rank may need {}, but only {} are available to it: it may be killed; {}", human_bytes(needed),
+                   human_bytes(budget), less_memory(settings));
   }
   const std::string next = fmt::format(
       "headfold convert --model {} --calibration {} --kv-heads {} --out {}", settings.model.string(),

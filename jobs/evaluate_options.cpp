@@ -1,6 +1,7 @@
 #include "evaluate_options.h"
 
 #include <cmath>
+#include <cstdlib>
 
 namespace headfold::jobs {
 namespace {
@@ -20,6 +21,7 @@ po::options_description evaluate_options() {
   add("task-file", po::value<std::vector<std::string>>()->multitoken()->composing(),
       "JSON descriptions of tasks of your own");
   add("num-fewshot", po::value<std::int64_t>(), "examples before every question, instead of each task's own number");
+  add("fewshot-seed", po::value<std::int64_t>()->default_value(1234), "seed that draws the examples (harness: 1234)");
   add("limit", po::value<double>()->default_value(0),
       "at most this many documents of each task (ppl_blocks: windows); below 1 a fraction; 0 = all");
   add("skip-missing", po::bool_switch(), "leave out tasks whose files are not there, instead of refusing");
@@ -32,6 +34,12 @@ po::options_description evaluate_options() {
       "tokens of questions that go through the model together; 0 = 4096");
   add("bootstrap-iters", po::value<std::int64_t>()->default_value(100000),
       "replicates for standard errors of metrics that are no means; 0 = none");
+  add("retrieval-lengths", po::value<std::string>()->default_value(""),
+      "passkey, needle: tokens of a question, separated by commas; empty = 256, 512, ... up to the model's length");
+  add("retrieval-depths", po::value<std::string>()->default_value("0,0.25,0.5,0.75,1"),
+      "passkey, needle: where the sentence is hidden, 0 (first) to 1 (last)");
+  add("retrieval-samples", po::value<std::int64_t>()->default_value(4),
+      "passkey, needle: questions of every length and depth");
   add("reference", po::value<std::string>(),
       "model to compare with on texts, usually the original: adds KL divergence and top-1 agreement");
   add("data", po::value<std::vector<std::string>>()->multitoken()->composing(),
@@ -63,6 +71,24 @@ std::vector<std::string> split_names(const std::vector<std::string>& values) {
   }
   if (names.empty()) throw UsageError("--tasks names no task", "headfold evaluate --list");
   return names;
+}
+
+/// Numbers between commas; UsageError naming the option for anything else or a value outside [least, most].
+std::vector<double> numbers(const po::variables_map& values, const char* name, double least, double most) {
+  const auto text = values[name].as<std::string>();
+  std::vector<double> result;
+  if (text.empty()) return result;
+  for (std::size_t at = 0; at <= text.size();) {
+    const std::size_t end = std::min(text.find(',', at), text.size());
+    const std::string one = text.substr(at, end - at);
+    char* rest = nullptr;
+    const double value = std::strtod(one.c_str(), &rest);
+    if (one.empty() || *rest != '\0' || !(value >= least && value <= most))
+      throw UsageError(fmt::format("--{} {}: \"{}\" is not a number from {} to {}", name, text, one, least, most));
+    result.push_back(value);
+    at = end + 1;
+  }
+  return result;
 }
 
 std::int64_t at_least(const po::variables_map& values, const char* name, std::int64_t least, const char* meaning) {
@@ -117,6 +143,16 @@ EvaluateOptions read_evaluate_options(const Context& context, const std::vector<
   if (values.count("num-fewshot") > 0) suite.shots = at_least(values, "num-fewshot", 0, "examples, 0 or more");
   suite.skip_missing = values["skip-missing"].as<bool>();
   suite.bootstrap_iterations = at_least(values, "bootstrap-iters", 0, "replicates, 0 or more");
+  suite.fewshot_seed = static_cast<std::uint32_t>(at_least(values, "fewshot-seed", 0, "a seed is 0 or more"));
+  if (values["fewshot-seed"].as<std::int64_t>() > 0xffffffffLL)
+    throw UsageError("--fewshot-seed: a seed is below 4294967296");
+  for (const double length : numbers(values, "retrieval-lengths", 1, 1e8)) {
+    if (length != std::floor(length)) throw UsageError(fmt::format("--retrieval-lengths {}: whole tokens", length));
+    suite.retrieval.lengths.push_back(static_cast<std::int64_t>(length));
+  }
+  suite.retrieval.depths = numbers(values, "retrieval-depths", 0, 1);
+  if (suite.retrieval.depths.empty()) throw UsageError("--retrieval-depths names no depth", "for example 0,0.5,1");
+  suite.retrieval.samples = at_least(values, "retrieval-samples", 1, "questions, 1 or more");
   options.limit = values["limit"].as<double>();
   if (!std::isfinite(options.limit) || options.limit < 0 ||
       (options.limit > 1 && options.limit != std::floor(options.limit)) || options.limit > 1e15)

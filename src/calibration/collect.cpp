@@ -249,6 +249,7 @@ std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader&
   pipeline_options.dtype = options.dtype;
   pipeline_options.residency = options.residency;
   pipeline_options.head = false;
+  pipeline_options.hidden_folder = options.hidden_folder;
 #ifdef __GLIBC__
   // glibc learns from freed blocks to keep ever larger ones for itself (up to 32 MiB each): layers come and go here,
   // and must really go.

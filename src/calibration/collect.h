@@ -67,10 +67,11 @@ class LayerAccumulator : public model::LayerObserver {
 struct CollectOptions {
   at::ScalarType dtype = at::kFloat;
   model::Residency residency = model::Residency::resident;
-  std::int64_t micro_batch = 1;  ///< sequences per micro-batch
-  bool rotated_keys = true;      ///< keys as they enter the scores
-  bool values = true;            ///< ignored for layout `projected`
-  bool half_samples = false;     ///< keep the even sequences' share of every sum
+  std::filesystem::path hidden_folder;  ///< model::PipelineOptions
+  std::int64_t micro_batch = 1;         ///< sequences per micro-batch
+  bool rotated_keys = true;             ///< keys as they enter the scores
+  bool values = true;                   ///< ignored for layout `projected`
+  bool half_samples = false;            ///< keep the even sequences' share of every sum
   bool attention_statistics = false;
   std::int64_t attended_heads = 0;  ///< KV heads per block of attended values; 0 = default_attended_heads()
   /// Work done since the last call, in micro-batches of this replica (model::PipelineHooks::progress).

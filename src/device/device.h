@@ -15,8 +15,8 @@ int use_threads(const comm::Communicator& world, int threads);
 /// in main. Larger blocks than `largest` bytes (at most 32 MiB) go back all the same: they are few, and kept ones would
 /// leave holes that nothing else fits into.
 void keep_freed_memory(int largest = 32 << 20);
-/// Gives memory that was freed and kept (keep_freed_memory) back to the kernel: between stages of a job whose sizes have
-/// nothing in common.
+/// Gives memory that was freed and kept (keep_freed_memory) back to the kernel: between stages of a job whose sizes
+/// have nothing in common.
 void release_freed_memory();
 /// Starts this program again, once, with OPENBLAS_CORETYPE set when OpenBLAS does not know this processor and fell back
 /// to kernels for processors without AVX: releases up to 0.3.21 do so on CPUs newer than themselves, at a fifth of the

@@ -173,9 +173,13 @@ at::Tensor rounded(const at::Tensor& tensor, const std::string& dtype, const std
   const at::Tensor result = tensor.to(checkpoint::scalar_type(dtype)).contiguous();
   // A sum that is finite has finite terms, at a tenth of the time that looking at each takes.
   const double sum = result.sum(at::kFloat).item<double>();
-  if (!std::isfinite(sum) && !at::isfinite(result).all().item<bool>())
+  if (!std::isfinite(sum) && !at::isfinite(result).all().item<bool>()) {
+    if (!at::isfinite(tensor).all().item<bool>())
+      throw InputError(fmt::format("{}: NaN or Inf; the model's tensors that it is made of contain it", name),
+                       "headfold inspect the model, and copy or download its damaged files again");
     throw NumericalError(fmt::format("{}: the fold gives values that {} cannot hold", name, dtype),
                          "convert from a float32 or bfloat16 checkpoint");
+  }
   return result;
 }
 

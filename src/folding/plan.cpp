@@ -2,6 +2,7 @@
 #include <headfold/folding/plan.h>
 
 #include <algorithm>
+#include <set>
 
 namespace headfold::folding {
 
@@ -380,8 +381,21 @@ OrderedJson to_json(const FoldOptions& options) {
   return json;
 }
 
+/// A key nobody reads is a slip of whoever edited the plan: ignoring it would apply something else than is written.
+void refuse_unknown(const Json& object, const std::set<std::string>& known, const std::string& where) {
+  if (!object.is_object()) throw InputError(fmt::format("{}: not a JSON object", where));
+  for (const auto& [key, value] : object.items())
+    if (!known.contains(key))
+      throw InputError(fmt::format("{}: unknown key \"{}\"", where, key),
+                       fmt::format("keys are {}", fmt::join(known, ", ")));
+}
+
 FoldOptions options_from_json(const Json& fold, const std::string& file) {
   if (!fold.is_object()) throw InputError(fmt::format("{}: key \"fold\" is not an object", file));
+  refuse_unknown(fold,
+                 {"keys", "key_metric", "values", "value_metric", "grouping", "budget", "sink_weight", "weight_ridge",
+                  "mean_weight", "slow_band", "refit", "polish", "context", "latent_groups", "min_width", "max_width"},
+                 file + ", fold");
   FoldOptions options;
   try {
     options.keys = parse_key_fold(required<std::string>(fold, "keys", file));
@@ -419,6 +433,10 @@ OrderedJson to_json(const GroupPlan& group) {
 }
 
 GroupPlan group_from_json(const Json& item, const std::string& where) {
+  std::set<std::string> known = {"kv_heads"};
+  for (const auto& [name, member] : kGroupNumbers) known.insert(name);
+  for (const auto& [name, member] : kGroupLists) known.insert(name);
+  refuse_unknown(item, known, where + ", groups");
   GroupPlan group;
   group.kv_heads = required<std::vector<std::int64_t>>(item, "kv_heads", where);
   for (const auto& [name, member] : kGroupNumbers) group.*member = optional<double>(item, name, group.*member, where);
@@ -477,6 +495,8 @@ Plan plan_from_json(const Json& json, const std::string& file) {
     if (layer.layer != static_cast<std::int64_t>(l))
       throw InputError(
           fmt::format("{}: key \"layer\" is {}: layers must be listed from 0 without gaps", where, layer.layer));
+    refuse_unknown(layers[l],
+                   {"layer", "key_width", "value_width", "key_relative_loss", "value_relative_loss", "groups"}, where);
     const auto groups = required<Json>(layers[l], "groups", where);
     if (!groups.is_array()) throw InputError(fmt::format("{}: key \"groups\" is not a list", where));
     for (const Json& item : groups) layer.groups.push_back(group_from_json(item, where));

@@ -1,6 +1,8 @@
 #include <headfold/base/error.h>
 #include <headfold/model/pipeline.h>
 
+#include "hidden_states.h"
+
 #include <deque>
 #include <optional>
 
@@ -206,8 +208,7 @@ void Pipeline::run_batches(const std::vector<at::Tensor>& micro_batches, const F
   std::optional<Receiver> receiver;
   if (!grid.first_stage()) receiver.emplace(grid.pipeline, grid.stage - 1, shapes, state.options.dtype);
   std::optional<Sender> sender;
-  if (!grid.last_stage())
-    sender.emplace(grid.pipeline, grid.stage + 1, streamed ? std::max<std::size_t>(count, 1) : kAhead);
+  if (!grid.last_stage()) sender.emplace(grid.pipeline, grid.stage + 1, kAhead);
   const auto observer_of = [&](std::int64_t layer) { return hooks.observer ? hooks.observer(layer) : nullptr; };
   const auto enter = [&](std::int64_t layer, std::size_t index) {
     if (hooks.before_layer) hooks.before_layer(layer, static_cast<std::int64_t>(index));
@@ -224,19 +225,22 @@ void Pipeline::run_batches(const std::vector<at::Tensor>& micro_batches, const F
   };
 
   if (streamed) {
-    std::vector<at::Tensor> states(count);
+    HiddenStates states(state.options.hidden_folder, shapes, state.options.dtype);
     if (grid.first_stage()) {
       const Embedding embedding(*state.reader, state.options.dtype);
-      for (std::size_t i = 0; i < count; ++i) states[i] = embedding.forward(micro_batches[i]);
+      for (std::size_t i = 0; i < count; ++i) states.put(i, embedding.forward(micro_batches[i]));
     }
     for (std::int64_t layer = range_.begin; layer < range_.end && count > 0; ++layer) {
       const auto loaded = load_layer(*state.reader, layer, state.options.dtype);
       LayerObserver* observer = observer_of(layer);
       for (std::size_t i = 0; i < count; ++i) {
-        if (layer == range_.begin && receiver) states[i] = receiver->receive();
+        at::Tensor hidden = layer == range_.begin && receiver ? receiver->receive() : states.take(i);
         enter(layer, i);
-        states[i] = forward(*loaded, static_cast<std::size_t>(layer - range_.begin), i, states[i], observer);
-        if (layer + 1 == range_.end) leave(i, std::move(states[i]));
+        hidden = forward(*loaded, static_cast<std::size_t>(layer - range_.begin), i, hidden, observer);
+        if (layer + 1 == range_.end)
+          leave(i, std::move(hidden));
+        else
+          states.put(i, hidden);
         progress(1.0 / static_cast<double>(range_.size()));
       }
     }

@@ -4,6 +4,7 @@
 #include <headfold/comm/grid.h>
 #include <headfold/model/model.h>
 
+#include <filesystem>
 #include <functional>
 
 namespace headfold::model {
@@ -17,6 +18,9 @@ struct PipelineOptions {
   at::ScalarType dtype = at::kFloat;
   Residency residency = Residency::resident;
   bool head = true;  ///< load the head on the last stage (calibration does without)
+  /// Streamed: where the hidden states of all micro-batches wait for the next layer, in a file that has no name; empty:
+  /// in memory.
+  std::filesystem::path hidden_folder = {};
 };
 
 /// What a run calls back. All callbacks run on the rank that owns the thing they concern.

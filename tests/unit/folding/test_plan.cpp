@@ -238,6 +238,9 @@ TEST(PlanJsonTest, broken_plans_are_refused_with_file_and_place) {
   refused([](Json& j) { j.erase("model"); }, "model");
   refused([](Json& j) { j["fold"]["keys"] = "turn"; }, "rope-commuting");
   refused([](Json& j) { j["fold"]["sink_weight"] = "much"; }, "sink_weight");
+  refused([](Json& j) { j["fold"]["sink-weight"] = 0.5; }, "unknown key \"sink-weight\"");
+  refused([](Json& j) { j["layers"][0]["group"] = Json::array(); }, "unknown key \"group\"");
+  refused([](Json& j) { j["layers"][0]["groups"][0]["heads"] = {0}; }, "unknown key \"heads\"");
   refused([](Json& j) { j["kv_heads"] = 0; }, "equal groups");
   refused([](Json& j) { j["layers"] = 3; }, "layers");
   refused([](Json& j) { j["layers"][1]["layer"] = 5; }, "layer 1");

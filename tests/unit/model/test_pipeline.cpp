@@ -47,11 +47,15 @@ TEST_F(PipelineTest, every_grid_gives_the_decoders_numbers_and_calls_its_hooks) 
   for (const at::Tensor& batch : batches) rows += batch.numel();
   for (int stages = 1; stages <= world().size(); ++stages) {
     if (world().size() % stages != 0) continue;
-    for (const Residency residency : {Residency::resident, Residency::streamed}) {
-      SCOPED_TRACE(fmt::format("{} stages, {}", stages, residency == Residency::resident ? "resident" : "streamed"));
+    for (const auto& [residency, in_file] :
+         {std::pair{Residency::resident, false}, std::pair{Residency::streamed, false},
+          std::pair{Residency::streamed, true}}) {
+      SCOPED_TRACE(fmt::format("{} stages, {}{}", stages, residency == Residency::resident ? "resident" : "streamed",
+                               in_file ? ", hidden states in a file" : ""));
       const comm::Grid grid = comm::make_grid(world(), stages);
       PipelineOptions options;
       options.residency = residency;
+      if (in_file) options.hidden_folder = scratch_.path();
       const Pipeline pipeline(*reader_, grid, options);
       std::map<std::int64_t, CountingObserver> observers;
       std::map<std::int64_t, std::vector<std::int64_t>> entered;
@@ -241,6 +245,38 @@ TEST_F(PipelineTest, streaming_keeps_one_layer_in_memory) {
   const double resident = bytes_while(Residency::resident);
   EXPECT_LE(streamed, 2.5 * layer);
   EXPECT_GE(resident, 6 * layer);  // it may reuse what the streamed run left in the allocator
+}
+
+TEST_F(PipelineTest, streaming_through_a_file_keeps_no_more_states_the_more_micro_batches) {
+  if (world().size() > 1) GTEST_SKIP() << "measured on one rank";
+  const comm::Grid grid = comm::make_grid(world(), 1);
+  const std::vector<at::Tensor> batches(48, at::zeros({16, 256}, at::kLong));
+  const double all = 48.0 * 16 * 256 * static_cast<double>(reader_->config().hidden) * 4;
+  const auto most_while = [&](const std::filesystem::path& folder) {
+    PipelineOptions options;
+    options.residency = Residency::streamed;
+    options.hidden_folder = folder;
+    const Pipeline pipeline(*reader_, grid, options);
+    pipeline.run({batches.begin(), batches.begin() + 2}, {});  // what the allocator keeps is there
+    const auto start = static_cast<double>(resident_anonymous_bytes());
+    double most = 0;
+    PipelineHooks hooks;
+    hooks.before_layer = [&](std::int64_t, std::int64_t) {
+      most = std::max(most, static_cast<double>(resident_anonymous_bytes()) - start);
+    };
+    pipeline.run(batches, hooks);
+    return most;
+  };
+  const double in_file = most_while(scratch_.path());
+  const double in_memory = most_while({});
+  EXPECT_LE(in_file, 0.3 * all);
+  EXPECT_GE(in_memory, 0.6 * all);
+  for (const auto& entry : std::filesystem::directory_iterator(scratch_.path()))
+    EXPECT_FALSE(entry.path().filename().string().starts_with(".headfold-hidden")) << entry.path();
+  PipelineOptions nowhere;
+  nowhere.residency = Residency::streamed;
+  nowhere.hidden_folder = scratch_ / "missing";
+  EXPECT_THROW(Pipeline(*reader_, grid, nowhere).run({batches.begin(), batches.begin() + 2}, {}), IoError);
 }
 
 TEST_F(PipelineTest, bad_ids_are_refused_on_every_rank_at_once) {
