@@ -47,10 +47,9 @@ HiddenStates::HiddenStates(const std::filesystem::path& folder, std::vector<std:
   std::uint64_t bytes = 0;
   for (const auto& shape : shapes_) {
     offsets_.push_back(bytes);
-    bytes += std::accumulate(shape.begin(), shape.end(), std::uint64_t{1},
-                             [](std::uint64_t product, std::int64_t size) {
-                               return product * static_cast<std::uint64_t>(size);
-                             }) *
+    bytes += std::accumulate(
+                 shape.begin(), shape.end(), std::uint64_t{1},
+                 [](std::uint64_t product, std::int64_t size) { return product * static_cast<std::uint64_t>(size); }) *
              c10::elementSize(dtype);
   }
   std::string name = (folder / ".headfold-hidden-XXXXXX").string();
