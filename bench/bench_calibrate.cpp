@@ -24,25 +24,14 @@
 
 #include "product.h"
 
+#include "timing.h"
+
 namespace {
 
 namespace fs = std::filesystem;
 using namespace headfold;
-
-double now() {
-  timespec time{};
-  ::clock_gettime(at::get_num_threads() == 1 ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &time);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-double seconds(const std::function<void()>& work) {
-  const double start = now();
-  work();
-  return now() - start;
-}
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
+using bench::median;
+using bench::seconds;
 
 /// Removes the folder it made.
 class Temporary {

@@ -19,24 +19,13 @@
 #include <cstdlib>
 #include <iostream>
 
+#include "timing.h"
+
 namespace {
 
 using namespace headfold;
-
-double now() {
-  timespec time{};
-  ::clock_gettime(at::get_num_threads() == 1 ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &time);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-double seconds(const std::function<void()>& work) {
-  const double start = now();
-  work();
-  return now() - start;
-}
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
+using bench::median;
+using bench::seconds;
 
 std::vector<evaluation::Request> questions(const std::filesystem::path& file, std::int64_t count, std::int64_t context,
                                            std::int64_t choice, std::int64_t shots) {

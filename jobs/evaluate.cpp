@@ -341,9 +341,8 @@ OrderedJson own_facts(const Context& context, const EvaluateOptions& options, co
   harness["prompts_of_harness"] = "0.4.13.dev0 (4e7e0d47)";
   harness["harness_compat"] = evaluation::name_of(options.harness);
   harness["bos"] = evaluation::name_of(options.harness_bos());
-  harness["adds_bos"] =
-      !evaluation::Encoder(*work.tokenizer, options.harness_bos()).encode("a").empty() &&
-      evaluation::Encoder(*work.tokenizer, options.harness_bos()).encode("a").front() == work.tokenizer->bos();
+  const auto letter = evaluation::Encoder(*work.tokenizer, options.harness_bos()).encode("a");
+  harness["adds_bos"] = !letter.empty() && letter.front() == work.tokenizer->bos();
   harness["max_length"] = work.question_length;
   harness["max_batch_tokens"] = options.max_tokens;
   harness["requests"] = run.requests;
