@@ -2,7 +2,7 @@
 #include <headfold/base/json.h>
 #include <headfold/checkpoint/safetensors.h>
 
-#include "positioned_file.h"
+#include <headfold/base/positioned_file.h>
 
 #include <algorithm>
 #include <cstring>

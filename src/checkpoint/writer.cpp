@@ -2,7 +2,7 @@
 #include <headfold/base/log.h>
 #include <headfold/checkpoint/writer.h>
 
-#include "positioned_file.h"
+#include <headfold/base/positioned_file.h>
 
 #include <algorithm>
 #include <map>

@@ -2,9 +2,11 @@
 // Private: hidden states of micro-batches between two layers of a streamed run.
 
 #include <ATen/ATen.h>
+#include <headfold/base/positioned_file.h>
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <vector>
 
 namespace headfold::model {
@@ -17,21 +19,17 @@ class HiddenStates {
   /// the process. Throws IoError, also when the space does not suffice.
   HiddenStates(const std::filesystem::path& folder, std::vector<std::vector<std::int64_t>> shapes,
                at::ScalarType dtype);
-  ~HiddenStates();
-  HiddenStates(const HiddenStates&) = delete;
-  HiddenStates& operator=(const HiddenStates&) = delete;
   /// Keeps the states of micro-batch `index`, of its shape and dtype (InternalError otherwise). IoError.
   void put(std::size_t index, const at::Tensor& states);
   /// Hands them out; memory is given up. IoError.
   at::Tensor take(std::size_t index);
 
  private:
-  std::filesystem::path folder_;
   std::vector<std::vector<std::int64_t>> shapes_;
   at::ScalarType dtype_;
   std::vector<at::Tensor> memory_;
   std::vector<std::uint64_t> offsets_;
-  int fd_ = -1;
+  std::optional<PositionedFile> file_;
 };
 
 }  // namespace headfold::model

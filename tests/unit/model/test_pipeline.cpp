@@ -272,7 +272,7 @@ TEST_F(PipelineTest, streaming_through_a_file_keeps_no_more_states_the_more_micr
   EXPECT_LE(in_file, 0.3 * all);
   EXPECT_GE(in_memory, 0.6 * all);
   for (const auto& entry : std::filesystem::directory_iterator(scratch_.path()))
-    EXPECT_FALSE(entry.path().filename().string().starts_with(".headfold-hidden")) << entry.path();
+    EXPECT_FALSE(entry.path().filename().string().starts_with(".headfold-")) << entry.path();
   PipelineOptions nowhere;
   nowhere.residency = Residency::streamed;
   nowhere.hidden_folder = scratch_ / "missing";
