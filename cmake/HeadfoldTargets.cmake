@@ -37,6 +37,7 @@ target_precompile_headers(headfold_pch PRIVATE <ATen/ATen.h> <nlohmann/json.hpp>
 function(headfold_compile_settings target)
   target_link_libraries(${target} PRIVATE $<BUILD_INTERFACE:headfold_flags>)
   target_precompile_headers(${target} REUSE_FROM headfold_pch)
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ${HEADFOLD_UNITY} UNITY_BUILD_BATCH_SIZE 6)
 endfunction()
 
 function(headfold_library name)

@@ -16,6 +16,7 @@
 #include <iostream>
 
 #include "job.h"
+#include "values.h"
 
 namespace headfold::jobs {
 namespace {
@@ -71,12 +72,6 @@ po::options_description options() {
                                                                "replace an existing output made otherwise")(
       "out", po::value<std::string>()->required(), "statistics file to write (.h5)");
   return own;
-}
-
-std::int64_t at_least(const po::variables_map& values, const char* name, std::int64_t least) {
-  const auto value = values[name].as<std::int64_t>();
-  if (value < least) throw UsageError(fmt::format("--{} {}: at least {} is needed", name, value, least));
-  return value;
 }
 
 bool is_on(const po::variables_map& values, const char* name) {

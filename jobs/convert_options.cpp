@@ -5,17 +5,13 @@
 #include <set>
 #include <sstream>
 
+#include "values.h"
+
 namespace headfold::jobs {
 
 using folding::FoldOptions;
 
 namespace {
-
-std::int64_t at_least(const po::variables_map& values, const char* name, std::int64_t least) {
-  const auto value = values[name].as<std::int64_t>();
-  if (value < least) throw UsageError(fmt::format("--{} {}: must be {} or more", name, value, least));
-  return value;
-}
 
 /// "auto", "off" or a number of pairs.
 std::int64_t parse_slow_band(const std::string& text) {
@@ -31,13 +27,6 @@ std::int64_t parse_slow_band(const std::string& text) {
   if (used != text.size() || pairs < 0)
     throw UsageError(fmt::format("--slow-band {}: give auto, off or a number of RoPE pairs", text));
   return pairs;
-}
-
-std::vector<std::filesystem::path> paths(const po::variables_map& values, const char* name) {
-  std::vector<std::filesystem::path> files;
-  if (values.count(name) > 0)
-    for (const std::string& file : values[name].as<std::vector<std::string>>()) files.emplace_back(file);
-  return files;
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "values.h"
+
 namespace headfold::jobs {
 namespace {
 
@@ -89,12 +91,6 @@ std::vector<double> numbers(const po::variables_map& values, const char* name, d
     at = end + 1;
   }
   return result;
-}
-
-std::int64_t at_least(const po::variables_map& values, const char* name, std::int64_t least, const char* meaning) {
-  const auto value = values[name].as<std::int64_t>();
-  if (value < least) throw UsageError(fmt::format("--{} {}: {}", name, value, meaning));
-  return value;
 }
 
 }  // namespace

@@ -23,6 +23,7 @@
 #include <sstream>
 
 #include "job.h"
+#include "values.h"
 
 namespace headfold::jobs {
 namespace {
@@ -121,16 +122,9 @@ T in_range(const po::variables_map& values, const char* name, T least, T most, c
   if (!(value >= least && value <= most)) throw UsageError(fmt::format("--{} {}: {}", name, value, what));
   return value;
 }
-std::int64_t at_least(const po::variables_map& values, const char* name, std::int64_t least) {
+std::int64_t bounded(const po::variables_map& values, const char* name, std::int64_t least) {
   return in_range<std::int64_t>(values, name, least, std::int64_t{1} << 50,
                                 fmt::format("at least {} is needed", least).c_str());
-}
-
-std::vector<fs::path> paths(const po::variables_map& values, const char* name) {
-  std::vector<fs::path> list;
-  if (values.count(name) > 0)
-    for (const std::string& path : values[name].as<std::vector<std::string>>()) list.emplace_back(path);
-  return list;
 }
 
 Settings read_settings(const po::variables_map& values, const checkpoint::ModelConfig& config) {
@@ -145,15 +139,15 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   s.format_name = values["format"].as<std::string>();
   s.data.format = finetune::parse_data_format(s.format_name);
   s.data.field = values["field"].as<std::string>();
-  s.data.length = at_least(values, "seq-len", 2);
+  s.data.length = bounded(values, "seq-len", 2);
   s.bos_name = values["bos"].as<std::string>();
   s.data.bos = evaluation::parse_bos(s.bos_name);
   s.data.separate_documents = values["separate-documents"].as<bool>();
   s.data.skip_long = values["skip-long"].as<bool>();
   s.validation = paths(values, "validation");
-  s.validation_limit = at_least(values, "validation-sequences", 0);
-  s.validate_every = at_least(values, "validate-every", -1);
-  s.train.patience = at_least(values, "patience", 0);
+  s.validation_limit = bounded(values, "validation-sequences", 0);
+  s.validate_every = bounded(values, "validate-every", -1);
+  s.train.patience = bounded(values, "patience", 0);
   if (s.train.patience > 0 && s.validation.empty())
     throw UsageError("--patience needs a validation text", "name one with --validation");
   s.lora.full = values["full"].as<bool>();
@@ -161,7 +155,7 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   s.lora.alpha = in_range<double>(values, "alpha", 1e-6, 1e6, "a positive number is needed");
   s.lora.rslora = values["rslora"].as<bool>();
   s.lora.dropout = in_range<double>(values, "dropout", 0, 0.95, "between 0 and 0.95");
-  s.lora.seed = static_cast<std::uint64_t>(at_least(values, "seed", 0));
+  s.lora.seed = static_cast<std::uint64_t>(bounded(values, "seed", 0));
   s.lora.targets.clear();
   std::istringstream names(values["targets"].as<std::string>());
   for (std::string name; std::getline(names, name, ',');)
@@ -169,15 +163,15 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   if (s.lora.targets.empty()) throw UsageError("--targets names no projection", "for example q,k,v,o");
   s.dtype = parse_dtype(values["dtype"].as<std::string>(), config.dtype);
   s.dtype_name = s.dtype == at::kFloat ? "float32" : "bfloat16";
-  s.steps = at_least(values, "steps", 0);
+  s.steps = bounded(values, "steps", 0);
   s.epochs = in_range<double>(values, "epochs", 1e-6, 1e6, "a positive number is needed");
-  s.train.batch = at_least(values, "batch", 1);
-  s.train.micro_batch = std::min(at_least(values, "micro-batch", 1), s.train.batch);
+  s.train.batch = bounded(values, "batch", 1);
+  s.train.micro_batch = std::min(bounded(values, "micro-batch", 1), s.train.batch);
   s.train.seed = s.lora.seed;
   s.train.schedule.peak = in_range<double>(values, "learning-rate", 1e-12, 1e30, "a positive number is needed");
   s.train.schedule.decay = finetune::parse_decay(values["schedule"].as<std::string>());
   s.train.schedule.final_share = in_range<double>(values, "final-rate", 0, 1, "between 0 and 1");
-  s.warm_up = at_least(values, "warm-up", -1);
+  s.warm_up = bounded(values, "warm-up", -1);
   s.train.adam.beta1 = in_range<double>(values, "moment-decay", 0, 0.999999, "between 0 and 1");
   s.train.adam.beta2 = in_range<double>(values, "square-decay", 0, 0.999999, "between 0 and 1");
   s.train.adam.weight_decay = in_range<double>(values, "weight-decay", 0, 10, "between 0 and 10");
@@ -198,7 +192,7 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   if (!s.cache.empty() && s.train.loss.temperature != 1)
     throw UsageError("--temperature other than 1 is not possible with --cache-teacher",
                      "the file holds only the most probable tokens; use --teacher alone");
-  s.checkpoint_every = at_least(values, "checkpoint-every", 0);
+  s.checkpoint_every = bounded(values, "checkpoint-every", 0);
   s.train.checkpoint_every = s.checkpoint_every;
   s.train.shard_optimizer = values["shard-optimizer"].as<bool>();
   s.max_shard_bytes = parse_bytes("max-shard-size", values["max-shard-size"].as<std::string>());

@@ -7,11 +7,10 @@
 #include <algorithm>
 #include <map>
 
+#include "file_names.h"
+
 namespace headfold::checkpoint {
 namespace {
-
-constexpr const char* kSingle = "model.safetensors";
-constexpr const char* kIndex = "model.safetensors.index.json";
 
 bool is_file(const fs::path& path) {
   std::error_code code;

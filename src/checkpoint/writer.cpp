@@ -10,11 +10,10 @@
 #include <optional>
 #include <set>
 
+#include "file_names.h"
+
 namespace headfold::checkpoint {
 namespace {
-
-constexpr const char* kSingle = "model.safetensors";
-constexpr const char* kIndex = "model.safetensors.index.json";
 
 /// "model.safetensors" or "model-00001-of-00002.safetensors": a file this writer may have written here before.
 bool is_shard_name(const std::string& name) {

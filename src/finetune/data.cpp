@@ -1,6 +1,7 @@
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
 #include <headfold/base/hash.h>
+#include <headfold/base/index.h>
 #include <headfold/base/json.h>
 #include <headfold/calibration/text.h>
 #include <headfold/finetune/data.h>
@@ -12,10 +13,6 @@
 
 namespace headfold::finetune {
 namespace {
-
-std::size_t ix(std::int64_t i) {
-  return static_cast<std::size_t>(i);
-}
 
 std::string names_of(const std::vector<std::filesystem::path>& files) {
   std::string names;

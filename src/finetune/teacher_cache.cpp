@@ -7,7 +7,7 @@
 namespace headfold::finetune {
 namespace {
 
-constexpr const char* kHint = "remove the file and run again with --teacher to make it anew";
+constexpr const char* kCacheHint = "remove the file and run again with --teacher to make it anew";
 
 }  // namespace
 
@@ -44,7 +44,7 @@ CachedTeacher::CachedTeacher(const std::filesystem::path& path, const Dataset& d
     if (value(key) != expected)
       throw InputError(
           fmt::format("{}: {} is {}, expected {}", path.string(), what, Json(value(key)).dump(-1, ' ', true), expected),
-          kHint);
+          kCacheHint);
   };
   expect("format", kTeacherCacheFormat, "its format");
   expect("version", kTeacherCacheVersion, "its version");
@@ -53,7 +53,7 @@ CachedTeacher::CachedTeacher(const std::filesystem::path& path, const Dataset& d
   if (!teacher.empty()) expect("teacher", teacher, "the fingerprint of its teacher");
   teacher_ = value("teacher");
   for (const char* name : {"log_probs", "tokens"})
-    if (!file_.has(name)) throw CorruptFile(path.string(), fmt::format("tensor {} is missing", name), kHint);
+    if (!file_.has(name)) throw CorruptFile(path.string(), fmt::format("tensor {} is missing", name), kCacheHint);
   const std::vector<std::int64_t> shape = file_.info("log_probs").shape;
   if (shape.size() != 3 || shape[0] != data.sequences() || shape[1] != length_ || shape[2] < 1 || shape[2] > vocab ||
       file_.info("tokens").shape != shape || file_.info("log_probs").dtype != "F32" ||
@@ -64,7 +64,7 @@ CachedTeacher::CachedTeacher(const std::filesystem::path& path, const Dataset& d
                     "vocabulary of {}, expected F32 and I32",
                     file_.info("log_probs").dtype, checkpoint::shape_text(shape), file_.info("tokens").dtype,
                     checkpoint::shape_text(file_.info("tokens").shape), data.sequences(), length_, vocab),
-        kHint);
+        kCacheHint);
   width_ = shape[2];
   log_probs_ = file_.view("log_probs");
   tokens_ = file_.view("tokens");
@@ -81,14 +81,15 @@ void CachedTeacher::check_rows(std::int64_t sequence, const at::Tensor& log_prob
             file_.map().path().string(),
             fmt::format("sequence {}, position {}: token {} of a vocabulary of {} with log-probability {}", sequence,
                         row, token[i], vocab_, p[i]),
-            kHint);
+            kCacheHint);
       sum += std::exp(static_cast<double>(p[i]));
     }
     // Positions that are not scored hold zeros.
     const bool unscored = p[row * width_] == 0 && p[(row + 1) * width_ - 1] == 0 && token[row * width_] == 0;
     if (sum > 1.001 && !unscored)
       throw CorruptFile(file_.map().path().string(),
-                        fmt::format("sequence {}, position {}: probabilities add up to {}", sequence, row, sum), kHint);
+                        fmt::format("sequence {}, position {}: probabilities add up to {}", sequence, row, sum),
+                        kCacheHint);
   }
 }
 

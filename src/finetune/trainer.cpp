@@ -1,5 +1,6 @@
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
+#include <headfold/base/index.h>
 #include <headfold/base/log.h>
 #include <headfold/checkpoint/safetensors.h>
 #include <headfold/finetune/trainer.h>
@@ -17,10 +18,6 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-std::size_t ix(std::int64_t i) {
-  return static_cast<std::size_t>(i);
 }
 
 /// Step numbers of the folders PREFIX-N in `folder`, ascending.

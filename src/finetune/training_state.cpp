@@ -12,7 +12,7 @@ namespace {
 
 constexpr const char* kFormat = "headfold-training-state";
 constexpr std::int64_t kVersion = 1;
-constexpr const char* kHint = "remove this checkpoint; the same command then resumes from the one before";
+constexpr const char* kStateHint = "remove this checkpoint; the same command then resumes from the one before";
 
 }  // namespace
 
@@ -34,17 +34,17 @@ OrderedJson to_json(const TrainState& state) {
 }
 
 TrainState state_from(const Json& json, const std::string& file) {
-  if (!json.is_object()) throw CorruptFile(file, "\"state\" is no JSON object", kHint);
+  if (!json.is_object()) throw CorruptFile(file, "\"state\" is no JSON object", kStateHint);
   TrainState state;
   const auto count = [&](const char* key, std::int64_t least) {
     const auto value = required<std::int64_t>(json, key, file);
     if (value < least || value > (std::int64_t{1} << 60))
-      throw CorruptFile(file, fmt::format("\"{}\" is {}, expected at least {}", key, value, least), kHint);
+      throw CorruptFile(file, fmt::format("\"{}\" is {}, expected at least {}", key, value, least), kStateHint);
     return value;
   };
   const auto number = [&](const char* key) {
     const auto value = required<double>(json, key, file);
-    if (!std::isfinite(value)) throw CorruptFile(file, fmt::format("\"{}\" is {}", key, value), kHint);
+    if (!std::isfinite(value)) throw CorruptFile(file, fmt::format("\"{}\" is {}", key, value), kStateHint);
     return value;
   };
   state.step = count("step", 0);
@@ -60,8 +60,8 @@ TrainState state_from(const Json& json, const std::string& file) {
   state.last_loss = number("last_loss");
   state.early = required<bool>(json, "early", file);
   if (state.best_step > state.step)
-    throw CorruptFile(file, fmt::format("\"best_step\" is {} after {} steps", state.best_step, state.step), kHint);
-  if (state.seconds < 0) throw CorruptFile(file, fmt::format("\"seconds\" is {}", state.seconds), kHint);
+    throw CorruptFile(file, fmt::format("\"best_step\" is {} after {} steps", state.best_step, state.step), kStateHint);
+  if (state.seconds < 0) throw CorruptFile(file, fmt::format("\"seconds\" is {}", state.seconds), kStateHint);
   return state;
 }
 
@@ -79,9 +79,9 @@ StoredState read_state(const std::filesystem::path& folder) {
   const std::filesystem::path path = folder / "state.json";
   const std::string file = path.string();
   const Json json = read_json(path, std::uint64_t{64} << 20);
-  if (!json.is_object()) throw CorruptFile(file, "is no JSON object", kHint);
+  if (!json.is_object()) throw CorruptFile(file, "is no JSON object", kStateHint);
   if (const auto format = json.find("format"); format == json.end() || *format != kFormat)
-    throw CorruptFile(file, "is no training state of headfold", kHint);
+    throw CorruptFile(file, "is no training state of headfold", kStateHint);
   if (const auto version = required<std::int64_t>(json, "format_version", file); version != kVersion)
     throw InputError(fmt::format("{}: format_version is {}, this headfold reads {}", file, version, kVersion));
   StoredState stored;
@@ -90,12 +90,12 @@ StoredState read_state(const std::filesystem::path& folder) {
     stored.adam_steps = required<std::int64_t>(json, "adam_steps", file);
   } catch (const InputError& error) {  // a key that is missing or of another type: headfold wrote none like it
     const std::string text = error.what();
-    throw CorruptFile(file, text.starts_with(file + ": ") ? text.substr(file.size() + 2) : text, kHint);
+    throw CorruptFile(file, text.starts_with(file + ": ") ? text.substr(file.size() + 2) : text, kStateHint);
   }
   if (stored.adam_steps != stored.state.step)
     throw CorruptFile(
         file, fmt::format("\"adam_steps\" is {} after {} steps of training", stored.adam_steps, stored.state.step),
-        kHint);
+        kStateHint);
   stored.identity = json.value("identity", Json());
   return stored;
 }
@@ -105,14 +105,14 @@ TensorSource stored_tensors(const std::filesystem::path& file, const std::vector
   const std::string path = file.string();
   for (const Parameter& parameter : parameters) {
     if (!stored->has(parameter.name))
-      throw CorruptFile(path, fmt::format("tensor {} is missing", parameter.name), kHint);
+      throw CorruptFile(path, fmt::format("tensor {} is missing", parameter.name), kStateHint);
     const checkpoint::TensorInfo& info = stored->info(parameter.name);
     if (info.dtype != "F32" || info.shape != parameter.value.sizes().vec())
       throw CorruptFile(
           path,
           fmt::format("tensor {} is {} {}, expected F32 {}", parameter.name, info.dtype,
                       checkpoint::shape_text(info.shape), checkpoint::shape_text(parameter.value.sizes().vec())),
-          kHint);
+          kStateHint);
     const at::Tensor flat = stored->view(parameter.name).reshape({-1});
     constexpr std::int64_t kPiece = std::int64_t{1} << 22;
     for (std::int64_t begin = 0; begin < flat.numel(); begin += kPiece) {
@@ -121,14 +121,14 @@ TensorSource stored_tensors(const std::filesystem::path& file, const std::vector
                           : squares && piece.min().item<float>() < 0.0F ? "below 0"
                                                                         : nullptr;
       if (wrong != nullptr)
-        throw CorruptFile(path, fmt::format("tensor {} holds values {}", parameter.name, wrong), kHint);
+        throw CorruptFile(path, fmt::format("tensor {} holds values {}", parameter.name, wrong), kStateHint);
       stored->map().done_with(info.begin, info.end);
     }
   }
   for (const auto& [name, info] : stored->tensors())
     if (std::none_of(parameters.begin(), parameters.end(),
                      [&, &wanted = name](const Parameter& p) { return p.name == wanted; }))
-      throw CorruptFile(path, fmt::format("tensor {} belongs to nothing that is trained", name), kHint);
+      throw CorruptFile(path, fmt::format("tensor {} belongs to nothing that is trained", name), kStateHint);
   auto last = std::make_shared<std::string>();
   return [stored, last](const std::string& name) {
     if (!last->empty()) stored->map().done_with(stored->info(*last).begin, stored->info(*last).end);

@@ -1,4 +1,5 @@
 #include <headfold/base/error.h>
+#include <headfold/base/index.h>
 #include <headfold/base/progress.h>
 #include <headfold/folding/budget.h>
 
@@ -10,10 +11,6 @@
 namespace headfold::folding {
 
 namespace {
-
-std::size_t ix(std::int64_t index) {
-  return static_cast<std::size_t>(index);
-}
 
 /// Sum of the smallest choices. Checks the tables.
 std::int64_t least_budget(const std::vector<LayerChoices>& layers, std::int64_t budget) {

@@ -1,4 +1,5 @@
 #include <headfold/base/error.h>
+#include <headfold/base/index.h>
 #include <headfold/base/progress.h>
 #include <headfold/folding/grouping.h>
 
@@ -15,10 +16,6 @@ namespace headfold::folding {
 namespace {
 
 using Heads = std::vector<std::int64_t>;
-
-std::size_t ix(std::int64_t index) {
-  return static_cast<std::size_t>(index);
-}
 
 /// Costs by group, heads in any order. Counts the distinct groups asked for.
 class Memo {

@@ -1,0 +1,21 @@
+#include "values.h"
+
+namespace headfold::jobs {
+
+std::int64_t at_least(const po::variables_map& values, const char* name, std::int64_t least,
+                      const std::string& meaning) {
+  const auto value = values[name].as<std::int64_t>();
+  if (value < least)
+    throw UsageError(fmt::format("--{} {}: {}", name, value,
+                                 meaning.empty() ? fmt::format("at least {} is needed", least) : meaning));
+  return value;
+}
+
+std::vector<std::filesystem::path> paths(const po::variables_map& values, const char* name) {
+  std::vector<std::filesystem::path> files;
+  if (values.count(name) > 0)
+    for (const std::string& file : values[name].as<std::vector<std::string>>()) files.emplace_back(file);
+  return files;
+}
+
+}  // namespace headfold::jobs

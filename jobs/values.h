@@ -1,0 +1,19 @@
+#pragma once
+// Values of options that several jobs read alike.
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "job.h"
+
+namespace headfold::jobs {
+
+/// A number that must be `least` or more. UsageError with `meaning` ("at least N is needed" when empty).
+std::int64_t at_least(const po::variables_map& values, const char* name, std::int64_t least,
+                      const std::string& meaning = {});
+/// The files of an option that takes several; none when it was not given.
+std::vector<std::filesystem::path> paths(const po::variables_map& values, const char* name);
+
+}  // namespace headfold::jobs
