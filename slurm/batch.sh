@@ -1,0 +1,182 @@
+# shellcheck shell=bash
+# What every batch script of headfold does after its header: sourced by it, then `run_stage`. `slurm/submit` copies this file
+# into the run folder, so that waiting jobs do not change when the repository does.
+#
+# Set by the script before:
+#   HEADFOLD_CONFIG        the pipeline's INI file
+#   HEADFOLD_STAGE         calibrate, convert, finetune, evaluate or report; the element is the array task, else 0
+#   HEADFOLD_FOLDER        the run's folder (default: `folder` of the INI's [run])
+#   HEADFOLD_SITE          site.env, where there is one
+#   HEADFOLD_MAX_REQUEUES  times that a stage that stopped with everything saved (75) goes back into the queue (20)
+#   HEADFOLD_MAX_RETRIES   times in a row that a stage that failed, but not for its options (64) or data (65), does (2)
+# Settings of the site: site.env.example.
+set -euo pipefail
+
+batch_say() {
+  printf '%s %s\n' "$(date '+%F %T')" "$*"
+}
+
+batch_refuse() {
+  printf 'headfold batch script: %s\n' "$1" >&2
+  exit "${2:-64}"
+}
+
+[[ -n ${SLURM_JOB_ID:-} ]] || batch_refuse "there is no SLURM_JOB_ID: submit this script with sbatch instead of running it"
+
+# Modules and the like are not written for unset variables and failing commands.
+if [[ -n ${HEADFOLD_SITE:-} ]]; then
+  [[ -r $HEADFOLD_SITE ]] || batch_refuse "cannot read HEADFOLD_SITE=$HEADFOLD_SITE"
+  set +eu
+  # shellcheck source=/dev/null
+  source "$HEADFOLD_SITE"
+  set -eu
+fi
+
+# The program, inside the site's container if it has one. Sets `program` and, for pyxis, `container_options` of srun.
+batch_program() {
+  program=("${HEADFOLD:-headfold}")
+  container_options=()
+  local flags=()
+  read -r -a flags <<<"${HEADFOLD_CONTAINER_FLAGS:-}"
+  case "${HEADFOLD_CONTAINER:-none}" in
+    none) ;;
+    apptainer)
+      program=("${HEADFOLD_APPTAINER:-apptainer}" exec --bind "${HEADFOLD_MOUNTS:-$PWD}" ${flags[@]+"${flags[@]}"}
+        "${HEADFOLD_IMAGE:?site.env names no HEADFOLD_IMAGE}" "${program[@]}")
+      ;;
+    pyxis)
+      container_options=("--container-image=${HEADFOLD_IMAGE:?site.env names no HEADFOLD_IMAGE}"
+        "--container-mounts=${HEADFOLD_MOUNTS:-$PWD:$PWD}" "--container-workdir=$PWD" ${flags[@]+"${flags[@]}"})
+      ;;
+    *) batch_refuse "HEADFOLD_CONTAINER is none, apptainer or pyxis, not '$HEADFOLD_CONTAINER'" ;;
+  esac
+}
+
+# Runs on every node before the stage does; names the node and what is wrong with it. One task, no MPI.
+batch_check_node() {
+  local node=${SLURMD_NODENAME:-$(hostname)} bad=0 free message gpus
+  complain() {
+    printf 'node %s: %s\n' "$node" "$1" >&2
+    bad=1
+  }
+  # headfold refuses to be one of several tasks without PMI; here it only says its version.
+  message=$(env -u SLURM_STEP_NUM_TASKS "$@" --version 2>&1) || complain "headfold does not start: $message"
+  if [[ $(cat "$HEADFOLD_TOKEN" 2>&1) != "$SLURM_JOB_ID" ]]; then
+    complain "$HEADFOLD_FOLDER is not the folder that the other nodes see (is it on a shared file system?)"
+  elif ! message=$( (: >"$HEADFOLD_TOKEN-$node") 2>&1); then
+    complain "cannot write into $HEADFOLD_FOLDER: $message"
+  fi
+  rm -f "$HEADFOLD_TOKEN-$node"
+  free=$(df -Pk "$HEADFOLD_FOLDER" | awk 'NR == 2 {print int($4 / 1048576)}') || free=0
+  ((free >= ${HEADFOLD_MIN_FREE_GB:-1})) || complain "$free GiB are free in $HEADFOLD_FOLDER, HEADFOLD_MIN_FREE_GB is ${HEADFOLD_MIN_FREE_GB:-1}"
+  if [[ ${SLURM_GPUS_ON_NODE:-0} -gt 0 ]]; then
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || true
+    [[ ${gpus:-0} -ge $SLURM_GPUS_ON_NODE ]] || complain "${gpus:-0} GPUs answer, $SLURM_GPUS_ON_NODE were asked for"
+  fi
+  if [[ -n ${HEADFOLD_NODE_CHECK:-} ]]; then
+    message=$(bash -c "$HEADFOLD_NODE_CHECK" 2>&1) || complain "HEADFOLD_NODE_CHECK failed: $message"
+  fi
+  return "$bad"
+}
+
+batch_check_nodes() {
+  local code=0
+  export HEADFOLD_TOKEN=$HEADFOLD_FOLDER/slurm/.token-$SLURM_JOB_ID
+  echo "$SLURM_JOB_ID" >"$HEADFOLD_TOKEN" || batch_refuse "cannot write into $HEADFOLD_FOLDER/slurm" 74
+  srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
+    ${container_options[@]+"${container_options[@]}"} \
+    bash -c "$(declare -f batch_check_node); batch_check_node \"\$@\"" headfold-check "${program[@]}" || code=$?
+  rm -f "$HEADFOLD_TOKEN"
+  return "$code"
+}
+
+# Is this job still one that may go back into the queue? After scancel, at its time limit or while Slurm requeues it by itself it is not.
+batch_still_running() {
+  scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '
+}
+
+# batch_requeue REASON: does not return when the job goes back into the queue.
+batch_requeue() {
+  local restarts=${SLURM_RESTART_COUNT:-0} limit=${HEADFOLD_MAX_REQUEUES:-20}
+  if [[ -e $HEADFOLD_FOLDER/STOP ]]; then
+    batch_say "$1; $HEADFOLD_FOLDER/STOP exists, so it is not requeued: remove the file and submit again"
+  elif ! batch_still_running; then
+    batch_say "$1; Slurm is ending this job itself"
+  elif ((restarts >= limit)); then
+    batch_say "$1; requeued $restarts times already, which is the limit (max-requeues)"
+  else
+    batch_say "$1; back into the queue ($((restarts + 1)) of at most $limit)"
+    if scontrol requeue "$SLURM_JOB_ID"; then
+      # Slurm ends this script now; the next start goes on where this one stopped.
+      exit 75
+    fi
+    batch_say "scontrol requeue failed: submit again by hand"
+  fi
+}
+
+run_stage() {
+  local stage=${HEADFOLD_STAGE:?} config=${HEADFOLD_CONFIG:?} element=${SLURM_ARRAY_TASK_ID:-0}
+  local command options=() code=0 failures=0 failures_file retries=${HEADFOLD_MAX_RETRIES:-2}
+  [[ -r $config ]] || batch_refuse "cannot read $config" 65
+  if [[ -z ${HEADFOLD_FOLDER:-} ]]; then
+    HEADFOLD_FOLDER=$(awk -F= '/^\[/ {inside = /^\[run\]/}
+      inside && $1 ~ /^[ \t]*folder[ \t]*$/ {gsub(/^[ \t]+|[ \t]+$/, "", $2); print $2; exit}' "$config")
+    [[ -n $HEADFOLD_FOLDER ]] || batch_refuse "$config has no folder in [run]" 65
+    [[ $HEADFOLD_FOLDER == /* ]] || HEADFOLD_FOLDER=$(cd "$(dirname "$config")" && pwd)/$HEADFOLD_FOLDER
+  fi
+  export HEADFOLD_FOLDER
+  mkdir -p "$HEADFOLD_FOLDER/slurm"
+  failures_file=$HEADFOLD_FOLDER/slurm/.failures-$stage-$element
+  # Slurm's SIGTERM is for the ranks, which save and stop; this script waits for them.
+  trap 'batch_say "SIGTERM"' TERM
+
+  batch_program
+  batch_say "stage $stage, element $element; job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)); nodes ${SLURM_JOB_NODELIST:-?}"
+  if [[ -e $HEADFOLD_FOLDER/STOP ]]; then
+    batch_say "$HEADFOLD_FOLDER/STOP exists: nothing is done"
+    exit 75
+  fi
+  # headfold itself says whether this flag still holds, and ends at once if so.
+  if [[ ! -e $HEADFOLD_FOLDER/finished/$stage-$element ]]; then
+    local mpi_types
+    mpi_types=$(srun --mpi=list 2>&1) || true
+    grep -qw "${HEADFOLD_MPI:-pmix}" <<<"$mpi_types" ||
+      batch_refuse "this Slurm has no --mpi=${HEADFOLD_MPI:-pmix}; 'srun --mpi=list' says: $mpi_types (HEADFOLD_MPI in site.env)"
+    batch_check_nodes || code=$?
+    if ((code != 0)); then batch_say "the nodes named above are not fit for the job"; fi
+  fi
+
+  if ((code == 0)); then
+    # srun does not take this one over from sbatch.
+    if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+    read -r -a options <<<"${HEADFOLD_SRUN_OPTIONS:-}"
+    command=(srun "--mpi=${HEADFOLD_MPI:-pmix}" --kill-on-bad-exit=1 --wait=60 ${options[@]+"${options[@]}"}
+      ${container_options[@]+"${container_options[@]}"} "${program[@]}" run --config "$config" --stage "$stage" --element "$element")
+    batch_say "${command[*]}"
+    "${command[@]}" || code=$?
+    batch_say "exit code $code"
+  fi
+
+  case "$code" in
+    0)
+      rm -f "$failures_file"
+      exit 0
+      ;;
+    75) batch_requeue "stopped with everything saved" ;;
+    64 | 65) ;;
+    *)
+      failures=$(cat "$failures_file" 2>/dev/null) || failures=0
+      failures=$((failures + 1))
+      if ! batch_still_running; then
+        batch_say "Slurm is ending this job"
+      elif ((failures > retries)); then
+        rm -f "$failures_file"
+        batch_say "failed $failures times in a row: given up (max-retries is $retries)"
+      else
+        echo "$failures" >"$failures_file" || batch_refuse "cannot count failures in $failures_file" "$code"
+        batch_requeue "failed $failures times in a row"
+      fi
+      ;;
+  esac
+  exit "$code"
+}
