@@ -3,6 +3,7 @@
 Python 3.6 and its standard library, as it stands on any login node.
 """
 
+import argparse
 import json
 import os
 import re
@@ -25,6 +26,24 @@ class Failure(Exception):
     def __init__(self, message, code=64):
         super().__init__(message)
         self.code = code
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose help is the program's own text; errors are Failures."""
+
+    def __init__(self, text):
+        super().__init__(add_help=False)
+        self.text = text
+        self.add_argument("--help", "-h", action="store_true")
+
+    def error(self, message):
+        raise Failure(message + " (see --help)")
+
+    def parse(self):
+        if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
+            print(self.text.strip())
+            sys.exit(0)
+        return self.parse_args()
 
 
 def main(program, run):
