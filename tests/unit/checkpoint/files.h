@@ -5,9 +5,11 @@
 #include <gtest/gtest.h>
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
+#include <headfold/base/hash.h>
 #include <headfold/base/json.h>
 
 #include <filesystem>
+#include <map>
 #include <string>
 
 namespace headfold::testing_support {
@@ -50,6 +52,14 @@ inline Json bloom_json() {
   return Json::parse(
       R"({"architectures": ["BloomForCausalLM"], "model_type": "bloom", "vocab_size": 11, "hidden_size": 24, "n_layer": 2,
     "n_head": 6, "layer_norm_epsilon": 1e-5, "torch_dtype": "float32"})");
+}
+
+/// Name -> SHA-256 of every file in a folder.
+inline std::map<std::string, std::string> digest(const std::filesystem::path& folder) {
+  std::map<std::string, std::string> all;
+  for (const auto& entry : std::filesystem::directory_iterator(folder))
+    all[entry.path().filename().string()] = sha256_hex(read_file(entry.path()));
+  return all;
 }
 
 }  // namespace headfold::testing_support

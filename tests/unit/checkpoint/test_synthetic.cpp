@@ -1,5 +1,4 @@
 #include <ATen/Parallel.h>
-#include <headfold/base/hash.h>
 #include <headfold/checkpoint/reader.h>
 #include <headfold/checkpoint/synthetic.h>
 
@@ -10,18 +9,10 @@ namespace headfold::checkpoint {
 namespace {
 
 using testing_support::bloom_json;
+using testing_support::digest;
 using testing_support::llama_json;
 using testing_support::ScratchFolder;
 using testing_support::world;
-
-std::string digest(const fs::path& folder) {
-  std::map<std::string, std::string> all;
-  for (const auto& entry : fs::directory_iterator(folder))
-    all[entry.path().filename().string()] = read_file(entry.path());
-  Sha256 hash;
-  for (const auto& [name, content] : all) hash.update(name + "|" + sha256_hex(content));
-  return hash.hex();
-}
 
 TEST(SyntheticTest, same_bytes_at_any_number_of_ranks_and_threads) {
   const ScratchFolder folder;

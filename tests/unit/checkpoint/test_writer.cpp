@@ -1,4 +1,3 @@
-#include <headfold/base/hash.h>
 #include <headfold/checkpoint/layout.h>
 #include <headfold/checkpoint/reader.h>
 #include <headfold/checkpoint/writer.h>
@@ -26,14 +25,6 @@ at::Tensor content(const TensorSpec& spec) {
   for (const std::int64_t extent : spec.shape) elements *= extent;
   const auto start = static_cast<double>(spec.name.size());
   return (at::arange(elements, at::kDouble).view(spec.shape) * 0.125 - start).to(scalar_type(spec.dtype));
-}
-
-/// Name -> SHA-256 of every file in a folder.
-std::map<std::string, std::string> digest(const fs::path& folder) {
-  std::map<std::string, std::string> all;
-  for (const auto& entry : fs::directory_iterator(folder))
-    all[entry.path().filename().string()] = sha256_hex(read_file(entry.path()));
-  return all;
 }
 
 /// Writes the whole model from all ranks of `group`, round robin, the largest tensor in parts.

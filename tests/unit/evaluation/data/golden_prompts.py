@@ -3,10 +3,11 @@
 
 Written from docs/evaluation.md alone, with Python's own json, csv and random, so that it shares nothing with the code it
 checks. Usage: golden_prompts.py DATA_FOLDER > golden_prompts.json
-           or: golden_prompts.py --excerpts excerpts > golden_excerpts.json   (self-made items, prompts in full)
+           or: golden_prompts.py --excerpts excerpts dataset2prompt.json > golden_excerpts.json
+               (self-made items, prompts in full; the file with the templates is LongBench's own config/dataset2prompt.json)
 
 The data sets' texts stay out of the repository, so prompts are kept as SHA-256: for every task and number of shots the
-(context, continuation) pairs of the first five documents, and one hash over those of all documents. Where the training
+(context, continuation) pairs of the first five documents (of four subjects of mmlu), and one hash over those of all documents. Where the training
 split is not in the folder, the validation split stands in for it; "pool" names the file.
 """
 import csv
@@ -137,14 +138,13 @@ def write_excerpts():
         table = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
     result["openbookqa"] = [[[row[1], " " + choice.strip()] for choice in re.split(r"\([A-D]\)", row[2])[1:]]
                             for row in table]
-    passages = ("Answer the question based on the given passages. Only give me the answer and do not output any other "
-                "words.\n\nThe following are given passages.\n{}\n\nAnswer the question based on the given passages. Only "
-                "give me the answer and do not output any other words.\n\nQuestion: {}\nAnswer:")
-    result["longbench_hotpotqa"] = [[[passages.format(row["context"], row["input"]), ""]]
-                                    for row in lines("longbench/hotpotqa.jsonl")]
-    result["longbench_trec"] = [[["Please determine the type of the question below. Here are some examples of questions."
-                                  f"\n\n{row['context']}\n{row['input']}", ""]]
-                                for row in lines("longbench/trec.jsonl")]
+    templates = json.loads(Path(sys.argv[3]).read_text(encoding="utf-8"))
+    for file in sorted((data / "longbench").glob("*.jsonl")):
+        before, after = templates[file.stem].split("{context}")
+        after, *rest = after.split("{input}")
+        result["longbench_" + file.stem] = [
+            [["".join([before, row["context"], after] + [row["input"] + part for part in rest]), ""]]
+            for row in lines("longbench/" + file.name)]
     json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
     print()
 
@@ -156,7 +156,7 @@ if excerpts:
 tasks = {}
 
 
-def add(name, documents, pool_name, pool, one_more, **more):
+def add(name, documents, pool_name, pool, one_more, brief=False, **more):
     entry = {"pool": pool_name}
     for shots in (0, 5):
         all_pairs = pairs(documents, pool, shots, one_more, **more)
@@ -165,9 +165,10 @@ def add(name, documents, pool_name, pool, one_more, **more):
             for context, continuation in document:
                 digest.update((sha(context) + sha(continuation)).encode())
         entry[str(shots)] = {"documents": len(all_pairs),
-                             "all": digest.hexdigest(),
-                             "first": [[[sha(context), sha(continuation)] for context, continuation in document]
-                                       for document in all_pairs[:5]]}
+                             "all": digest.hexdigest()}
+        if not brief:
+            entry[str(shots)]["first"] = [[[sha(context), sha(continuation)] for context, continuation in document]
+                                          for document in all_pairs[:5]]
     tasks[name] = entry
 
 
@@ -182,9 +183,10 @@ documents = winogrande("winogrande/dev.jsonl")
 add("winogrande", documents, "winogrande/dev.jsonl", documents, True)
 documents = boolq("boolq/val.jsonl")
 add("boolq", documents, "boolq/val.jsonl", documents, True)
-for subject in ("abstract_algebra", "moral_scenarios", "high_school_us_history", "professional_law"):
+in_full = ("abstract_algebra", "moral_scenarios", "high_school_us_history", "professional_law")
+for subject in sorted(path.name.removesuffix("_test.csv") for path in (data / "mmlu/test").glob("*_test.csv")):
     add("mmlu_" + subject, mmlu(f"mmlu/test/{subject}_test.csv"), f"mmlu/dev/{subject}_dev.csv",
-        mmlu(f"mmlu/dev/{subject}_dev.csv"), False, first=True,
+        mmlu(f"mmlu/dev/{subject}_dev.csv"), False, brief=subject not in in_full, first=True,
         description=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n")
 add("gsm8k", gsm8k("gsm8k/test.jsonl"), "gsm8k/train-first1000.jsonl", gsm8k("gsm8k/train-first1000.jsonl"), False,
     generation=True)
