@@ -8,6 +8,7 @@
 namespace headfold::checkpoint {
 namespace {
 
+using testing_support::digest;
 using testing_support::expect_error;
 using testing_support::llama_json;
 using testing_support::ScratchFolder;
