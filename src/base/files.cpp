@@ -6,12 +6,14 @@
 
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
+#include <headfold/base/test_point.h>
 
 #include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <limits>
 #include <sstream>
+#include <utility>
 
 namespace headfold {
 namespace {
@@ -115,6 +117,7 @@ void copy_file(const fs::path& from, const fs::path& to) {
 
 void publish(const fs::path& temporary, const fs::path& final_path) {
   fsync_path(temporary, O_RDONLY);
+  if (has_test_points()) test_point("publish " + final_path.string());
   if (::rename(temporary.c_str(), final_path.c_str()) != 0) {
     const std::string why = reason();
     ::unlink(temporary.c_str());
@@ -139,6 +142,25 @@ std::uint64_t free_bytes(const fs::path& path) {
 
 std::uint64_t peak_resident_bytes() {
   return proc_value("/proc/self/status", "VmHWM");
+}
+void reset_peak_resident_bytes() {
+  std::ofstream("/proc/self/clear_refs") << "5";
+}
+MovedBytes moved_bytes() {
+  MovedBytes moved;
+  std::uint64_t cancelled = 0;
+  const std::pair<std::string_view, std::uint64_t*> wanted[] = {{"rchar:", &moved.read},
+                                                                {"wchar:", &moved.written},
+                                                                {"read_bytes:", &moved.storage_read},
+                                                                {"write_bytes:", &moved.storage_written},
+                                                                {"cancelled_write_bytes:", &cancelled}};
+  std::ifstream in("/proc/self/io");
+  std::uint64_t value = 0;
+  for (std::string name; in >> name >> value;)
+    for (const auto& [known, into] : wanted)
+      if (name == known) *into = value;
+  moved.storage_written -= std::min(cancelled, moved.storage_written);
+  return moved;
 }
 std::uint64_t resident_bytes() {
   return proc_value("/proc/self/status", "VmRSS");

@@ -34,6 +34,15 @@ std::uint64_t free_bytes(const fs::path& path);
 
 /// Largest resident set of this process so far, in bytes (VmHWM).
 std::uint64_t peak_resident_bytes();
+/// From here on peak_resident_bytes() counts anew, where the kernel allows it.
+void reset_peak_resident_bytes();
+/// Bytes this process has moved so far (/proc/self/io; zeros where that cannot be read): through system calls, and
+/// those of them and of mapped files that came from or went to storage.
+struct MovedBytes {
+  std::uint64_t read = 0, written = 0;                  ///< through system calls
+  std::uint64_t storage_read = 0, storage_written = 0;  ///< from and to storage
+};
+MovedBytes moved_bytes();
 /// Current resident set of this process in bytes (VmRSS): what it allocated, and pages of files it has mapped.
 std::uint64_t resident_bytes();
 /// Current resident anonymous memory of this process in bytes (RssAnon): what it allocated, without file-backed pages.

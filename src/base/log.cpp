@@ -1,13 +1,22 @@
+#include <headfold/base/error.h>
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
 #include <spdlog/sinks/basic_file_sink.h>
 #include <spdlog/sinks/stdout_sinks.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <vector>
 
 namespace headfold {
+
+std::string host_name() {
+  if (const char* node = std::getenv("SLURMD_NODENAME"); node != nullptr && *node != '\0') return node;
+  char name[256] = {};
+  return ::gethostname(name, sizeof(name) - 1) == 0 ? name : "unknown-host";
+}
 
 void start_logging(int rank, int size, const std::filesystem::path& folder, bool verbose) {
   std::vector<spdlog::sink_ptr> sinks;
@@ -18,8 +27,13 @@ void start_logging(int rank, int size, const std::filesystem::path& folder, bool
   sinks.push_back(console);
   if (!folder.empty()) {
     make_folder(folder);
-    auto file =
-        std::make_shared<spdlog::sinks::basic_file_sink_mt>((folder / fmt::format("rank-{:04d}.log", rank)).string());
+    const std::string path = (folder / fmt::format("{}-{}.log", host_name(), rank)).string();
+    std::shared_ptr<spdlog::sinks::basic_file_sink_mt> file;
+    try {
+      file = std::make_shared<spdlog::sinks::basic_file_sink_mt>(path);
+    } catch (const spdlog::spdlog_ex& error) {
+      throw IoError(path, error.what(), "choose another --log-dir");
+    }
     file->set_level(spdlog::level::debug);
     file->set_pattern("%Y-%m-%dT%H:%M:%S.%e " + who + "%l %v");
     sinks.push_back(file);

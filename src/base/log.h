@@ -9,8 +9,13 @@
 
 namespace headfold {
 
+/// Name of this host: Slurm's name of the node where there is one (two virtual nodes of a test cluster share a host
+/// name), otherwise the host's own.
+std::string host_name();
+
 /// Sets up the default logger. Rank 0 logs at info to standard error, other ranks at error only; with `folder` every
-/// rank also appends to `folder/rank-NNNN.log`. `verbose` lowers the level to debug.
+/// rank also appends to `folder/HOST-RANK.log`. `verbose` lowers the level to debug. IoError when that file cannot be
+/// written.
 void start_logging(int rank, int size, const std::filesystem::path& folder = {}, bool verbose = false);
 
 /// "1.5 GiB", "640 KiB", … for a number of bytes.

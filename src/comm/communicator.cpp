@@ -1,15 +1,21 @@
 #include <headfold/base/error.h>
+#include <headfold/base/log.h>
+#include <headfold/base/test_point.h>
 #include <headfold/comm/communicator.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
+#include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <limits>
 #include <map>
 #include <thread>
 
+#include "board.h"
 #include "mpi_backend.h"
 
 namespace headfold::comm {
@@ -17,17 +23,23 @@ namespace {
 
 std::atomic<double> timeout{1800.0};
 
-/// The group of one process. Messages to itself are queued by tag.
+/// The group of one process. Messages to itself are queued by tag. Nothing waits, so nothing goes on the board; test
+/// points are where the other backend has them.
 class SelfBackend : public Backend, public std::enable_shared_from_this<SelfBackend> {
  public:
   std::string_view name() const override { return "self"; }
   int rank() const override { return 0; }
   int size() const override { return 1; }
-  void barrier(std::string_view) override {}
-  void all_reduce(std::span<double>, Reduce) override {}
-  void all_reduce(std::span<std::int64_t>, Reduce) override {}
-  void broadcast(std::span<std::byte>, int) override {}
-  std::vector<std::string> all_gather(std::string_view text) override { return {std::string(text)}; }
+  void barrier(std::string_view what) override {
+    if (has_test_points()) test_point(fmt::format("barrier '{}'", what));
+  }
+  void all_reduce(std::span<double>, Reduce) override { test_point("all-reduce"); }
+  void all_reduce(std::span<std::int64_t>, Reduce) override { test_point("all-reduce"); }
+  void broadcast(std::span<std::byte>, int) override { test_point("broadcast"); }
+  std::vector<std::string> all_gather(std::string_view text) override {
+    test_point("all-gather");
+    return {std::string(text)};
+  }
   std::unique_ptr<Request::State> isend(std::span<const std::byte> bytes, int, int tag) override {
     queues_[tag].emplace_back(bytes.begin(), bytes.end());
     return std::make_unique<Done>();
@@ -47,8 +59,15 @@ class SelfBackend : public Backend, public std::enable_shared_from_this<SelfBack
   std::shared_ptr<Backend> split(int, int) override { return std::make_shared<SelfBackend>(); }
   std::shared_ptr<Backend> split_by_host() override { return std::make_shared<SelfBackend>(); }
   const void* mpi_comm() const override { return nullptr; }
+  const std::shared_ptr<Group>& group() const override { return group_; }
 
  private:
+  static std::shared_ptr<Group> alone() {
+    auto group = std::make_shared<Group>();
+    group->name = "this rank alone";
+    group->world_ranks = {0};
+    return group;
+  }
   struct Done : Request::State {
     void wait() override {}
     bool test() override { return true; }
@@ -70,12 +89,37 @@ class SelfBackend : public Backend, public std::enable_shared_from_this<SelfBack
     int tag_;
   };
   std::map<int, std::deque<std::vector<std::byte>>> queues_;
+  std::shared_ptr<Group> group_ = alone();
 };
 
 bool started_by_launcher() {
   for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE"})
     if (std::getenv(name) != nullptr) return true;
   return false;
+}
+
+std::int64_t environment_number(const char* name) {
+  const char* value = std::getenv(name);
+  std::int64_t number = -1;
+  if (value != nullptr) std::from_chars(value, value + std::strlen(value), number);
+  return number;
+}
+
+/// Tasks of the Slurm step that this process is one of; 0 outside a step.
+std::int64_t tasks_of_step() {
+  if (std::getenv("SLURM_PROCID") == nullptr) return 0;
+  if (const std::int64_t tasks = environment_number("SLURM_STEP_NUM_TASKS"); tasks >= 0) return tasks;
+  // The batch script itself runs in a step too, with a number from the top of 32 bits, and is no task of it.
+  const std::int64_t step = environment_number("SLURM_STEP_ID");
+  constexpr std::int64_t kFirstSpecialStep = 0xfffffff0;
+  return step >= 0 && step < kFirstSpecialStep ? std::max<std::int64_t>(0, environment_number("SLURM_NTASKS")) : 0;
+}
+
+[[noreturn]] void refuse_lonely_tasks(std::int64_t tasks) {
+  throw UsageError(fmt::format("this Slurm step has {} tasks that cannot find each other (no PMI): each of them would "
+                               "run the whole job alone and write the same files",
+                               tasks),
+                   "start the program with srun --mpi=pmix; srun --mpi=list must show pmix");
 }
 
 }  // namespace
@@ -88,10 +132,22 @@ Request& Request::operator=(Request&& other) noexcept {
   return *this;
 }
 Request::~Request() {
+  if (state_ == nullptr) return;
   try {
-    wait();
+    if (std::uncaught_exceptions() == 0) {
+      wait();
+      return;
+    }
+    // This rank failed: its peers may never do their part, and the error at hand must be told at once. What does not
+    // complete soon is left to the end of the process, which is near.
+    using Clock = std::chrono::steady_clock;
+    for (const auto start = Clock::now(); Clock::now() - start < std::chrono::seconds(1);) {
+      if (state_->test()) return;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
   } catch (...) {  // may not throw here; the next operation on the communicator reports the failure
   }
+  (void)state_.release();
 }
 void Request::wait() {
   if (state_ == nullptr) return;
@@ -145,14 +201,22 @@ Request Communicator::start_all_gather(std::span<float> values, const std::vecto
 }
 
 void Communicator::require_equal(std::string_view text, std::string_view what) const {
-  const std::vector<std::string> all = all_gather(text);
+  // The host's name goes first: who differs must be findable.
+  const std::vector<std::string> all = all_gather(host_name() + '\n' + std::string(text));
+  const auto host_of = [&](std::size_t r) { return all[r].substr(0, all[r].find('\n')); };
+  const auto text_of = [&](std::size_t r) { return std::string_view(all[r]).substr(all[r].find('\n') + 1); };
+  std::string others;
+  std::size_t count = 0;
   for (std::size_t r = 1; r < all.size(); ++r) {
-    if (all[r] != all[0])
-      throw InputError(
-          fmt::format("{} differs between ranks: rank 0 has '{}', rank {} has '{}'", what, all[0], r, all[r]),
-          "every rank must run the same build on the same files; check the module environment and the file system of "
-          "each node");
+    if (text_of(r) == text_of(0) || ++count > 8) continue;
+    others += fmt::format("{}rank {} on {} has '{}'", others.empty() ? "" : ", ", r, host_of(r), text_of(r));
   }
+  if (count == 0) return;
+  if (count > 8) others += fmt::format(" and {} more", count - 8);
+  throw InputError(
+      fmt::format("{} differs between ranks: rank 0 on {} has '{}', {}", what, host_of(0), text_of(0), others),
+      "every rank must run the same build on the same files; check the module environment and the file system of each "
+      "node");
 }
 
 void Communicator::on_root(const std::function<void()>& work) const {
@@ -187,16 +251,20 @@ void set_timeout_seconds(double seconds) {
 }
 
 Environment::Environment(int* argc, char*** argv) {
+  const std::int64_t tasks = tasks_of_step();
+  // mpirun inside a step sees the step's variables as well, and has ranks of its own.
+  const bool by_mpirun = std::getenv("OMPI_COMM_WORLD_SIZE") != nullptr;
   if (!started_by_launcher()) {
-    const char* tasks = std::getenv("SLURM_STEP_NUM_TASKS");
-    if (tasks != nullptr && std::atoi(tasks) > 1)
-      throw UsageError(
-          fmt::format("this Slurm step has {} tasks, but no PMI: each of them would run the whole job alone", tasks),
-          "start the program with srun --mpi=pmix");
+    set_test_points(0);
+    if (tasks > 1) refuse_lonely_tasks(tasks);
     return;
   }
+  if (tasks > 1 && !by_mpirun && std::getenv("PMIX_RANK") == nullptr && environment_number("SLURM_PROCID") == 0)
+    spdlog::warn("srun offers PMI, but not PMIx: should MPI not start now, use srun --mpi=pmix");
   world_ = Communicator(start_mpi(argc, argv));
   mpi_ = true;
+  set_test_points(world_.rank());
+  if (tasks > 1 && !by_mpirun && world_.size() == 1) refuse_lonely_tasks(tasks);
 }
 
 Environment::~Environment() {
@@ -205,15 +273,19 @@ Environment::~Environment() {
 }
 
 void Environment::abort(int exit_code) const {
-  if (mpi_) abort_mpi(exit_code);
+  if (mpi_) {
+    // Where the launcher or the library hangs as well, this process ends by itself.
+    std::thread([exit_code] {
+      std::this_thread::sleep_for(std::chrono::seconds(4));
+      std::_Exit(exit_code);
+    }).detach();
+    abort_mpi(exit_code);
+  }
   std::_Exit(exit_code);
 }
 
 std::string Environment::host() {
-  // Two virtual nodes of a test cluster share one host name; Slurm's node name tells them apart.
-  if (const char* node = std::getenv("SLURMD_NODENAME")) return node;
-  char name[256] = {};
-  return ::gethostname(name, sizeof(name) - 1) == 0 ? name : "unknown-host";
+  return host_name();
 }
 
 }  // namespace headfold::comm

@@ -14,8 +14,10 @@ namespace headfold::comm {
 
 enum class Reduce { sum, min, max };
 
+struct Group;  // private: board.h
+
 /// A started non-blocking transfer. wait() must be called before the buffer is touched or freed; the destructor waits
-/// too.
+/// too, but no longer than a second while an exception is on its way.
 class Request {
  public:
   class State {
@@ -64,12 +66,14 @@ class Backend {
   virtual std::shared_ptr<Backend> split_by_host() = 0;
   /// Pointer to the MPI_Comm, or nullptr for a backend without MPI. For libraries such as HDF5.
   virtual const void* mpi_comm() const = 0;
+  /// What the watchdog knows this group by.
+  virtual const std::shared_ptr<Group>& group() const = 0;
 };
 
 /// A group of ranks. A small value: copies share one underlying communicator, which is freed with the last copy.
 /// All calls but rank/size/host are collective over the group unless said otherwise. While a call waits it polls with
-/// short sleeps, so that waiting ranks leave the cores to working ones, and throws MpiFailure naming the operation when
-/// `timeout_seconds()` pass.
+/// short sleeps, so that waiting ranks leave the cores to working ones. When it waits longer than `timeout_seconds()`,
+/// the Watchdog ends the job and says who has not come; in a process without one the call throws MpiFailure.
 class Communicator {
  public:
   /// The group of this process alone; needs no MPI.
@@ -81,6 +85,7 @@ class Communicator {
   bool root() const { return rank() == 0; }
   std::string_view backend() const { return backend_->name(); }
   const void* mpi_comm() const { return backend_->mpi_comm(); }
+  const std::shared_ptr<Group>& group() const { return backend_->group(); }
 
   void barrier(std::string_view what) const { backend_->barrier(what); }
   /// In place; same count on every rank. Counts above 2^31 - 1 are split.
@@ -120,7 +125,7 @@ class Communicator {
   /// Ranks that share this host's memory.
   Communicator split_by_host() const { return Communicator(backend_->split_by_host()); }
 
-  /// Throws InputError with `what` on every rank when `text` differs between ranks.
+  /// Throws InputError with `what`, the ranks and their hosts on every rank when `text` differs between ranks.
   void require_equal(std::string_view text, std::string_view what) const;
   /// Runs `work` on rank 0 and rethrows its failure on every rank, so that nobody waits for a rank that gave up.
   void on_root(const std::function<void()>& work) const;
@@ -129,12 +134,13 @@ class Communicator {
   std::shared_ptr<Backend> backend_;
 };
 
-/// Longest time one operation may wait, in seconds (default 1800; 0 = for ever). Settable once at start-up.
+/// Longest time one operation may wait, in seconds (default 1800; 0 = for ever).
 double timeout_seconds();
 void set_timeout_seconds(double seconds);
 
 /// Starts MPI when the process was started by mpirun or srun (asks for MPI_THREAD_MULTIPLE), otherwise nothing, and
-/// ends it.
+/// ends it. UsageError when the tasks of a Slurm step cannot find each other (srun without --mpi=pmix): each of them
+/// would run the whole job alone and write the same files.
 class Environment {
  public:
   Environment(int* argc, char*** argv);
@@ -143,9 +149,9 @@ class Environment {
   Environment& operator=(const Environment&) = delete;
   /// All ranks of the job (a duplicate of MPI_COMM_WORLD), or self.
   const Communicator& world() const { return world_; }
-  /// Ends every rank of the job with this exit code. Does not return.
+  /// Ends every rank of the job with this exit code, in seconds even where MPI itself hangs. Does not return.
   [[noreturn]] void abort(int exit_code) const;
-  /// Name of this host.
+  /// Name of this host (base/log.h).
   static std::string host();
 
  private:

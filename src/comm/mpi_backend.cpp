@@ -1,11 +1,15 @@
 #include "mpi_backend.h"
 
 #include <headfold/base/error.h>
+#include <headfold/base/test_point.h>
 #include <mpi.h>
 
 #include <chrono>
 #include <cstdlib>
+#include <numeric>
+
 #include <thread>
+#include "board.h"
 
 namespace headfold::comm {
 namespace {
@@ -37,11 +41,15 @@ constexpr std::size_t kByteChunk = std::size_t{1} << 30;
 
 class MpiBackend : public Backend {
  public:
-  /// Takes ownership of `comm`.
-  explicit MpiBackend(MPI_Comm comm) : comm_(comm) {
+  /// Takes ownership of `comm`; `group` is named, and gets its members from `parent` (null: the world itself).
+  MpiBackend(MPI_Comm comm, const std::string& name, const MpiBackend* parent) : comm_(comm) {
     check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "Comm_set_errhandler");
     check(MPI_Comm_rank(comm_, &rank_), "Comm_rank");
     check(MPI_Comm_size(comm_, &size_), "Comm_size");
+    group_->name = name;
+    for (int rank = 0; rank < size_; ++rank) group_->world_ranks.push_back(rank);
+    if (parent != nullptr) group_->world_ranks = parent->world_ranks_of(comm_, group_->world_ranks);
+    Board::instance().add(group_);
   }
   ~MpiBackend() override {
     int finished = 0;
@@ -55,38 +63,63 @@ class MpiBackend : public Backend {
   int rank() const override { return rank_; }
   int size() const override { return size_; }
   const void* mpi_comm() const override { return &comm_; }
+  const std::shared_ptr<Group>& group() const override { return group_; }
 
   void barrier(std::string_view what) override {
+    const Waiting waiting(collective_place(group_, fmt::format("barrier '{}'", what)));
     MPI_Request request = MPI_REQUEST_NULL;
     check(MPI_Ibarrier(comm_, &request), "barrier");
-    finish(request, fmt::format("barrier '{}'", what));
+    poll(request, "barrier");
   }
   void all_reduce(std::span<double> values, Reduce op) override { reduce_any(values, MPI_DOUBLE, op); }
   void all_reduce(std::span<std::int64_t> values, Reduce op) override { reduce_any(values, MPI_INT64_T, op); }
   void broadcast(std::span<std::byte> bytes, int root) override {
+    const Waiting waiting(collective_place(group_, "broadcast"));
     for (std::size_t at = 0; at < bytes.size(); at += kByteChunk) {
       const std::size_t n = std::min(kByteChunk, bytes.size() - at);
       MPI_Request request = MPI_REQUEST_NULL;
       check(MPI_Ibcast(bytes.data() + at, static_cast<int>(n), MPI_BYTE, root, comm_, &request), "broadcast");
-      finish(request, "broadcast");
+      poll(request, "broadcast");
+      waiting.restart();
     }
   }
   std::vector<std::string> all_gather(std::string_view text) override {
     const auto own = static_cast<std::int64_t>(text.size());
     std::vector<std::int64_t> lengths(static_cast<std::size_t>(size_));
-    MPI_Request request = MPI_REQUEST_NULL;
-    check(MPI_Iallgather(&own, 1, MPI_INT64_T, lengths.data(), 1, MPI_INT64_T, comm_, &request), "all-gather");
-    finish(request, "all-gather");
-    std::vector<std::string> all(lengths.size());
-    for (std::size_t r = 0; r < all.size(); ++r) {
-      all[r].resize(static_cast<std::size_t>(lengths[r]));
-      if (static_cast<int>(r) == rank_) all[r] = text;
-      broadcast(std::as_writable_bytes(std::span(all[r].data(), all[r].size())), static_cast<int>(r));
+    {
+      const Waiting waiting(collective_place(group_, "all-gather"));
+      MPI_Request request = MPI_REQUEST_NULL;
+      check(MPI_Iallgather(&own, 1, MPI_INT64_T, lengths.data(), 1, MPI_INT64_T, comm_, &request), "all-gather");
+      poll(request, "all-gather");
     }
+    std::vector<std::string> all(lengths.size());
+    const std::int64_t total = std::accumulate(lengths.begin(), lengths.end(), std::int64_t{0});
+    if (total > static_cast<std::int64_t>(kByteChunk)) {
+      for (std::size_t r = 0; r < all.size(); ++r) {
+        all[r].resize(static_cast<std::size_t>(lengths[r]));
+        if (static_cast<int>(r) == rank_) all[r] = text;
+        broadcast(std::as_writable_bytes(std::span(all[r].data(), all[r].size())), static_cast<int>(r));
+      }
+      return all;
+    }
+    std::string joined(static_cast<std::size_t>(total), '\0');
+    std::vector<int> counts, begins;
+    for (const std::int64_t length : lengths) {
+      begins.push_back(begins.empty() ? 0 : begins.back() + counts.back());
+      counts.push_back(static_cast<int>(length));
+    }
+    const Waiting waiting(collective_place(group_, "all-gather of texts"));
+    MPI_Request request = MPI_REQUEST_NULL;
+    check(MPI_Iallgatherv(text.data(), static_cast<int>(own), MPI_CHAR, joined.data(), counts.data(), begins.data(),
+                          MPI_CHAR, comm_, &request),
+          "all-gather");
+    poll(request, "all-gather");
+    for (std::size_t r = 0; r < all.size(); ++r)
+      all[r] = joined.substr(static_cast<std::size_t>(begins[r]), static_cast<std::size_t>(counts[r]));
     return all;
   }
   std::unique_ptr<Request::State> isend(std::span<const std::byte> bytes, int to, int tag) override {
-    auto state = std::make_unique<Pending>("send", rank_, to);
+    auto state = std::make_unique<Pending>(message_place(Wait::send, to, tag));
     for (std::size_t at = 0; at < bytes.size() || at == 0; at += kByteChunk) {
       const std::size_t n = std::min(kByteChunk, bytes.size() - at);
       state->requests.emplace_back(MPI_REQUEST_NULL);
@@ -96,7 +129,7 @@ class MpiBackend : public Backend {
     return state;
   }
   std::unique_ptr<Request::State> irecv(std::span<std::byte> bytes, int from, int tag) override {
-    auto state = std::make_unique<Pending>("receive", rank_, from);
+    auto state = std::make_unique<Pending>(message_place(Wait::receive, from, tag));
     for (std::size_t at = 0; at < bytes.size() || at == 0; at += kByteChunk) {
       const std::size_t n = std::min(kByteChunk, bytes.size() - at);
       state->requests.emplace_back(MPI_REQUEST_NULL);
@@ -106,7 +139,7 @@ class MpiBackend : public Backend {
     return state;
   }
   std::unique_ptr<Request::State> start_sum(std::span<float> values) override {
-    auto state = std::make_unique<Pending>("all-reduce of gradients", rank_, -1);
+    auto state = std::make_unique<Pending>(collective_place(group_, "all-reduce of gradients"));
     for (std::size_t at = 0; at < values.size(); at += kChunk) {
       const std::size_t n = std::min(kChunk, values.size() - at);
       state->requests.emplace_back(MPI_REQUEST_NULL);
@@ -118,7 +151,7 @@ class MpiBackend : public Backend {
   }
   std::unique_ptr<Request::State> start_reduce_scatter(std::span<const float> values, std::span<float> own,
                                                        const std::vector<std::int64_t>& counts) override {
-    auto state = std::make_unique<Pending>("reduce-scatter of gradients", rank_, -1);
+    auto state = std::make_unique<Pending>(collective_place(group_, "reduce-scatter of gradients"));
     state->counts.assign(counts.begin(), counts.end());
     state->requests.emplace_back(MPI_REQUEST_NULL);
     check(MPI_Ireduce_scatter(values.data(), own.data(), state->counts.data(), MPI_FLOAT, MPI_SUM, comm_,
@@ -128,7 +161,7 @@ class MpiBackend : public Backend {
   }
   std::unique_ptr<Request::State> start_all_gather(std::span<float> values,
                                                    const std::vector<std::int64_t>& counts) override {
-    auto state = std::make_unique<Pending>("all-gather of values", rank_, -1);
+    auto state = std::make_unique<Pending>(collective_place(group_, "all-gather of values"));
     int at = 0;
     for (const std::int64_t count : counts) {
       state->counts.push_back(static_cast<int>(count));
@@ -143,18 +176,49 @@ class MpiBackend : public Backend {
   }
   std::shared_ptr<Backend> split(int color, int key) override {
     MPI_Comm out = MPI_COMM_NULL;
+    const std::string child = fmt::format("{}/split{}:{}", group_->name, Board::instance().begin_split(*group_), color);
+    const Waiting waiting(collective_place(group_, "split"));
     check(MPI_Comm_split(comm_, color, key, &out), "Comm_split");
-    return std::make_shared<MpiBackend>(out);
+    return std::make_shared<MpiBackend>(out, child, this);
   }
   std::shared_ptr<Backend> split_by_host() override {
     MPI_Comm out = MPI_COMM_NULL;
+    const std::string child = fmt::format("{}/host{}", group_->name, Board::instance().begin_split(*group_));
+    const Waiting waiting(collective_place(group_, "split by host"));
     check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &out), "Comm_split_type");
-    return std::make_shared<MpiBackend>(out);
+    return std::make_shared<MpiBackend>(out, child, this);
   }
 
  private:
+  /// World ranks of `ranks` of `part`, a communicator of some of this one's members.
+  std::vector<int> world_ranks_of(MPI_Comm part, const std::vector<int>& ranks) const {
+    MPI_Group own = MPI_GROUP_NULL, other = MPI_GROUP_NULL;
+    check(MPI_Comm_group(comm_, &own), "Comm_group");
+    check(MPI_Comm_group(part, &other), "Comm_group");
+    std::vector<int> here(ranks.size());
+    check(MPI_Group_translate_ranks(other, static_cast<int>(ranks.size()), ranks.data(), own, here.data()),
+          "Group_translate_ranks");
+    MPI_Group_free(&own);
+    MPI_Group_free(&other);
+    for (int& rank : here) rank = group_->world_ranks.at(static_cast<std::size_t>(rank));
+    return here;
+  }
+
+  Place message_place(Wait kind, int peer, int tag) const {
+    const bool send = kind == Wait::send;
+    Place place;
+    place.kind = kind;
+    place.what = send ? "send" : "receive";
+    if (has_test_points()) test_point(place.what);
+    place.group = group_;
+    place.number = Board::instance().begin_message(*group_, send, peer, tag);
+    place.peer = peer;
+    place.tag = tag;
+    return place;
+  }
+
   /// Polls with growing sleeps: a blocking MPI call would spin at full load beside the ranks that still compute.
-  static void poll(MPI_Request& request, const std::string& operation, int rank) {
+  static void poll(MPI_Request& request, std::string_view operation) {
     using Clock = std::chrono::steady_clock;
     const auto start = Clock::now();
     for (int turn = 0;; ++turn) {
@@ -163,47 +227,52 @@ class MpiBackend : public Backend {
       if (done != 0) return;
       if (turn < 200) continue;
       std::this_thread::sleep_for(std::chrono::microseconds(turn < 2000 ? 20 : 200));
+      if (watched()) continue;  // the watchdog knows more
       const double waited = std::chrono::duration<double>(Clock::now() - start).count();
-      if (timeout_seconds() > 0 && waited > timeout_seconds())
-        throw MpiFailure(fmt::format("rank {} on {} waited {:.0f} s in {}: another rank died or hangs", rank,
-                                     Environment::host(), waited, operation),
-                         "look at the logs of the other ranks; --timeout sets the limit in seconds");
+      if (timeout_seconds() <= 0 || waited <= timeout_seconds()) continue;
+      const std::optional<Place> place = Board::instance().innermost();
+      throw MpiFailure(fmt::format("{} waited {:.0f} s in {}: another rank died or hangs", Environment::host(), waited,
+                                   place ? place->text() : std::string(operation)),
+                       "look at the logs of the other ranks; --comm-timeout sets the limit in seconds");
     }
   }
-  void finish(MPI_Request& request, const std::string& operation) const { poll(request, operation, rank_); }
 
   template <class T>
   void reduce_any(std::span<T> values, MPI_Datatype type, Reduce op) {
+    const Waiting waiting(collective_place(group_, "all-reduce"));
     for (std::size_t at = 0; at < values.size(); at += kChunk) {
       const std::size_t n = std::min(kChunk, values.size() - at);
       MPI_Request request = MPI_REQUEST_NULL;
       check(MPI_Iallreduce(MPI_IN_PLACE, values.data() + at, static_cast<int>(n), type, op_of(op), comm_, &request),
             "all-reduce");
-      finish(request, "all-reduce");
+      poll(request, "all-reduce");
+      waiting.restart();
     }
   }
 
   struct Pending : Request::State {
-    Pending(const char* operation, int own, int peer) : operation_(operation), own_(own), peer_(peer) {}
+    explicit Pending(Place where) : place(std::move(where)) {}
     void wait() override {
-      for (MPI_Request& request : requests)
-        poll(request, peer_ < 0 ? operation_ : fmt::format("{} with rank {}", operation_, peer_), own_);
+      const Waiting waiting(place);
+      for (MPI_Request& request : requests) {
+        poll(request, place.what);
+        waiting.restart();
+      }
     }
     bool test() override {
       int done = 0;
-      check(MPI_Testall(static_cast<int>(requests.size()), requests.data(), &done, MPI_STATUSES_IGNORE), operation_);
+      check(MPI_Testall(static_cast<int>(requests.size()), requests.data(), &done, MPI_STATUSES_IGNORE), place.what);
       return done != 0;
     }
     std::vector<MPI_Request> requests;
     std::vector<int> counts, begins;  // of a collective with unequal parts: MPI reads them until it is complete
-    const char* operation_;
-    int own_;
-    int peer_;  // -1: a collective
+    Place place;
   };
 
   MPI_Comm comm_;
   int rank_ = 0;
   int size_ = 1;
+  std::shared_ptr<Group> group_ = std::make_shared<Group>();
 };
 
 }  // namespace
@@ -219,7 +288,7 @@ std::shared_ptr<Backend> start_mpi(int* argc, char*** argv) {
   }
   MPI_Comm world = MPI_COMM_NULL;
   check(MPI_Comm_dup(MPI_COMM_WORLD, &world), "Comm_dup");
-  return std::make_shared<MpiBackend>(world);
+  return std::make_shared<MpiBackend>(world, "world", nullptr);
 }
 
 void stop_mpi() {

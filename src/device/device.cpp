@@ -59,6 +59,22 @@ int usable_cores() {
   return std::max(1, CPU_COUNT(&set));
 }
 
+std::string cores_text() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (::sched_getaffinity(0, sizeof(set), &set) != 0) return "unknown";
+  std::string text;
+  for (int core = 0; core < CPU_SETSIZE; ++core) {
+    if (!CPU_ISSET(core, &set)) continue;
+    int last = core;
+    while (last + 1 < CPU_SETSIZE && CPU_ISSET(last + 1, &set)) ++last;
+    text += fmt::format("{}{}", text.empty() ? "" : ",", core);
+    if (last > core) text += fmt::format("-{}", last);
+    core = last;
+  }
+  return text;
+}
+
 int use_threads(const comm::Communicator& world, int threads) {
   if (threads == 0) {
     const comm::Communicator host = world.split_by_host();

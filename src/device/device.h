@@ -27,6 +27,8 @@ void restart_with_fast_blas(char** argv);
 std::string blas_kernels();
 /// Cores this process may run on (its affinity mask).
 int usable_cores();
+/// The same as a list, "0-3,8".
+std::string cores_text();
 /// File name of the BLAS library this process has loaded ("libopenblas.so.0", "libmkl_rt.so.2", "libblas.so.3", …), or
 /// "unknown".
 std::string blas_library();
