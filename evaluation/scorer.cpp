@@ -1,8 +1,10 @@
 #include <ATen/ATen.h>
 #include <headfold/base/error.h>
 #include <headfold/evaluation/scorer.h>
+#include <headfold/model/rounds.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <numeric>
 
@@ -111,12 +113,25 @@ Scorer::Scorer(const checkpoint::Reader& model, const checkpoint::Reader* refere
 Scorer::~Scorer() = default;
 
 std::vector<WindowScore> Scorer::score(const std::vector<Window>& windows, const std::string& what,
-                                       const std::function<void(double)>& advance) const {
+                                       const std::function<void(double)>& advance, const ScoreHooks& hooks) const {
   const State& state = *state_;
   const comm::Grid& grid = state.grid;
-  const std::vector<Batch> batches = make_batches(windows, state.options.micro_batch);
+  std::vector<Batch> batches = make_batches(windows, state.options.micro_batch);
   std::vector<WindowScore> scores(windows.size());
+  if (!hooks.known.empty()) {
+    if (hooks.known.size() != windows.size())
+      throw InternalError(fmt::format("{} known scores for {} windows", hooks.known.size(), windows.size()));
+    // A batch runs again as a whole when any of its windows is open.
+    std::erase_if(batches, [&](const Batch& batch) {
+      return std::all_of(batch.windows.begin(), batch.windows.end(),
+                         [&](std::size_t window) { return hooks.known[window].has_value(); });
+    });
+    for (std::size_t w = 0; w < windows.size(); ++w)
+      if (hooks.known[w]) scores[w] = *hooks.known[w];
+  }
   if (batches.empty()) return scores;
+
+  std::vector<char> computed(windows.size(), 0);  // by this rank
 
   // Rounds bound the hidden states that wait (streamed layers, reference) and show a broken model early instead of at
   // the end.
@@ -131,8 +146,15 @@ std::vector<WindowScore> Scorer::score(const std::vector<Window>& windows, const
                                                     : two    ? std::min<std::int64_t>(64, fitting)
                                                              : 64);
 
-  for (std::size_t round = 0; round < batches.size(); round += per_replica * replicas) {
-    const std::size_t round_end = std::min(batches.size(), round + per_replica * replicas);
+  model::RoundSize size(grid, streamed, state.options.micro_batch * batches.front().length);
+  for (std::size_t round = 0, round_end = 0; round < batches.size(); round = round_end) {
+    std::int64_t own_count = static_cast<std::int64_t>(per_replica);
+    if (hooks.scored) {
+      own_count = std::min(own_count, size.size());
+      grid.world.broadcast(std::as_writable_bytes(std::span(&own_count, 1)));  // by rank 0's clock
+    }
+    const auto begun = std::chrono::steady_clock::now();
+    round_end = std::min(batches.size(), round + static_cast<std::size_t>(own_count) * replicas);
     std::vector<const Batch*> own;
     std::vector<at::Tensor> ids;
     for (std::size_t b = round; b < round_end; ++b) {
@@ -148,27 +170,28 @@ std::vector<WindowScore> Scorer::score(const std::vector<Window>& windows, const
     std::vector<at::Tensor> reference_hidden(own.size());
     if (!own.empty()) {
       if (two) {
-        model::PipelineHooks hooks;
-        hooks.output = [&](std::int64_t index, const at::Tensor& hidden) {
+        model::PipelineHooks calls;
+        calls.output = [&](std::int64_t index, const at::Tensor& hidden) {
           reference_hidden[static_cast<std::size_t>(index)] = hidden;
         };
-        hooks.progress = progress;
-        state.reference->run(ids, hooks);
+        calls.progress = progress;
+        state.reference->run(ids, calls);
       }
-      model::PipelineHooks hooks;
-      hooks.output = [&](std::int64_t index, const at::Tensor& hidden) {
+      model::PipelineHooks calls;
+      calls.output = [&](std::int64_t index, const at::Tensor& hidden) {
         const auto i = static_cast<std::size_t>(index);
         for (std::size_t row = 0; row < own[i]->windows.size(); ++row) {
           const std::size_t window = own[i]->windows[row];
           const auto r = static_cast<std::int64_t>(row);
+          computed[window] = 1;
           scores[window] = score_window(windows[window], hidden.select(0, r), state.model.head(),
                                         two ? reference_hidden[i].select(0, r) : at::Tensor(),
                                         two ? &state.reference->head() : nullptr, state.options.logits_bytes);
         }
         reference_hidden[i] = at::Tensor();
       };
-      hooks.progress = progress;
-      state.model.run(ids, hooks);
+      calls.progress = progress;
+      state.model.run(ids, calls);
     }
 
     // Exactly one rank holds a window's score; the others add zeros, so the sum is exact.
@@ -179,7 +202,8 @@ std::vector<WindowScore> Scorer::score(const std::vector<Window>& windows, const
     std::vector<double> table;
     table.reserve(members.size() * kFields);
     for (const std::size_t w : members) {
-      const WindowScore& s = scores[w];
+      const bool here = computed[w] != 0;
+      const WindowScore s = here ? scores[w] : WindowScore{};
       table.insert(table.end(), {static_cast<double>(s.tokens), s.loss, s.reference_loss, s.divergence,
                                  static_cast<double>(s.agreements)});
     }
@@ -195,6 +219,13 @@ std::vector<WindowScore> Scorer::score(const std::vector<Window>& windows, const
       }
       scores[members[i]] = {static_cast<std::int64_t>(row[0]), row[1], row[2], row[3],
                             static_cast<std::int64_t>(row[4])};
+    }
+    if (hooks.scored) {
+      std::vector<WindowScore> fresh;
+      fresh.reserve(members.size());
+      for (const std::size_t w : members) fresh.push_back(scores[w]);
+      hooks.scored(members, fresh);
+      size.took(std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count());
     }
   }
   return scores;

@@ -8,6 +8,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,15 @@ struct ScorerOptions {
                               << 30;  ///< bound on hidden states kept per rank (streamed layers, reference)
 };
 
+/// For scoring that may be interrupted and go on.
+struct ScoreHooks {
+  /// Scores that are known, by window: those windows are not run again. Empty: none.
+  std::vector<std::optional<WindowScore>> known;
+  /// Called on every rank after each round of micro-batches, with the windows (ascending) whose scores have become
+  /// known and their scores, the same everywhere. May throw, on every rank alike. Rounds then take a few seconds.
+  std::function<void(const std::vector<std::size_t>& windows, const std::vector<WindowScore>& scores)> scored;
+};
+
 /// Micro-batches are formed from the whole list of windows (longest first, then by index) and dealt to replicas in
 /// turn, so what is computed together, and with it every bit of every score, does not depend on the number of ranks.
 /// The head and the loss run window by window in bounded blocks of positions: log-softmax in float32, sums in float64
@@ -51,8 +61,9 @@ class Scorer {
   /// Scores in the order of `windows`, the same on every rank. Collective. `what` names the task for messages and
   /// progress. `advance` is called on every rank with the input tokens just finished over all replicas (estimated).
   /// Throws InputError on every rank, naming model and window, for a loss that is not finite.
+  /// Known scores (hooks) change no bit of the others: what is computed together stays the same.
   std::vector<WindowScore> score(const std::vector<Window>& windows, const std::string& what,
-                                 const std::function<void(double)>& advance = {}) const;
+                                 const std::function<void(double)>& advance = {}, const ScoreHooks& hooks = {}) const;
 
  private:
   struct State;

@@ -5,10 +5,13 @@
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
 #include <headfold/base/progress.h>
+#include <headfold/base/stop.h>
 #include <headfold/base/table.h>
 #include <headfold/base/version.h>
 #include <headfold/calibration/collect.h>
+#include <headfold/calibration/partial.h>
 #include <headfold/calibration/text.h>
+#include <headfold/comm/stopping.h>
 #include <headfold/device/device.h>
 #include <headfold/evaluation/tasks.h>
 #include <headfold/tokenizer/tokenizer.h>
@@ -35,10 +38,15 @@ struct Settings {
   bool rotated_keys = true, value_gram = true, half_samples = true;
   std::string attention_statistics;  // auto, on, off
   std::int64_t attended_heads = 0;   // 0: chosen by size
+  std::int64_t save_every = 0;
   fs::path out;
+  /// Where the sums are kept while they are made.
+  fs::path partial() const { return out.string() + ".partial"; }
 };
 
-po::options_description options() {
+}  // namespace
+
+po::options_description calibrate_options() {
   po::options_description own("calibrate");
   own.add_options()("model", po::value<std::string>()->required(), "model folder (Hugging Face layout)")(
       "data", po::value<std::vector<std::string>>()->required()->multitoken(), "text files, .txt or .jsonl")(
@@ -68,11 +76,16 @@ po::options_description options() {
       "calibration's arithmetic and takes little memory")(
       "attended-heads", po::value<std::int64_t>()->default_value(0),
       "KV heads per block of attended values; 0 = all where they take 64 MiB per layer at most, else up to 4")(
-      "dry-run", po::bool_switch(), "print the plan and stop")("overwrite", po::bool_switch(),
-                                                               "replace an existing output made otherwise")(
+      "save-every", po::value<std::int64_t>()->default_value(0),
+      "micro-batches of a replica after which the sums so far are saved, to go on from after an interruption; 0 = "
+      "every "
+      "few minutes, -1 = only when stopped")("dry-run", po::bool_switch(), "print the plan and stop")(
+      "overwrite", po::bool_switch(), "replace an existing output made otherwise")(
       "out", po::value<std::string>()->required(), "statistics file to write (.h5)");
   return own;
 }
+
+namespace {
 
 bool is_on(const po::variables_map& values, const char* name) {
   const auto value = values[name].as<std::string>();
@@ -111,6 +124,7 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   settings.attention_statistics = values["attention-statistics"].as<std::string>();
   if (settings.attention_statistics != "auto") is_on(values, "attention-statistics");
   settings.attended_heads = at_least(values, "attended-heads", 0);
+  settings.save_every = at_least(values, "save-every", -1);
   settings.out = values["out"].as<std::string>();
   if (settings.out.filename().empty()) throw UsageError(fmt::format("--out {}: names no file", settings.out.string()));
   if (fs::is_directory(settings.out))
@@ -363,7 +377,7 @@ std::string plan_text(const Settings& settings, const checkpoint::ModelConfig& c
 void calibrate(const Context& context, const std::vector<std::string>& arguments) {
   const po::variables_map values =
       parse(context, "calibrate", "headfold calibrate --model DIR --data FILE... --out calibration.h5 [options]",
-            options(), arguments);
+            calibrate_options(), arguments);
   const comm::Communicator& world = context.world;
   const checkpoint::Reader reader(values["model"].as<std::string>());
   const checkpoint::ModelConfig& config = reader.config();
@@ -405,6 +419,7 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
       (settings.out.parent_path() / fmt::format("kv{}", std::max<std::int64_t>(1, config.kv_heads / 2))).string());
   if (finished == 1) {
     if (world.root()) {
+      calibration::PartialSums::remove(settings.partial());  // of a job that was killed right after its last step
       spdlog::info("{} is already complete for this model, data and options: nothing to do", settings.out.string());
       std::cout << "next: " << next << '\n';
     }
@@ -414,6 +429,11 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
     if (world.root()) std::cout << "dry run: nothing was loaded or written\n";
     return;
   }
+  // From here on a signal, or a file STOP beside the output, ends the job in good order.
+  listen_for_stop();
+  watch_stop_file(stop_file_beside(settings.out));
+  comm::stop_if_requested(world, fmt::format("before the first sequence (a signal, or {} exists)",
+                                             stop_file_beside(settings.out).string()));
   const auto needed_bytes = calibration::statistics_file_bytes(header);
   world.on_root([&] {
     // Both are known before the work starts, so that hours of it are not lost at its end.
@@ -429,20 +449,31 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
       world, settings.model, config.vocab,
       {settings.data, settings.field, settings.samples, settings.length, settings.seed, 0, settings.bos});
   const auto start = std::chrono::steady_clock::now();
-  const auto own_batches =
-      calibration::micro_batches_of(sequences, settings.micro_batch, grid.replica, grid.replicas).size();
   const double tokens_all = static_cast<double>(settings.samples * settings.length);
-  Progress progress("calibrate", "tokens", tokens_all, world.root());
+  double tokens_here = tokens_all;  // less what earlier runs did
+  std::int64_t own_batches = 0;
+  std::unique_ptr<Progress> progress;
   calibration::CollectOptions collected = collect_options(settings, config);
+  collected.partial = settings.partial();
+  collected.identity = fmt::format("{} {} {}", header.model_hash, header.data_hash, header.options);
+  collected.save_every = settings.save_every;
+  collected.stop = [] { return stop_requested(); };
+  collected.resumed = [&](std::int64_t dealt_with, std::int64_t micro_batches) {
+    tokens_here = tokens_all - static_cast<double>(dealt_with * settings.length);
+    own_batches = micro_batches;
+    progress = std::make_unique<Progress>("calibrate", "tokens", tokens_here, world.root());
+  };
   // Rank 0's share stands for all: the replicas have equal work.
-  collected.progress = [&](double done) { progress.advance(tokens_all * done / static_cast<double>(own_batches)); };
+  collected.progress = [&](double done) {
+    progress->advance(tokens_here * done / static_cast<double>(std::max<std::int64_t>(1, own_batches)));
+  };
   const auto layers = calibration::collect(reader, grid, sequences, collected);
   world.barrier("end of calibration");
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const std::int64_t first = model::stage_layers(config, stages)[static_cast<std::size_t>(grid.stage)].begin;
   calibration::write_statistics(settings.out, header, world, calibration::layers_to_write(layers, first, grid));
 
-  const double rate = tokens_all / seconds;
+  const double rate = tokens_here / seconds;
   const double all_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   OrderedJson record = run_record(context, "calibrate", arguments, all_seconds);
   record["format"] = "headfold-calibration";
@@ -456,10 +487,11 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
   record["tokens_per_second"] = rate;
   record["stages"] = grid.stages;
   record["replicas"] = grid.replicas;
-  const auto batches_each = static_cast<std::int64_t>(own_batches);
-  record["pipeline_bubble"] = comm::pipeline_bubble(grid.stages, world.all_reduce(batches_each, comm::Reduce::max));
+  if (tokens_here < tokens_all) record["tokens_of_earlier_runs"] = tokens_all - tokens_here;
+  record["pipeline_bubble"] = comm::pipeline_bubble(grid.stages, world.all_reduce(own_batches, comm::Reduce::max));
   world.on_root([&] {
     write_json(settings.out.string() + ".json", record);
+    calibration::PartialSums::remove(settings.partial());
     std::cout << fmt::format("{}: {} layers, {} tokens, {:.0f} tokens/s\nnext: {}\n", settings.out.string(),
                              config.layers, settings.samples * settings.length, rate, next);
   });

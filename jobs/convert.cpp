@@ -2,9 +2,11 @@
 #include <headfold/base/log.h>
 #include <headfold/base/profile.h>
 #include <headfold/base/progress.h>
+#include <headfold/base/stop.h>
 #include <headfold/base/table.h>
 #include <headfold/calibration/text.h>
 #include <headfold/checkpoint/layout.h>
+#include <headfold/comm/stopping.h>
 #include <headfold/device/device.h>
 #include <headfold/folding/apply.h>
 
@@ -226,6 +228,7 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
             "FILE --out DIR",
             convert_options(), arguments);
   const Progress clock("convert", "", 1, false);
+  const std::vector<Spent> spent_before = profile();
   const fs::path out = values["out"].as<std::string>();
   const bool speaks = world.root();
   const std::uint64_t shard = parse_bytes("max-shard-size", values["max-shard-size"].as<std::string>());
@@ -238,6 +241,9 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
                      "weights and config.json do not belong together; headfold inspect lists every fault");
   if (fs::exists(out) && fs::equivalent(out, reader.folder()))
     throw UsageError("--out is the model folder itself", "choose another --out");
+  // From here on a signal, or a file STOP beside the output, ends the job in good order: between two layers.
+  listen_for_stop();
+  watch_stop_file(stop_file_beside(out));
   if (values.count("compare") > 0) {
     compare(context, reader, values, arguments);
     return;
@@ -410,7 +416,11 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   record["seconds_plan"] = seconds_plan;
   record["seconds_apply"] = seconds - seconds_plan;
   // Seconds of all threads of all ranks by kind of work (base/profile.h).
-  const std::vector<Spent> spent = profile();
+  std::vector<Spent> spent = profile();
+  for (std::size_t i = 0; i < spent.size(); ++i) {  // other conversions of this process are not this one's
+    spent[i].seconds -= spent_before[i].seconds;
+    spent[i].processor_seconds -= spent_before[i].processor_seconds;
+  }
   std::vector<std::int64_t> milliseconds;
   for (const Spent& one : spent)
     for (const double part : {one.seconds, one.processor_seconds}) milliseconds.push_back(std::lround(part * 1000));

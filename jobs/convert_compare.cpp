@@ -5,6 +5,7 @@
 #include <headfold/base/progress.h>
 #include <headfold/base/table.h>
 #include <headfold/calibration/text.h>
+#include <headfold/comm/stopping.h>
 #include <headfold/evaluation/trial.h>
 #include <headfold/folding/folded_layers.h>
 #include <headfold/folding/refit.h>
@@ -162,7 +163,10 @@ void run_fold(const comm::Communicator& world, const Setting& setting, Row& row)
         world, reader, folded, setting.refit, refit, [&](std::int64_t layer) { return folded_layer(layer); },
         [&](std::int64_t layer, const NewTensors& tensors, const folding::LayerRefit&) { score(layer, tensors); });
   } else {
-    for (std::int64_t layer = 0; layer < config.layers; ++layer) score(layer, folded_layer(layer));
+    for (std::int64_t layer = 0; layer < config.layers; ++layer) {
+      comm::stop_if_requested(world, "while comparing folds; nothing was written");
+      score(layer, folded_layer(layer));
+    }
   }
   const Progress scoring("score", "", 1, false);
   try {
@@ -179,6 +183,8 @@ void guarded(const comm::Communicator& world, Row& row, const std::function<void
   try {
     work();
   } catch (const MpiFailure&) {
+    throw;
+  } catch (const Stopped&) {
     throw;
   } catch (const InternalError&) {
     throw;

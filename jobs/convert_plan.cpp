@@ -1,5 +1,6 @@
 #include "convert_plan.h"
 
+#include <headfold/comm/stopping.h>
 #include <headfold/evaluation/trial.h>
 #include <headfold/folding/apply.h>
 #include <headfold/folding/budget.h>
@@ -21,12 +22,14 @@ class KlProbe {
   KlProbe(const comm::Communicator& world, const checkpoint::Reader& reader,
           const calibration::StatisticsFile* statistics, const FoldOptions& options,
           const calibration::TextSample& text)
-      : reader_(reader),
+      : world_(world),
+        reader_(reader),
         statistics_(statistics),
         options_(options),
         trial_(world, reader, probe_windows(world, reader, text), at::kFloat) {}
 
   double operator()(std::int64_t layer, folding::Part part, std::int64_t heads) const {
+    comm::stop_if_requested(world_, "while measuring layers; nothing was written");
     // Folded heads repeated in the source's own shapes: the other part stays as it is.
     const std::map<std::string, at::Tensor> tensors = folding::expanded_part(
         reader_, statistics_, folding::targets_for({heads}, reader_.config()).at(0), layer, part, options_);
@@ -40,6 +43,7 @@ class KlProbe {
   }
 
  private:
+  comm::Communicator world_;
   const checkpoint::Reader& reader_;
   const calibration::StatisticsFile* statistics_;
   FoldOptions options_;

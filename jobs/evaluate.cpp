@@ -9,9 +9,11 @@
 #include <headfold/base/table.h>
 #include <headfold/base/version.h>
 #include <headfold/calibration/text.h>
+#include <headfold/comm/stopping.h>
 #include <headfold/device/device.h>
 #include <headfold/evaluation/benchmark.h>
 #include <headfold/evaluation/results.h>
+#include <headfold/evaluation/score_store.h>
 
 #include <unistd.h>
 
@@ -255,19 +257,62 @@ struct Run {
   std::int64_t computed_tokens = 0, asked_tokens = 0, cut = 0;
 };
 
+/// What scores of windows depend on: both models, how they compute, and what goes through them together.
+OrderedJson score_identity(const Context& context, const Work& work) {
+  std::string hashes;
+  context.world.on_root([&] {
+    hashes = work.model->fingerprint() + " " + (work.reference ? work.reference->fingerprint() : std::string("none"));
+  });
+  context.world.broadcast(hashes);
+  const std::size_t space = hashes.find(' ');
+  const auto name_of_type = [](at::ScalarType type) { return type == at::kFloat ? "float32" : "bfloat16"; };
+  OrderedJson identity;
+  identity["format_version"] = 1;
+  identity["model"] = hashes.substr(0, space);
+  identity["reference"] = hashes.substr(space + 1);
+  identity["dtype"] = name_of_type(work.scoring.dtype);
+  identity["reference_dtype"] = name_of_type(work.scoring.reference_dtype);
+  identity["micro_batch"] = work.scoring.micro_batch;
+  return identity;
+}
+
+/// Scores of every text; `folder` keeps them until the results are written.
 std::vector<evaluation::TaskResult> score_texts(const Context& context, const EvaluateOptions& options,
-                                                const Work& work, const comm::Grid& grid, Run& run) {
+                                                const Work& work, const comm::Grid& grid, evaluation::ScoreStore& store,
+                                                Run& run) {
   std::vector<evaluation::TaskResult> results;
-  if (work.texts.empty()) return results;
   const evaluation::Scorer scorer(*work.model, work.reference.get(), grid, work.scoring);
-  for (const evaluation::Task& task : work.texts) run.tokens += static_cast<double>(task.input_tokens());
+  std::vector<evaluation::ScoreHooks> hooks(work.texts.size());
+  std::size_t windows = 0, done = 0;
+  for (std::size_t t = 0; t < work.texts.size(); ++t) {
+    const evaluation::Task& task = work.texts[t];
+    hooks[t].known = store.known(task);
+    windows += task.windows.size();
+    for (std::size_t w = 0; w < task.windows.size(); ++w) {
+      if (hooks[t].known[w])
+        ++done;
+      else
+        run.tokens += static_cast<double>(task.windows[w].inputs.size());
+    }
+  }
+  if (done > 0 && context.world.root())
+    spdlog::info("{} of {} windows were scored before, their scores are in {}", done, windows, store.folder().string());
   Progress progress("evaluate", "token", run.tokens, context.world.root());
   const auto start = std::chrono::steady_clock::now();
-  for (const evaluation::Task& task : work.texts) {
-    if (context.world.all_reduce(std::int64_t{stop_requested() ? 1 : 0}, comm::Reduce::max) != 0)
-      throw Stopped("stopped on request between two texts; their scores are not kept");
+  for (std::size_t t = 0; t < work.texts.size(); ++t) {
+    const evaluation::Task& task = work.texts[t];
+    hooks[t].scored = [&](const std::vector<std::size_t>& fresh, const std::vector<evaluation::WindowScore>& scores) {
+      done = std::min(windows, done + fresh.size());
+      const bool stop = comm::stop_agreed(context.world);
+      store.add(task, fresh, scores, stop);
+      if (stop && done < windows)
+        throw Stopped(fmt::format("stopped on request with {} of {} windows scored, which are kept in {}", done,
+                                  windows, store.folder().string()));
+    };
     results.push_back(evaluation::make_result(
-        task, scorer.score(task.windows, task.name, [&](double amount) { progress.advance(amount); }),
+        task,
+        scorer.score(
+            task.windows, task.name, [&](double amount) { progress.advance(amount); }, hooks[t]),
         work.reference != nullptr));
   }
   context.world.barrier("end of scoring");
@@ -296,7 +341,7 @@ std::vector<evaluation::BenchmarkResult> ask_benchmarks(const Context& context, 
   const auto start = std::chrono::steady_clock::now();
   evaluation::AskOptions asking;
   asking.store = &store;
-  asking.stop = [&] { return world.root() ? stop_requested(options.out) : stop_requested(); };
+  asking.stop = [] { return stop_requested(); };
   asking.progress = [&](double requests) { progress.advance(requests); };
   evaluation::Asked asked = evaluation::ask(world, responder, work.suite.tasks, asking);
   run.request_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -379,8 +424,10 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
                 << std::flush;
     return;
   }
-  // From here on a signal ends the job in good order: after the shard at hand, with every answer saved.
-  if (!options.names.empty()) listen_for_stop();
+  // From here on a signal, or a file STOP in the output folder, ends the job in good order: with everything that is
+  // known saved.
+  listen_for_stop();
+  watch_stop_file(options.out / "STOP");
 
   Work work = read_work(context, options);
   context.world.on_root([&] { check_writable(options.out); });
@@ -399,7 +446,12 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
   const fs::path folder = options.out / evaluation::sanitized(model_folder.filename().string());
   Run run;
   evaluation::Results results;
-  results.texts = score_texts(context, options, work, grid, run);
+  comm::stop_if_requested(context.world, "before the first question");
+  std::optional<evaluation::ScoreStore> scores;
+  if (!work.texts.empty()) {
+    scores.emplace(context.world, folder / "scores", score_identity(context, work));
+    results.texts = score_texts(context, options, work, grid, *scores, run);
+  }
   results.benchmarks = ask_benchmarks(context, options, work, grid, folder, run);
 
   const OrderedJson record = run_record(context, "evaluate", arguments, elapsed());
@@ -426,6 +478,7 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
     info.fewshot_seed = options.suite.fewshot_seed;
     info.headfold = own_facts(context, options, work, grid, run, record);
     const fs::path path = evaluation::write_results(folder, info, results);
+    if (scores) scores->remove();
 
     std::cout << "\n" << evaluation::results_table(results) << "\n";
     if (run.seconds > 0)

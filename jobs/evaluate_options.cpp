@@ -10,7 +10,9 @@ namespace {
 
 constexpr std::int64_t kMaxTokens = 4096;
 
-po::options_description evaluate_options() {
+}  // namespace
+
+po::options_description evaluate_job_options() {
   po::options_description own("options of evaluate");
   auto add = own.add_options();
   add("model", po::value<std::string>(), "model folder (Hugging Face form)");
@@ -61,6 +63,8 @@ po::options_description evaluate_options() {
   return own;
 }
 
+namespace {
+
 /// Names between commas and spaces.
 std::vector<std::string> split_names(const std::vector<std::string>& values) {
   std::vector<std::string> names;
@@ -101,7 +105,7 @@ EvaluateOptions read_evaluate_options(const Context& context, const std::vector<
             "headfold evaluate --model DIR --tasks NAME,… --data-dir DIR --out DIR [options]\n"
             "       headfold evaluate --model DIR --data FILE… --out DIR [--reference DIR] [options]\n"
             "       headfold evaluate --list [--data-dir DIR]",
-            evaluate_options(), arguments);
+            evaluate_job_options(), arguments);
   const auto texts = [&](const char* name) {
     return values.count(name) > 0 ? values[name].as<std::vector<std::string>>() : std::vector<std::string>();
   };

@@ -47,7 +47,9 @@ struct Settings {
   bool distills() const { return train.loss.distill_weight > 0; }
 };
 
-po::options_description options() {
+}  // namespace
+
+po::options_description finetune_options() {
   po::options_description own("finetune");
   auto add = own.add_options();
   add("model", po::value<std::string>()->required(), "model folder to train, folded or not");
@@ -115,6 +117,8 @@ po::options_description options() {
   add("out", po::value<std::string>()->required(), "folder to write");
   return own;
 }
+
+namespace {
 
 template <class T>
 T in_range(const po::variables_map& values, const char* name, T least, T most, const char* what) {
@@ -444,8 +448,9 @@ CachedTeachers cached_teachers(const Context& context, const Settings& s, const 
 }  // namespace
 
 void finetune_model(const Context& context, const std::vector<std::string>& arguments) {
-  const po::variables_map values = parse(
-      context, "finetune", "headfold finetune --model DIR --data FILE... --out DIR [options]", options(), arguments);
+  const po::variables_map values =
+      parse(context, "finetune", "headfold finetune --model DIR --data FILE... --out DIR [options]", finetune_options(),
+            arguments);
   // From here on a signal ends the job in good order: after the step at hand, with everything saved.
   listen_for_stop();
   // Activations come and go in many sizes: holes between kept ones cost a tenth of the memory at 7B shapes.

@@ -9,14 +9,19 @@
 
 namespace headfold::jobs {
 
-void report(const Context& context, const std::vector<std::string>& arguments) {
-  po::options_description own("report options", 120, 60);
+po::options_description report_options() {
+  po::options_description own("report options");
   own.add_options()("run", po::value<std::string>()->required(),
                     "folder of a run: calibrations, converted models and results anywhere below it")(
       "out", po::value<std::string>(), "folder for the report (default: RUN/report)")(
       "title", po::value<std::string>()->default_value(""), "heading of the page")(
       "dry-run", "say what was found and what would be written, and stop");
-  const auto values = parse(context, "report", "headfold report --run DIR [--out DIR] [--title TEXT]", own, arguments);
+  return own;
+}
+
+void report(const Context& context, const std::vector<std::string>& arguments) {
+  const auto values =
+      parse(context, "report", "headfold report --run DIR [--out DIR] [--title TEXT]", report_options(), arguments);
   // Reading a few JSON files gains nothing from ranks: rank 0 does it.
   if (!context.world.root()) return;
   namespace fs = std::filesystem;

@@ -1,9 +1,11 @@
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
 #include <headfold/base/progress.h>
+#include <headfold/base/stop.h>
 #include <headfold/base/table.h>
 #include <headfold/calibration/text.h>
 #include <headfold/checkpoint/layout.h>
+#include <headfold/comm/stopping.h>
 #include <headfold/evaluation/tasks.h>
 #include <headfold/folding/apply.h>
 #include <headfold/folding/comparison.h>
@@ -21,6 +23,8 @@ namespace {
 using checkpoint::Reader;
 using folding::ErrorSums;
 using folding::Groups;
+
+constexpr const char* kVerifyStopped = "while verifying; the same command measures anew";
 
 po::options_description verify_options() {
   po::options_description options("verify options");
@@ -156,8 +160,11 @@ class ComparisonObserver : public model::LayerObserver {
   folding::LayerComparison comparison_;
 };
 
+/// Ends a rank's own pass through the layers.
+struct PassStopped {};
+
 /// Runs `observer_of(layer)` over this rank's sequences, one layer resident at a time; `finish` is called when a layer
-/// is done with.
+/// is done with. Returns early once this rank is asked to stop.
 void stream(const Reader& reader, const comm::Grid& grid, const std::vector<at::Tensor>& sequences,
             const std::function<std::unique_ptr<model::LayerObserver>(std::int64_t)>& observer_of,
             const std::function<void(std::int64_t, const model::LayerObserver&)>& finish, Progress& progress) {
@@ -179,8 +186,15 @@ void stream(const Reader& reader, const comm::Grid& grid, const std::vector<at::
     current = observer_of(layer);
     return current.get();
   };
+  hooks.before_layer = [](std::int64_t, std::int64_t) {
+    if (stop_requested()) throw PassStopped{};
+  };
   hooks.progress = [&](double done) { progress.advance(done); };
-  pipeline.run(sequences, hooks);
+  try {
+    pipeline.run(sequences, hooks);
+  } catch (const PassStopped&) {  // the caller agrees with the other ranks
+    return;
+  }
   close();
 }
 
@@ -222,6 +236,9 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
     return;
   }
 
+  listen_for_stop();
+  watch_stop_file(stop_file_beside(folded.folder()));
+  comm::stop_if_requested(world, kVerifyStopped);
   std::size_t compared = 0;
   const std::vector<std::string> faults = exact_faults(world, folded, original, fold, compared);
   if (!faults.empty()) {
@@ -253,6 +270,7 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
           return std::make_unique<MeanObserver>(means.data() + l * hidden, counts.data() + l);
         },
         nullptr, progress);
+    comm::stop_if_requested(world, kVerifyStopped);
     world.all_reduce(std::span(means));
     world.all_reduce(std::span(counts));
     for (std::size_t i = 0; i < means.size(); ++i) means[i] /= counts[i / hidden];
@@ -272,6 +290,7 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
         std::copy(errors.sums.begin(), errors.sums.end(), sums.begin() + layer * ErrorSums::count);
       },
       progress);
+  comm::stop_if_requested(world, kVerifyStopped);
   world.all_reduce(std::span(sums));
 
   OrderedJson result;

@@ -65,6 +65,16 @@ at::Tensor joined(std::vector<linalg::GramAccumulator>& grams) {
 
 }  // namespace
 
+void add_sums(const SumTensors& into, const SumTensors& sums) {
+  for (const auto& [name, tensor] : into) {
+    const auto found = sums.find(name);
+    if (found == sums.end() || found->second.sizes() != tensor.sizes())
+      throw InputError(fmt::format("{} is missing or of another shape", name));
+  }
+  if (sums.size() != into.size()) throw InputError(fmt::format("{} sums, expected {}", sums.size(), into.size()));
+  for (const auto& [name, tensor] : into) at::Tensor(tensor).add_(sums.at(name));
+}
+
 void add_column_sums(at::Tensor& sum, const at::Tensor& rows) {
   const at::Tensor x = rows.contiguous();
   if (x.scalar_type() == at::kFloat)
@@ -89,6 +99,7 @@ AttentionAccumulator::AttentionAccumulator(const StatisticsShape& shape, const a
   }
   distance_mass_ = at::zeros({shape.heads, shape.sequence_length}, at::kDouble);
   attended_sum_ = at::zeros({shape.heads, shape.block()}, at::kDouble);
+  count_ = at::zeros({1}, at::kDouble);
 }
 
 AttentionAccumulator::~AttentionAccumulator() = default;
@@ -164,11 +175,24 @@ void AttentionAccumulator::add(const at::Tensor& queries, const at::Tensor& keys
       add_column_sums(sum, y);
     }
   });
-  count_ += static_cast<double>(tokens);
+  count_.add_(static_cast<double>(tokens));
+}
+
+SumTensors AttentionAccumulator::sums() const {
+  SumTensors all = {{"count", count_}, {"distance_mass", distance_mass_}, {"attended_sum", attended_sum_}};
+  for (std::size_t head = 0; head < queries_.size(); ++head) {
+    all[fmt::format("queries.{}", head)] = queries_[head].packed();
+    all[fmt::format("attended.{}", head)] = attended_[head].packed();
+  }
+  return all;
+}
+
+void AttentionAccumulator::add(const SumTensors& sums) {
+  add_sums(this->sums(), sums);
 }
 
 void AttentionAccumulator::take(PackedStatistics& into) {
-  into.attention_count = count_;
+  into.attention_count = count_.item<double>();
   into.rotated_queries = joined(queries_);
   into.attended = joined(attended_);
   into.distance_mass = distance_mass_.view({-1});

@@ -4,10 +4,19 @@
 #include <headfold/calibration/statistics.h>
 #include <headfold/linalg/linalg.h>
 
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace headfold::calibration {
+
+/// Sums under way by name, float64.
+using SumTensors = std::map<std::string, at::Tensor>;
+
+/// Adds `sums` to the tensors `into`, in place. InputError unless both have the same names and shapes; nothing was
+/// added then.
+void add_sums(const SumTensors& into, const SumTensors& sums);
 
 /// sum [n] += column sums of rows [tokens, n], in float64 and in row order.
 void add_column_sums(at::Tensor& sum, const at::Tensor& rows);
@@ -25,6 +34,11 @@ class AttentionAccumulator {
   /// One sequence from its first token: queries [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim]
   /// as they enter the scores, float32 or bfloat16.
   void add(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values);
+  /// The sums so far, sharing memory.
+  SumTensors sums() const;
+  /// Adds what sums() of an accumulator of the same shape gave; to nothing: the same bits. InputError when `sums` is
+  /// something else.
+  void add(const SumTensors& sums);
   /// Moves the sums of this rank into `into`; nothing may be added afterwards.
   void take(PackedStatistics& into);
 
@@ -34,7 +48,7 @@ class AttentionAccumulator {
   std::vector<linalg::GramAccumulator> queries_, attended_;  // one per query head
   at::Tensor distance_mass_;                                 // [heads, sequence length]
   at::Tensor attended_sum_;                                  // [heads, block]
-  double count_ = 0;
+  at::Tensor count_;                                         // [1] tokens
 };
 
 /// Largest attended_heads that are kept whole: all KV heads when heads * (kv_heads * head_dim)^2 * 8 bytes are at most

@@ -1,6 +1,15 @@
 #include <ATen/Parallel.h>
 #include <headfold/base/error.h>
+#include <headfold/base/files.h>
+#include <headfold/base/log.h>
 #include <headfold/calibration/collect.h>
+#include <headfold/calibration/partial.h>
+#include <headfold/model/rounds.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <optional>
 
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -95,6 +104,80 @@ void LayerAccumulator::attention(const at::Tensor& queries, const at::Tensor& ke
                                     fmt::join(keys.sizes(), " x "), fmt::join(values.sizes(), " x ")));
   for (std::int64_t b = 0; b < queries.size(0); ++b)
     attention_->add(queries.select(0, b), keys.select(0, b), values.select(0, b));
+}
+
+SumTensors LayerAccumulator::sums() const {
+  if (finished_) throw InternalError("sums are asked for after they were finished");
+  SumTensors all;
+  for (std::size_t i = 0; i < parts_.size(); ++i) {
+    const Sums& part = parts_[i];
+    const auto put = [&](const char* name, const at::Tensor& tensor) { all[fmt::format("{}.{}", i, name)] = tensor; };
+    put("moment", part.moment.packed());
+    put("moment_0", part.moment_0.packed());
+    put("sum", part.sum);
+    put("sum_0", part.sum_0);
+    put("counts", at::tensor({part.count, part.count_0}, at::kDouble));
+    if (part.keys != nullptr) put("keys", part.keys->packed());
+    if (part.values != nullptr) put("values", part.values->packed());
+    // As they stand: flushed early, their products would be rounded otherwise.
+    if (part.first_count > 0) put("first_rows", part.first_rows.narrow(0, 0, part.first_count));
+  }
+  if (attention_ != nullptr)
+    for (const auto& [name, tensor] : attention_->sums()) all["attention." + name] = tensor;
+  return all;
+}
+
+void LayerAccumulator::add(const SumTensors& sums) {
+  std::vector<SumTensors> given(parts_.size());
+  SumTensors attention;
+  for (const auto& [name, tensor] : sums) {
+    const std::size_t dot = name.find('.');
+    const std::string head = name.substr(0, dot), tail = dot == std::string::npos ? "" : name.substr(dot + 1);
+    if (head == "attention" && attention_ != nullptr)
+      attention[tail] = tensor;
+    else if (head == "0" || (head == "1" && parts_.size() > 1))
+      given[head == "0" ? 0 : 1][tail] = tensor;
+    else
+      throw InputError(fmt::format("{} is not among what is collected here", name));
+  }
+  for (std::size_t i = 0; i < parts_.size(); ++i) {
+    Sums& part = parts_[i];
+    SumTensors into = {{"moment", part.moment.packed()},
+                       {"moment_0", part.moment_0.packed()},
+                       {"sum", part.sum},
+                       {"sum_0", part.sum_0},
+                       {"counts", at::zeros({2}, at::kDouble)}};
+    if (part.keys != nullptr) into["keys"] = part.keys->packed();
+    if (part.values != nullptr) into["values"] = part.values->packed();
+    at::Tensor rows;
+    if (const auto found = given[i].find("first_rows"); found != given[i].end()) {
+      rows = found->second;
+      given[i].erase(found);
+      if (rows.dim() != 2 || rows.size(1) != part.moment.size() || rows.size(0) < 1 || rows.size(0) >= kFirstRows)
+        throw InputError(fmt::format("first_rows of shape {}", fmt::join(rows.sizes(), " x ")));
+    }
+    add_sums(into, given[i]);
+    part.count += into["counts"].data_ptr<double>()[0];
+    part.count_0 += into["counts"].data_ptr<double>()[1];
+    if (!rows.defined()) continue;
+    part.flush();
+    if (!part.first_rows.defined()) part.first_rows = at::empty({kFirstRows, rows.size(1)}, at::kDouble);
+    part.first_rows.narrow(0, 0, rows.size(0)).copy_(rows);
+    part.first_count = rows.size(0);
+  }
+  if (attention_ != nullptr) attention_->add(attention);
+}
+
+void LayerAccumulator::clear() {
+  for (Sums& part : parts_) {
+    for (at::Tensor* tensor : {&part.moment.packed(), &part.moment_0.packed(), &part.sum, &part.sum_0}) tensor->zero_();
+    if (part.keys != nullptr) part.keys->packed().zero_();
+    if (part.values != nullptr) part.values->packed().zero_();
+    part.count = part.count_0 = 0;
+    part.first_count = 0;
+  }
+  if (attention_ != nullptr)
+    for (auto& [name, tensor] : attention_->sums()) at::Tensor(tensor).zero_();
 }
 
 void LayerAccumulator::finish(const comm::Communicator& peers, std::int64_t layer) {
@@ -239,6 +322,31 @@ std::vector<at::Tensor> micro_batches_of(const at::Tensor& sequences, std::int64
   return mine;
 }
 
+namespace {
+
+using RoundClock = std::chrono::steady_clock;
+
+double seconds_from(RoundClock::time_point start) {
+  return std::chrono::duration<double>(RoundClock::now() - start).count();
+}
+
+/// When sums are saved if the user does not say: no more than a few minutes are lost, and no more than a twentieth of
+/// the time goes into saving.
+class SaveClock {
+ public:
+  bool due() const { return seconds_from(last_) >= std::max(300.0, 20 * seconds_); }
+  void saved(double seconds) {
+    seconds_ = seconds;
+    last_ = RoundClock::now();
+  }
+
+ private:
+  RoundClock::time_point last_ = RoundClock::now();
+  double seconds_ = 0;
+};
+
+}  // namespace
+
 std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader& reader, const comm::Grid& grid,
                                                        const at::Tensor& sequences, const CollectOptions& options) {
   if (sequences.dim() != 2 || sequences.scalar_type() != at::kLong || sequences.size(1) < 2)
@@ -271,11 +379,77 @@ std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader&
   model::PipelineHooks hooks;
   hooks.observer = [&](std::int64_t layer) -> model::LayerObserver* { return &of_layer(layer); };
   // Halves go by a sequence's place in the whole list, whoever runs it and together with which others.
+  std::vector<std::int64_t> starts;  // first sequence of this replica's micro-batches of the current group
   hooks.before_layer = [&](std::int64_t layer, std::int64_t index) {
-    of_layer(layer).expect((index * grid.replicas + grid.replica) * options.micro_batch);
+    of_layer(layer).expect(starts[static_cast<std::size_t>(index)]);
   };
   hooks.progress = options.progress;
-  pipeline.run(micro_batches_of(sequences, options.micro_batch, grid.replica, grid.replicas), hooks);
+
+  const std::int64_t samples = sequences.size(0), batch = std::min(options.micro_batch, samples);
+  if (batch < 1) throw UsageError(fmt::format("--micro-batch {}: at least 1 is needed", options.micro_batch));
+  std::optional<PartialSums> partial;
+  std::int64_t done = 0;
+  if (!options.partial.empty()) {
+    partial.emplace(grid, options.partial, options.identity);
+    done = partial->restore(layers, pipeline.layers().begin);
+    if (done < 0 || done > samples) throw InternalError(fmt::format("{} of {} sequences were saved", done, samples));
+    if (done > 0 && grid.world.root())
+      spdlog::info("going on after {} of {} sequences, whose sums are in {}", done, samples, options.partial.string());
+  }
+  // As without an interruption, where the micro-batches are the same: replica m % replicas runs micro-batch m.
+  const std::int64_t offset = done % batch == 0 ? done / batch : 0;
+  const std::int64_t count = (samples - done + batch - 1) / batch;
+  const auto own_of = [&](std::int64_t m) { return (offset + m) % grid.replicas == grid.replica; };
+  if (options.resumed) {
+    std::int64_t own_count = 0;
+    for (std::int64_t m = 0; m < count; ++m) own_count += own_of(m) ? 1 : 0;
+    options.resumed(done, own_count);
+  }
+  const bool in_groups = options.stop || partial;
+  model::RoundSize round(grid, options.residency == model::Residency::streamed, batch * sequences.size(1));
+  SaveClock clock;
+  std::int64_t unsaved = 0;  // micro-batches of a replica
+  for (std::int64_t next = 0; next < count;) {
+    std::int64_t size = in_groups ? round.size() : count;
+    if (options.save_every > 0) size = std::min(size, options.save_every - unsaved);
+    // Sizes follow rank 0's clock.
+    if (in_groups) grid.world.broadcast(std::as_writable_bytes(std::span(&size, 1)));
+    const std::int64_t end = std::min(count, next + size * grid.replicas);
+    std::vector<at::Tensor> own;
+    starts.clear();
+    for (std::int64_t m = next; m < end; ++m) {
+      if (!own_of(m)) continue;
+      const std::int64_t begin = done + m * batch;
+      starts.push_back(begin);
+      own.push_back(sequences.narrow(0, begin, std::min(batch, samples - begin)).contiguous());
+    }
+    const auto begun = RoundClock::now();
+    pipeline.run(own, hooks);
+    next = end;
+    unsaved += size;
+    if (!in_groups) continue;
+    std::array<std::int64_t, 2> wish = {options.stop && options.stop() ? 1 : 0, 0};
+    if (partial && grid.world.root() && options.save_every >= 0)
+      wish[1] = (options.save_every > 0 ? unsaved >= options.save_every : clock.due()) ? 1 : 0;
+    grid.world.all_reduce(std::span<std::int64_t>(wish), comm::Reduce::max);
+    round.took(seconds_from(begun));
+    if (next == count) break;
+    const std::int64_t sums_of = std::min(samples, done + next * batch);
+    if (partial && (wish[0] != 0 || wish[1] != 0)) {
+      const auto start = RoundClock::now();
+      try {
+        partial->save(layers, pipeline.layers().begin, sums_of);
+      } catch (const IoError& error) {
+        if (wish[0] != 0) throw;
+        if (grid.world.root()) spdlog::warn("the sums so far could not be saved: {}", error.what());
+      }
+      clock.saved(seconds_from(start));
+      unsaved = 0;
+    }
+    if (wish[0] != 0)
+      throw Stopped(fmt::format("stopped on request after {} of {} sequences{}", sums_of, samples,
+                                partial ? ", whose sums are in " + options.partial.string() : ""));
+  }
   for (std::size_t i = 0; i < layers.size(); ++i)
     layers[i]->finish(grid.peers, pipeline.layers().begin + static_cast<std::int64_t>(i));
   return layers;

@@ -8,8 +8,10 @@
 #include <headfold/model/model.h>
 #include <headfold/model/pipeline.h>
 
+#include <filesystem>
 #include <functional>
 #include <memory>
+#include <string>
 
 namespace headfold::calibration {
 
@@ -34,6 +36,13 @@ class LayerAccumulator : public model::LayerObserver {
   bool wants_values() const override { return parts_[0].values != nullptr; }
   void attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values) override;
   bool wants_attention() const override { return attention_ != nullptr; }
+  /// The sums of this rank so far, before finish(); most of them share memory with the accumulator.
+  SumTensors sums() const;
+  /// Adds what sums() of an accumulator of the same shape gave. Where nothing was added before, what follows has the
+  /// very bits that it would have had there. InputError when `sums` is something else; clear() then.
+  void add(const SumTensors& sums);
+  /// Forgets everything that was added.
+  void clear();
   /// Adds what is still buffered, sums over `peers` (collective, in float64, in place) and checks that everything is
   /// finite. InputError naming `layer` otherwise. Once, after the last forward.
   void finish(const comm::Communicator& peers, std::int64_t layer);
@@ -76,6 +85,14 @@ struct CollectOptions {
   std::int64_t attended_heads = 0;  ///< KV heads per block of attended values; 0 = default_attended_heads()
   /// Work done since the last call, in micro-batches of this replica (model::PipelineHooks::progress).
   std::function<void(double done)> progress;
+  /// Folder that keeps the sums while they are made (partial.h); empty: they are not kept.
+  std::filesystem::path partial;
+  std::string identity;         ///< what decides the sums: those of another identity are not used
+  std::int64_t save_every = 0;  ///< micro-batches of a replica between two saves; 0: by time; -1: only when stopped
+  std::function<bool()> stop;   ///< asked on every rank now and then; true on any rank saves and throws Stopped
+  /// Called on every rank before the first micro-batch: how many sequences earlier runs have dealt with, and how many
+  /// micro-batches are left to this replica.
+  std::function<void(std::int64_t sequences, std::int64_t micro_batches)> resumed;
 };
 
 /// What collect() gathers of every layer of this model, for sequences of `tokens`. UsageError when attended_heads does
@@ -92,7 +109,9 @@ std::vector<at::Tensor> micro_batches_of(const at::Tensor& sequences, std::int64
                                          int replicas);
 
 /// Runs `sequences` [samples, tokens] int64 (the same on every rank) through the model. Collective over grid.world.
-/// Returns the finished accumulators of this rank's layers in order, equal on all peers.
+/// Returns the finished accumulators of this rank's layers in order, equal on all peers. With options.partial it goes
+/// on where an earlier call was interrupted: on the same grid with the same result, bit for bit. Micro-batches run in
+/// groups, between which all ranks agree whether to stop or save; groups grow until they take a few seconds.
 std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader& reader, const comm::Grid& grid,
                                                        const at::Tensor& sequences, const CollectOptions& options);
 

@@ -7,6 +7,7 @@
 #include <headfold/base/log.h>
 #include <headfold/base/profile.h>
 #include <headfold/calibration/statistics.h>
+#include <headfold/comm/operation.h>
 #include <headfold/linalg/linalg.h>
 #include <unistd.h>
 
@@ -134,18 +135,6 @@ std::vector<Dataset> datasets(const StatisticsShape& shape, std::int64_t version
   return all;
 }
 
-/// 53 bits that any changed or moved word changes (but for a chance of 2^-53), so that a double holds them exactly. One
-/// pass at the speed of memory: a cryptographic hash would cost more than reading the file.
-double checksum(const at::Tensor& values) {
-  const double* data = values.data_ptr<double>();
-  std::uint64_t sum = 1, sums = 0;
-  for (std::int64_t i = 0; i < values.numel(); ++i) {
-    sum += std::bit_cast<std::uint64_t>(data[i]);
-    sums += sum;
-  }
-  return static_cast<double>(((sum ^ std::rotl(sums, 32)) * 0x9E3779B97F4A7C15U) >> 11);
-}
-
 /// Sum of the diagonals of packed lower triangles [n, n], one after the other; 0 when undefined.
 double trace(const at::Tensor& packed, std::int64_t n) {
   if (!packed.defined()) return 0;
@@ -164,7 +153,7 @@ std::vector<double> numbers(const PackedStatistics& part, const StatisticsShape&
   if (name == "checksums") {
     std::vector<double> sums;
     for (const Dataset& dataset : datasets(shape))
-      if (dataset.tensor != nullptr) sums.push_back(checksum(part.*dataset.tensor));
+      if (dataset.tensor != nullptr) sums.push_back(value_checksum(part.*dataset.tensor));
     return sums;
   }
   std::vector<double> traces(kTraces, 0.0);
@@ -181,7 +170,10 @@ std::vector<double> numbers(const PackedStatistics& part, const StatisticsShape&
 class Writer {
  public:
   Writer(const fs::path& path, const comm::Communicator& world)
-      : file_name_(path.string()), access_(H5Pcreate(H5P_FILE_ACCESS), H5Pclose), file_(open(path, world), H5Fclose) {
+      : file_name_(path.string()),
+        world_(world),
+        access_(H5Pcreate(H5P_FILE_ACCESS), H5Pclose),
+        file_(open(path, world), H5Fclose) {
     if (!file_.valid()) fail("cannot be created");
   }
 
@@ -199,6 +191,7 @@ class Writer {
 
   /// Collective: all groups and datasets of the file.
   void create(const StatisticsHeader& header) {
+    const comm::Operation scope(world_, "HDF5 layout of " + file_name_);
     const Handle properties(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
     // Space is taken at once and not filled: every value is written by its owner.
     H5Pset_alloc_time(properties, H5D_ALLOC_TIME_EARLY);
@@ -220,6 +213,7 @@ class Writer {
   /// Not collective.
   void write(std::int64_t layer, const std::string& name, const double* values, std::int64_t count) {
     const std::string where = group_name(layer) + "/" + name;
+    const comm::Operation scope(fmt::format("HDF5 write of {} in {}", where, file_name_));
     Handle dataset(H5Dopen2(file_, where.c_str(), H5P_DEFAULT), H5Dclose);
     if (!dataset.valid()) fail(where);
     const Handle space(H5Dget_space(dataset), H5Sclose);
@@ -235,11 +229,13 @@ class Writer {
 
   /// Collective. Also where HDF5 reports what it could not write.
   void close() {
+    const comm::Operation scope(world_, "HDF5 close of " + file_name_);
     if (file_.close() < 0) fail("cannot be closed");
   }
 
  private:
   hid_t open(const fs::path& path, const comm::Communicator& world) {
+    const comm::Operation scope(world, "HDF5 create of " + file_name_);
     // Newest layout that the 1.10 line shares: compact groups, and a superblock that notices truncation.
     H5Pset_libver_bounds(access_, H5F_LIBVER_V18, H5F_LIBVER_LATEST);
     if (world.mpi_comm() != nullptr)
@@ -257,6 +253,7 @@ class Writer {
   }
 
   std::string file_name_;
+  comm::Communicator world_;
   Handle access_;
   Handle file_;
 };
@@ -424,6 +421,16 @@ at::Tensor LayerStatistics::mean(double sink_weight) const {
   const double tokens = count + sink_weight * count_0;
   if (!(tokens > 0)) throw InputError("the statistics hold no token with the given sink weight");
   return (sum + sum_0 * sink_weight) / tokens;
+}
+
+double value_checksum(const at::Tensor& values) {
+  const double* data = values.data_ptr<double>();
+  std::uint64_t sum = 1, sums = 0;
+  for (std::int64_t i = 0; i < values.numel(); ++i) {
+    sum += std::bit_cast<std::uint64_t>(data[i]);
+    sums += sum;
+  }
+  return static_cast<double>(((sum ^ std::rotl(sums, 32)) * 0x9E3779B97F4A7C15U) >> 11);
 }
 
 LayerStatistics LayerStatistics::half(int which) const {
@@ -627,7 +634,7 @@ LayerStatistics StatisticsFile::layer(std::int64_t index, const Selection& selec
       if (dataset.tensor == nullptr) continue;
       const double expected = *recorded++;
       const at::Tensor& values = packed.*dataset.tensor;
-      if (values.defined() && checksum(values) != expected)
+      if (values.defined() && value_checksum(values) != expected)
         complain(dataset.name, "is not what calibrate wrote: its checksum differs");
     }
   }

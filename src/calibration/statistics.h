@@ -145,6 +145,10 @@ struct OwnedLayer {
 void write_statistics(const std::filesystem::path& path, const StatisticsHeader& header,
                       const comm::Communicator& world, const std::vector<OwnedLayer>& own);
 
+/// 53 bits that any changed or moved word of float64 values changes (but for a chance of 2^-53), as a whole number. One
+/// pass at the speed of memory: a cryptographic hash would cost more than reading the file.
+double value_checksum(const at::Tensor& values);
+
 /// Bytes of the file that write_statistics() makes, without HDF5's own few KiB per layer.
 std::uint64_t statistics_file_bytes(const StatisticsHeader& header);
 /// Bytes of one layer's packed statistics.

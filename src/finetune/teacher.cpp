@@ -1,6 +1,7 @@
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
+#include <headfold/comm/stopping.h>
 #include <headfold/finetune/teacher.h>
 #include <headfold/tokenizer/tokenizer.h>
 
@@ -68,7 +69,7 @@ void write_teacher_cache(const comm::Communicator& world, const std::filesystem:
     std::fstream file(temporary, std::ios::in | std::ios::out | std::ios::binary);
     const std::int64_t blocks = (data.sequences() + micro_batch - 1) / micro_batch;
     const auto row_bytes = static_cast<std::uint64_t>(data.length() * width * 4);
-    for (std::int64_t block = world.rank(); block < blocks && file; block += world.size()) {
+    for (std::int64_t block = world.rank(); block < blocks && file && !stop_requested(); block += world.size()) {
       std::vector<std::int64_t> sequences;
       for (std::int64_t s = block * micro_batch; s < std::min(data.sequences(), (block + 1) * micro_batch); ++s)
         sequences.push_back(s);
@@ -99,6 +100,11 @@ void write_teacher_cache(const comm::Communicator& world, const std::filesystem:
   }
   for (const std::string& message : world.all_gather(failure))
     if (!message.empty()) throw IoError(temporary.string(), message, "is the disk full? do all ranks see this folder?");
+  if (comm::stop_agreed(world)) {
+    std::error_code code;
+    if (world.root()) fs::remove(temporary, code);
+    throw Stopped(fmt::format("stopped on request while writing {}, which is begun again", path.string()));
+  }
   world.on_root([&] { publish(temporary, path); });
 }
 

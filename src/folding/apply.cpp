@@ -4,9 +4,11 @@
 #include <headfold/base/progress.h>
 #include <headfold/base/version.h>
 #include <headfold/checkpoint/layout.h>
+#include <headfold/comm/stopping.h>
 #include <headfold/folding/apply.h>
 #include <headfold/folding/folded_layers.h>
 #include <headfold/folding/refit.h>
+#include <headfold/linalg/linalg.h>
 
 #include <algorithm>
 #include <cmath>
@@ -21,6 +23,8 @@ using checkpoint::Reader;
 using checkpoint::TensorSpec;
 
 namespace {
+
+constexpr const char* kStoppedWriting = "while writing the folded model; what was written of it is removed";
 
 std::vector<std::int64_t> flattened(const Groups& groups) {
   std::vector<std::int64_t> all;
@@ -264,7 +268,7 @@ NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, c
       round();
       return;
     }
-    key[g] = at::matmul(basis.encoder, key[g]);
+    key[g] = linalg::map_rows(basis.encoder, key[g]);
     // Without rotation a key bias adds the same number to every score of a query: it drops out of the softmax
     // (methods.md 2.1). Folds that keep it merge it like the weights.
     const bool drops_bias = options.keys == KeyFold::norope || (options.keys == KeyFold::latent && !problem.rotates);
@@ -279,8 +283,10 @@ NewTensors folded_keys(const LayerProblem& problem, const LayerTarget& target, c
       round();
       return;
     }
-    query[g] =
-        at::matmul(decoder_t.unsqueeze(1), query[g].view({size, repeat, d, -1})).reshape({size * repeat * r, -1});
+    std::vector<at::Tensor> turned;
+    for (std::int64_t head = 0; head < size * repeat; ++head)
+      turned.push_back(linalg::map_rows(decoder_t[head / repeat], query[g].slice(0, head * d, (head + 1) * d)));
+    query[g] = at::cat(turned, 0);
     if (query_bias[g].defined())
       query_bias[g] = at::matmul(decoder_t.unsqueeze(1), query_bias[g].view({size, repeat, d, 1})).reshape({-1});
     round();
@@ -530,7 +536,7 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
   } else {
     const auto [begin, end] = share_of(2 * config.layers, world.rank(), world.size());
     Progress progress("fold", "half layer", static_cast<double>(end - begin), world.root());
-    for (std::int64_t item = begin; item < end; ++item) {
+    for (std::int64_t item = begin; item < end && !stop_requested(); ++item) {
       const std::int64_t layer = item / 2;
       const Part part = item % 2 == 0 ? Part::keys : Part::values;
       const LayerTarget& list = targets[static_cast<std::size_t>(layer)];
@@ -548,6 +554,7 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
       progress.advance(1);
     }
   }
+  comm::stop_if_requested(world, kStoppedWriting);
   // Untouched tensors: every rank copies an equal share of their bytes, whole tensors.
   std::uint64_t total = 0;
   for (const std::string& name : target.untouched) total += reader.info(name).end - reader.info(name).begin;
@@ -563,12 +570,14 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
     if (owner == world.rank()) own.push_back(name);
   }
   for_each_item(std::ssize(own), [&](std::int64_t i) {
+    if (stop_requested()) return;
     const Timed timed(Work::copying);
     const std::string& name = own[static_cast<std::size_t>(i)];
     reader.will_need(name);
     writer.write(name, reader.view(name));
     reader.done_with(name);
   });
+  comm::stop_if_requested(world, kStoppedWriting);
   const Timed timed(Work::sync);
   writer.finish(folded_json, record, checkpoint::companion_files(reader.folder()));
 }

@@ -1,6 +1,7 @@
 #include <headfold/base/error.h>
 #include <headfold/base/index.h>
 #include <headfold/base/progress.h>
+#include <headfold/comm/stopping.h>
 #include <headfold/folding/budget.h>
 
 #include <algorithm>
@@ -334,7 +335,7 @@ LossTable loss_table(const comm::Communicator& world, const checkpoint::Reader& 
   const auto [begin, end] = share_of(config.layers * per_layer, world.rank(), world.size());
   Progress progress("losses", "choice", static_cast<double>(end - begin), world.root());
   Json mine = Json::array();
-  for (std::int64_t item = begin; item < end;) {
+  for (std::int64_t item = begin; item < end && !stop_requested();) {
     const std::int64_t layer = item / per_layer, first = item % per_layer;
     const std::int64_t count = std::min(end, (layer + 1) * per_layer) - item;
     LayerProblem problem;
@@ -362,6 +363,7 @@ LossTable loss_table(const comm::Communicator& world, const checkpoint::Reader& 
     item += count;
     progress.advance(static_cast<double>(count));
   }
+  comm::stop_if_requested(world, "while pricing choices of KV heads; nothing was written");
   const std::vector<Json> all = gathered(world, mine);
   for (std::int64_t l = 0; l < config.layers; ++l) {
     std::vector<std::array<double, 2>> layer;

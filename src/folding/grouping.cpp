@@ -1,6 +1,7 @@
 #include <headfold/base/error.h>
 #include <headfold/base/index.h>
 #include <headfold/base/progress.h>
+#include <headfold/comm/stopping.h>
 #include <headfold/folding/grouping.h>
 
 #include <algorithm>
@@ -593,7 +594,7 @@ std::vector<GroupingResult> search_all_layers(const comm::Communicator& world, c
   const auto [begin, end] = share_of(config.layers * seeds, world.rank(), world.size());
   Progress progress("group", "search", static_cast<double>(end - begin), world.root());
   Json mine = Json::array();
-  for (std::int64_t item = begin; item < end;) {
+  for (std::int64_t item = begin; item < end && !stop_requested();) {
     const std::int64_t layer = item / seeds, first = item % seeds;
     const std::int64_t count = std::min(end, (layer + 1) * seeds) - item;
     LayerProblem problem;
@@ -606,6 +607,7 @@ std::vector<GroupingResult> search_all_layers(const comm::Communicator& world, c
     progress.advance(static_cast<double>(count));
   }
 
+  comm::stop_if_requested(world, "while searching groups; nothing was written");
   std::vector<GroupingResult> all(ix(config.layers));
   // Shortest round-trip decimal text: every rank reads back the very same doubles.
   for (const std::string& text : world.all_gather(mine.dump()))

@@ -2,6 +2,7 @@
 #include <headfold/base/log.h>
 #include <headfold/base/profile.h>
 #include <headfold/base/progress.h>
+#include <headfold/comm/stopping.h>
 #include <headfold/folding/bases.h>
 
 #include <algorithm>
@@ -150,7 +151,7 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
   const auto [begin, end] = share_of(std::ssize(items), world.rank(), world.size());
   Progress progress("plan", "group", static_cast<double>(end - begin), world.root());
   OrderedJson mine = OrderedJson::array();
-  for (auto item = static_cast<std::size_t>(begin); item < static_cast<std::size_t>(end);) {
+  for (auto item = static_cast<std::size_t>(begin); item < static_cast<std::size_t>(end) && !stop_requested();) {
     const std::size_t layer = items[item].first;
     std::size_t count = 0;
     while (item + count < static_cast<std::size_t>(end) && items[item + count].first == layer) ++count;
@@ -185,6 +186,7 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
     item += count;
     progress.advance(static_cast<double>(count));
   }
+  comm::stop_if_requested(world, "while planning; nothing was written");
   // Shortest round-trip decimal text: every rank reads back the very same doubles.
   std::vector<Json> all;
   for (const std::string& text : world.all_gather(mine.dump()))

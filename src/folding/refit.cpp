@@ -4,6 +4,7 @@
 #include <headfold/base/log.h>
 #include <headfold/base/progress.h>
 #include <headfold/checkpoint/safetensors.h>
+#include <headfold/comm/stopping.h>
 #include <headfold/folding/refit.h>
 #include <headfold/linalg/linalg.h>
 #include <headfold/model/model.h>
@@ -821,6 +822,7 @@ void refit_layers(const comm::Communicator& world, const Reader& reader, const M
   check(options, reader.config(), folded_config, sequences);
   Refitter refitter(world, reader, folded_config, sequences, options);
   for (std::int64_t layer = 0; layer < reader.config().layers; ++layer) {
+    comm::stop_if_requested(world, fmt::format("before the refit of layer {}", layer));
     LayerTensors tensors = folded(layer);
     const LayerRefit report = refitter.run(layer, tensors);
     done(layer, tensors, report);
