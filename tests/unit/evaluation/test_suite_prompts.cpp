@@ -72,7 +72,8 @@ const std::vector<Real>& real_tasks() {
          {{"winogrande/dev.jsonl", "winogrande/dev.jsonl"}, {"winogrande/train_xl.jsonl", "winogrande/dev.jsonl"}}},
         {"boolq", {{"boolq/val.jsonl", "boolq/val.jsonl"}, {"boolq/train.jsonl", "boolq/val.jsonl"}}},
         {"gsm8k", {{"gsm8k", "gsm8k"}}}};
-    for (const auto& [name, pairs] : read_json(own_data() / "golden_prompts.json").items())
+    const Json golden = read_json(own_data() / "golden_prompts.json");
+    for (const auto& [name, pairs] : golden.items())
       if (name.starts_with("mmlu_")) all.push_back({name, {{"mmlu", "mmlu"}}});
     return all;
   }();
