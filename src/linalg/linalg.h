@@ -29,6 +29,11 @@ inline double square_sum(const at::Tensor& x) {
   return x.to(at::kDouble).square().sum().item<double>();
 }
 
+/// map [m, n] times rows [n, columns], float64. A map with few entries other than zero, as those that commute with a
+/// rotation (two per row and head), costs what they cost, and its result does not depend on the BLAS. NaN and Inf in
+/// rows that only zeros meet do not show then. InternalError for other shapes or dtypes.
+at::Tensor map_rows(const at::Tensor& map, const at::Tensor& rows);
+
 /// Eigen-decomposition of a Hermitian matrix: values [n] descending float64; vectors [n, n], columns, same dtype as the
 /// input.
 struct Eigen {

@@ -437,5 +437,45 @@ TEST(LowRankTest, a_gram_that_rounding_made_indefinite_is_folded) {
   EXPECT_THROW(weighted_low_rank(exact - 0.01 * largest(exact) * at::eye(24, at::kDouble), {}, 8), NumericalError);
 }
 
+/// Two entries per row and block, as maps that commute with a rotation have them.
+at::Tensor pairs_map(std::int64_t heads, std::int64_t dim, std::int64_t seed) {
+  at::Tensor map = at::zeros({heads, dim, dim}, at::kDouble);
+  const at::Tensor values = random_matrix(heads * dim, 2, at::kDouble, seed);
+  for (std::int64_t h = 0; h < heads; ++h)
+    for (std::int64_t i = 0; i < dim; ++i) {
+      map[h][i][i] = values[h * dim + i][0];
+      map[h][i][(i + dim / 2) % dim] = values[h * dim + i][1];
+    }
+  return map.permute({1, 0, 2}).reshape({dim, heads * dim});
+}
+
+TEST(MapRows, sparse_and_dense_maps_give_the_product) {
+  const at::Tensor rows = random_matrix(3 * 64, 37, at::kDouble, 11);
+  const at::Tensor sparse = pairs_map(3, 64, 12), dense = random_matrix(5, 3 * 64, at::kDouble, 13);
+  EXPECT_LT(relative(map_rows(sparse, rows), at::matmul(sparse, rows)), 1e-14);
+  EXPECT_LT(relative(map_rows(dense, rows), at::matmul(dense, rows)), 1e-14);
+  // Views: a transposed map and every other column.
+  EXPECT_LT(relative(map_rows(sparse.t(), rows.slice(0, 0, 64).slice(1, 0, 37, 2)),
+                     at::matmul(sparse.t(), rows.slice(0, 0, 64).slice(1, 0, 37, 2))),
+            1e-14);
+  EXPECT_EQ(largest(map_rows(at::zeros({4, 192}, at::kDouble), rows)), 0);
+}
+
+TEST(MapRows, sparse_maps_read_only_the_rows_they_name) {
+  at::Tensor rows = random_matrix(64, 8, at::kDouble, 14);
+  rows[5].fill_(std::numeric_limits<double>::quiet_NaN());
+  at::Tensor map = at::zeros({2, 64}, at::kDouble);
+  map[0][3] = 2.0;
+  map[1][5] = 1.0;
+  const at::Tensor result = map_rows(map, rows);
+  EXPECT_TRUE(at::equal(result[0], 2.0 * rows[3]));
+  EXPECT_TRUE(at::isnan(result[1]).all().item<bool>());
+}
+
+TEST(MapRows, refuses_shapes_that_do_not_fit) {
+  EXPECT_THROW(map_rows(at::zeros({2, 3}, at::kDouble), at::zeros({4, 3}, at::kDouble)), InternalError);
+  EXPECT_THROW(map_rows(at::zeros({2, 3}, at::kFloat), at::zeros({3, 3}, at::kFloat)), InternalError);
+}
+
 }  // namespace
 }  // namespace headfold::linalg
