@@ -60,7 +60,7 @@ batch_check_node() {
     bad=1
   }
   # headfold refuses to be one of several tasks without PMI; here it only says its version.
-  message=$(env -u SLURM_STEP_NUM_TASKS "$@" --version 2>&1) || complain "headfold does not start: $message"
+  message=$(env -u SLURM_PROCID -u SLURM_STEP_NUM_TASKS "$@" --version 2>&1) || complain "headfold does not start: $message"
   if [[ $(cat "$HEADFOLD_TOKEN" 2>&1) != "$SLURM_JOB_ID" ]]; then
     complain "$HEADFOLD_FOLDER is not the folder that the other nodes see (is it on a shared file system?)"
   elif ! message=$( (: >"$HEADFOLD_TOKEN-$node") 2>&1); then

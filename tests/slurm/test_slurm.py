@@ -1,0 +1,639 @@
+#!/usr/bin/env python3
+"""Tests of slurm/ on a real Slurm of two nodes (slurm/testbed), with the demo model. One case per call:
+
+    test_slurm.py CASE --headfold PROGRAM --reference DIR [--source DIR] [--keep]
+
+reference  runs the pipeline with mpirun into DIR: what an undisturbed run gives (needs no Slurm)
+scripts    the examples and dry runs; no Slurm either
+chain      one slurm/submit; results equal those of the reference
+stop       SIGUSR1, scontrol requeue, preemption, STOP: ends in time, goes on, same results
+kill       SIGKILL of a random rank at random moments of every stage (HEADFOLD_SLURM_KILLS per stage, 2 by default)
+node       SIGKILL of a slurmd
+disk       a full disk, several times
+hang       a rank that sleeps, one that does not answer at all
+
+Python's standard library only. Exit code 77: Slurm is not installed here, or (disk) nothing may be mounted.
+"""
+
+import argparse
+import csv
+import filecmp
+import glob
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.dont_write_bytecode = True
+
+STAGES = ("calibrate", "convert", "finetune", "evaluate", "report")
+
+# Tiny, but every stage takes a moment, passes through all of its ways to save, and has work for both ranks.
+PIPELINE = """[run]
+folder = {folder}
+model = {source}/demo/models/prose-llama
+threads = 1
+comm-timeout = {timeout}
+
+[calibrate]
+data = {source}/demo/text/calibration.jsonl
+samples = 24
+seq-len = 64
+dtype = float32
+pipeline-ranks = 2
+save-every = 4
+
+[convert half]
+kv-heads = 4
+
+[convert quarter]
+kv-heads = 2
+key-metric = act
+refit = yes
+refit-data = {source}/demo/text/calibration.jsonl
+refit-samples = 8
+seq-len = 64
+
+[finetune healed]
+of = quarter
+data = {source}/demo/text/calibration.jsonl
+dtype = float32
+seq-len = 64
+batch = 4
+micro-batch = 1
+steps = 12
+checkpoint-every = 3
+
+[evaluate text]
+models = original, healed
+data = {source}/demo/text/heldout.jsonl
+seq-len = 64
+limit = 32
+dtype = float32
+
+[evaluate glosses]
+models = half
+task-file = {source}/demo/tasks/glosses.json
+tasks = glosses
+limit = 24
+dtype = float32
+
+[report]
+title = test
+
+[resources]
+nodes = 2
+ntasks-per-node = 1
+time = 20
+max-requeues = 200
+
+[resources report]
+nodes = 1
+"""
+
+
+class Skip(Exception):
+    pass
+
+
+def check(condition, message):
+    if not condition:
+        raise AssertionError(message)
+
+
+def say(message):
+    print("[{:6.1f}] {}".format(time.monotonic() - START, message), flush=True)
+
+
+START = time.monotonic()
+
+
+def execute(command, environment=None, code=0):
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    if code is not None and done.returncode != code:
+        raise AssertionError("{} ended with {} instead of {}\n{}{}".format(" ".join(command), done.returncode, code, done.stdout, done.stderr))
+    return done.stdout + done.stderr
+
+
+def wait_for(what, condition, seconds, pause=0.05):
+    """What `condition` returns as soon as it is true."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        check(time.monotonic() < end, "after {} seconds still not: {}".format(seconds, what))
+        time.sleep(pause)
+
+
+def environment_of(process):
+    try:
+        with open("/proc/{}/environ".format(process), "rb") as file:
+            return dict(entry.split("=", 1) for entry in file.read().decode(errors="replace").split("\0") if "=" in entry)
+    except OSError:
+        return {}
+
+
+def shared_memory():
+    """Names in /dev/shm that no process maps: what a job left behind."""
+    names = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    for maps in glob.glob("/proc/[0-9]*/maps"):
+        try:
+            with open(maps) as file:
+                text = file.read()
+        except OSError:
+            continue
+        for name in re.findall(r"/dev/shm/(\S+)", text):
+            names.discard(name)
+    return names
+
+
+class Cluster:
+    """The two-node Slurm, in a folder that is gone afterwards."""
+
+    def __init__(self, arguments, folder):
+        self.arguments = arguments
+        self.folder = os.path.join(folder, "bed")
+        self.testbed = os.path.join(arguments.source, "slurm", "testbed")
+        done = subprocess.run([self.testbed, "start", "--folder", self.folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        if done.returncode == 77:
+            raise Skip(done.stderr.strip())
+        check(done.returncode == 0, "slurm/testbed start failed:\n" + done.stderr)
+        self.configuration = os.path.join(self.folder, "slurm.conf")
+        self.environment = dict(os.environ, SLURM_CONF=self.configuration, TMPDIR=os.path.join(folder, "tmp"), HEADFOLD=arguments.headfold,
+                                HEADFOLD_RESTARTED="1", OMP_WAIT_POLICY="passive")
+        for name in ("OMPI_MCA_btl", "HEADFOLD_SITE"):
+            self.environment.pop(name, None)
+        os.makedirs(self.environment["TMPDIR"])
+        self.memory_before = shared_memory()
+
+    def stop(self):
+        execute([self.testbed, "stop", "--folder", self.folder], code=None)
+
+    def call(self, *command, code=0):
+        return execute(list(command), self.environment, code)
+
+    def processes(self, ranks_of=None):
+        """Processes of this cluster's jobs: {process: rank}; with `ranks_of` only the ranks of headfold's stage."""
+        found = {}
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit():
+                continue
+            try:
+                with open("/proc/{}/cmdline".format(entry), "rb") as file:
+                    command = file.read().decode(errors="replace").split("\0")
+                with open("/proc/{}/comm".format(entry)) as file:
+                    name = file.read().strip()
+            except OSError:
+                continue
+            if not command[0] or (ranks_of and (name != "headfold" or ranks_of not in command or "--stage" not in command)):
+                continue
+            variables = environment_of(entry)
+            if variables.get("SLURM_CONF") == self.configuration and ("SLURM_JOB_ID" in variables or "slurmstepd" in command[0]):
+                found[int(entry)] = int(variables.get("SLURM_PROCID", -1))
+        return found
+
+    def check_nothing_left(self, run):
+        wait_for("no process of a job lives", lambda: not self.processes(), 15)
+        left = shared_memory() - self.memory_before
+        check(not left, "left in /dev/shm: {}".format(sorted(left)))
+        left = [name for folder in ("tmp-n1", "tmp-n2") for name in os.listdir(os.path.join(self.folder, folder))] + os.listdir(self.environment["TMPDIR"])
+        check(not left, "left in temporary folders: {}".format(left))
+        names = [os.path.join(folder, name) for folder, folders, files in os.walk(run.folder) for name in folders + files]
+        left = [name for name in names if re.search(r"\.tmp|\.partial|partial-|/\.token|/\.failures", name[len(run.folder):])]
+        check(not left, "temporary files left in the run's folder: {}".format(left))
+
+
+class Run:
+    """One pipeline in a folder of its own."""
+
+    def __init__(self, cluster, folder, retries=0, timeout=20):
+        self.cluster = cluster
+        self.folder = folder
+        os.makedirs(folder, exist_ok=True)
+        self.config = write_pipeline(cluster.arguments, folder, timeout)
+        self.site = self.config + ".env"
+        with open(self.site, "w") as file:
+            file.write("export HEADFOLD_MAX_RETRIES={} HEADFOLD_MIN_FREE_GB=0\n".format(retries))
+        self.poked = set()
+
+    def script(self, name, *options, code=0):
+        return self.cluster.call(os.path.join(self.cluster.arguments.source, "slurm", name), "--config", self.config, "--site", self.site, *options, code=code)
+
+    def submit(self, *options):
+        output = self.script("submit", *options)
+        return output
+
+    def status(self):
+        return json.loads(self.script("status", "--json"))["stages"]
+
+    def job(self, stage):
+        with open(os.path.join(self.folder, "slurm", "jobs.json")) as file:
+            jobs = {job["stage"]: job["id"] for submission in json.load(file)["submissions"] for job in submission["jobs"]}
+        return jobs[stage]
+
+    def slurm(self, stage):
+        """Fields of the stage's job (of its last task that runs or waits, for an array)."""
+        output = self.cluster.call("scontrol", "show", "job", "--oneliner", self.job(stage))
+        tasks = [dict(field.split("=", 1) for field in line.split(" ") if "=" in field) for line in output.splitlines() if "JobState=" in line]
+        alive = [task for task in tasks if task["JobState"] in ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING")]
+        return (alive or tasks)[0]
+
+    def poke(self):
+        """Requeued jobs wait two minutes by default: release them."""
+        for line in self.cluster.call("squeue", "--noheader", "--array", "--format=%A %T %r").splitlines():
+            job, state, reason = (line.split(None, 2) + ["", ""])[:3]
+            if state == "PENDING" and reason.startswith("BeginTime"):
+                self.cluster.call("scontrol", "update", "JobId=" + job, "StartTime=now", code=None)
+
+    def ended(self):
+        self.poke()
+        return not self.cluster.call("squeue", "--noheader").strip()
+
+    def wait(self, seconds=120):
+        wait_for("all jobs have ended", self.ended, seconds, 0.2)
+
+    def ranks(self, stage):
+        """{process: rank} of the stage, once all of its ranks have started headfold."""
+        return self.cluster.processes(stage)
+
+    def wait_for_stage(self, stage, seconds=60):
+        """Waits until ranks of a stage compute, releasing requeued jobs; False when the stage has finished instead."""
+        def begun():
+            ranks = self.ranks(stage)
+            if ranks:
+                return ranks
+            self.poke()
+            return "finished" if self.is_finished(stage) else None
+        return wait_for("stage {} begins".format(stage), begun, seconds) != "finished"
+
+    def elements(self, stage):
+        return {"convert": 2, "evaluate": 3}.get(stage, 1)
+
+    def is_finished(self, stage):
+        return all(os.path.exists(os.path.join(self.folder, "finished", "{}-{}".format(stage, i))) for i in range(self.elements(stage)))
+
+    def logs(self, stage):
+        text = ""
+        for path in sorted(glob.glob(os.path.join(self.folder, "logs", stage + "-*", "*"))):
+            with open(path, errors="replace") as file:
+                text += "---- {}\n{}".format(path, file.read())
+        return text
+
+    def check_finished(self):
+        states = {"{}/{}".format(entry["stage"], entry["name"]): entry["state"] for entry in self.status()}
+        check(set(states.values()) == {"finished"}, "not everything is finished: {}\n{}".format(
+            states, "".join(self.logs(stage)[-3000:] for stage in STAGES)))
+
+
+def write_pipeline(arguments, folder, timeout=20):
+    path = folder.rstrip("/") + ".ini"
+    with open(path, "w") as file:
+        file.write(PIPELINE.format(folder=folder, source=arguments.source, timeout=timeout))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Equality of results
+# ------------------------------------------------------------------------------------------------------------------
+
+def statistics_of(arguments, folder):
+    text = execute([arguments.headfold, "inspect", os.path.join(folder, "calibration.h5"), "--json"], dict(os.environ, HEADFOLD_RESTARTED="1"))
+    return json.loads(text[text.index("{"):])
+
+
+def numbers_of(value, path=""):
+    """All numbers of a JSON value, by path."""
+    if isinstance(value, dict):
+        return {key: number for name, inner in value.items() for key, number in numbers_of(inner, path + "/" + name).items()}
+    if isinstance(value, list):
+        return {key: number for i, inner in enumerate(value) for key, number in numbers_of(inner, "{}/{}".format(path, i)).items()}
+    return {path: value} if isinstance(value, (int, float)) and not isinstance(value, bool) else {}
+
+
+def results_of(folder):
+    """{evaluation: its results} of the newest results file of each."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(folder, "evaluation", "**", "results_*.json"), recursive=True)):
+        with open(path) as file:
+            results = json.load(file)["results"]
+        found["/".join(os.path.relpath(path, os.path.join(folder, "evaluation")).split("/")[:2])] = results
+    return found
+
+
+def table_of(folder, name):
+    """A table of the report, without the dates in names of results files."""
+    with open(os.path.join(folder, "report", name)) as file:
+        return list(csv.reader(re.sub(r"_\d{4}-\d\d-\d\dT[\d.-]+(?=\.json)", "", line) for line in file))
+
+
+def check_equal(arguments, reference, folder):
+    """Statistics to 1e-12, weights to the byte, scores and the report's tables exactly."""
+    ours, theirs = statistics_of(arguments, folder), statistics_of(arguments, reference)
+    if ours["content_hash"] != theirs["content_hash"]:
+        ours, theirs = numbers_of(ours["layers"]), numbers_of(theirs["layers"])
+        check(ours.keys() == theirs.keys() and ours, "statistics of other layers")
+        for key, value in ours.items():
+            check(abs(value - theirs[key]) <= 1e-12 * max(abs(value), abs(theirs[key])), "statistics differ: {} is {!r}, not {!r}".format(key, value, theirs[key]))
+    compared = 0
+    for part in ("half", "quarter", "healed/adapter", "healed/merged"):
+        names = sorted(name for name in os.listdir(os.path.join(reference, part)) if name.endswith(".safetensors") or name == "config.json")
+        check(names, "no weights in {}/{}".format(reference, part))
+        for name in names:
+            compared += 1
+            check(filecmp.cmp(os.path.join(reference, part, name), os.path.join(folder, part, name), shallow=False), "{}/{} differs".format(part, name))
+    check(compared >= 6, "only {} files were compared".format(compared))
+    ours, theirs = results_of(folder), results_of(reference)
+    check(len(theirs) == 3 and ours == theirs, "scores differ:\n{}\n{}".format(ours, theirs))
+    for name in ("quality.csv", "benchmarks.csv", "layers.csv"):
+        expected, found = table_of(reference, name), table_of(folder, name)
+        check(expected == found, "report/{} differs:\n{}\n{}".format(name, expected, found))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Cases
+# ------------------------------------------------------------------------------------------------------------------
+
+def make_reference(arguments):
+    folder = arguments.reference
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    config = write_pipeline(arguments, folder)
+    mpirun = [arguments.mpirun, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", "2"]
+    execute(mpirun + [arguments.headfold, "run", "--config", config], dict(os.environ, HEADFOLD_RESTARTED="1", OMP_WAIT_POLICY="passive"))
+    check_equal(arguments, folder, folder)
+    times = {}
+    with open(os.path.join(folder, "events.jsonl")) as file:
+        for line in file:
+            event = json.loads(line)
+            times.setdefault(event["stage"], []).append(event["time"])
+    say("seconds: {}".format({stage: round(moments[-1] - moments[0], 1) for stage, moments in times.items()}))
+
+
+def directives_of(text):
+    options = dict((line[len("#SBATCH --"):].split("=", 1) + [""])[:2] for line in text.splitlines() if line.startswith("#SBATCH --"))
+    for name in ("job-name", "output"):
+        check(options.pop(name, ""), "no --{} in\n{}".format(name, text))
+    if "array" in options:
+        members = []
+        for part in options["array"].split("%")[0].split(","):
+            ends = part.split("-")
+            members += range(int(ends[0]), int(ends[-1]) + 1)
+        options["array"] = "{}%{}".format(members, options["array"].partition("%")[2])
+    return options
+
+
+def test_scripts(arguments, scratch):
+    submit = os.path.join(arguments.source, "slurm", "submit")
+    nowhere = dict(os.environ, HEADFOLD=arguments.headfold, HEADFOLD_RESTARTED="1")
+    nowhere.pop("HEADFOLD_SITE", None)
+    nowhere.pop("SLURM_CONF", None)
+    empty = os.path.join(scratch, "empty.env")
+    open(empty, "w").close()
+    for folder in sorted(glob.glob(os.path.join(arguments.source, "slurm", "examples", "*"))):
+        output = execute([submit, "--config", os.path.join(folder, "pipeline.ini"), "--site", empty, "--dry-run"], nowhere)
+        scripts = {re.search(r"/slurm/(\w+)\.sbatch$", part.split("\n")[0]).group(1): part for part in re.split(r"^# (?=/.*\.sbatch$)", output, flags=re.M)[1:]}
+        check(sorted(scripts) == sorted(STAGES), "{}: stages {}".format(folder, sorted(scripts)))
+        for stage, text in scripts.items():
+            with open(os.path.join(folder, stage + ".sbatch")) as file:
+                by_hand = file.read()
+            check(directives_of(by_hand) == directives_of(text), "{}/{}.sbatch asks for {}, the pipeline for {}".format(
+                folder, stage, directives_of(by_hand), directives_of(text)))
+            check("HEADFOLD_STAGE={} ".format(stage) in by_hand, "{}/{}.sbatch runs another stage".format(folder, stage))
+    # Batch scripts refuse to run outside a job.
+    outside = execute(["bash", os.path.join(arguments.source, "slurm", "batch.sh")], {"PATH": os.environ["PATH"]}, code=64)
+    check("sbatch" in outside, outside)
+    # What cannot be submitted says why, before anything is written.
+    run = os.path.join(scratch, "run")
+    config = write_pipeline(arguments, run)
+    check("no stage 'train'" in execute([submit, "--config", config, "--site", empty, "--only", "train"], nowhere, code=64), "unknown stage")
+    check("needs calibrate" in execute([submit, "--config", config, "--site", empty, "--only", "convert", "--dry-run"], nowhere, code=64), "missing stage")
+    execute([submit, "--config", config + "x", "--site", empty], nowhere, code=65)
+    execute([submit, "--config", config, "--site", empty + "x"], nowhere, code=65)
+    check(not os.path.exists(run), "something was written into {}".format(run))
+    # status and cancel --stop need no Slurm.
+    execute([os.path.join(arguments.source, "slurm", "cancel"), "--config", config, "--site", empty, "--stop"], nowhere)
+    check(os.path.exists(os.path.join(run, "STOP")), "no STOP file")
+    output = execute([os.path.join(arguments.source, "slurm", "status"), "--config", config, "--site", empty], nowhere)
+    check("not begun" in output and "STOP is there" in output, output)
+    programs = [os.path.join(arguments.source, "slurm", name) for name in ("testbed", "batch.sh", "site.env.example")]
+    programs += glob.glob(os.path.join(arguments.source, "slurm", "examples", "*", "*.sbatch"))
+    if shutil.which("shellcheck"):
+        execute(["shellcheck"] + programs)
+    for program in programs:
+        execute(["bash", "-n", program])
+
+
+def test_chain(arguments, cluster, scratch):
+    # A blank in the name: everything must be quoted.
+    run = Run(cluster, os.path.join(scratch, "a run"))
+    output = run.submit()
+    check(len(re.findall(r"^(?:{}) +\d+ ".format("|".join(STAGES)), output, flags=re.M)) == 5, "no table of jobs:\n" + output)
+    check("still wait or run" in run.script("submit", code=64), "a second submission was taken")
+    run.wait()
+    run.check_finished()
+    check_equal(arguments, arguments.reference, run.folder)
+    for stage in STAGES[:4]:
+        for node in ("n1", "n2"):
+            check(glob.glob(os.path.join(run.folder, "logs", stage + "-0", node + "-*.log")), "no log of {} on {}\n{}".format(stage, node, run.logs(stage)[-3000:]))
+    with open(os.path.join(run.folder, "events.jsonl")) as file:
+        events = [json.loads(line) for line in file]
+    ends = {event["stage"] for event in events if event["event"] == "end"}
+    check({"calibrate-0", "convert-0", "convert-1", "finetune-0", "evaluate-0", "evaluate-1", "evaluate-2", "report-0"} <= ends, "end events of {}".format(ends))
+    check("everything is finished" in run.submit(), "what is finished was submitted again")
+    check(run.script("status").count("finished") == 8, run.script("status"))
+    cluster.check_nothing_left(run)
+
+
+def test_stop(arguments, cluster, scratch):
+    run = Run(cluster, os.path.join(scratch, "run"))
+    run.submit()
+    limit = 20
+
+    def interrupt(stage, what, action):
+        check(run.wait_for_stage(stage), "{} was too fast to interrupt".format(stage))
+        time.sleep(random.uniform(0, 1.5))
+        restarts = int(run.slurm(stage)["Restarts"])
+        action()
+        start = time.monotonic()
+        wait_for("ranks end after {}".format(what), lambda: not run.ranks(stage), limit)
+        say("{} in {}: ranks ended after {:.1f} s".format(what, stage, time.monotonic() - start))
+        return restarts
+
+    def requeued(stage, restarts):
+        state = run.slurm(stage)
+        return int(state["Restarts"]) > restarts or run.is_finished(stage)
+
+    for stage in ("calibrate", "finetune", "evaluate"):
+        restarts = interrupt(stage, "USR1", lambda: cluster.call("scancel", "--signal=USR1", run.slurm(stage)["JobId"]))
+        wait_for("{} goes back into the queue".format(stage), lambda: requeued(stage, restarts), 20, 0.2)
+        if stage == "calibrate":
+            # Slurm takes it back by itself, as an operator or a lost node would.
+            restarts = interrupt(stage, "scontrol requeue", lambda: cluster.call("scontrol", "requeue", run.slurm(stage)["JobId"], code=None))
+            wait_for("requeued by Slurm", lambda: requeued(stage, restarts), 20, 0.2)
+        if stage == "finetune":
+            # Preemption: a job of the partition above takes both nodes.
+            check(run.wait_for_stage(stage), "finetune was too fast")
+            restarts = int(run.slurm(stage)["Restarts"])
+            cluster.call("srun", "--partition=urgent", "-N2", "-n2", "true")
+            wait_for("requeued after preemption", lambda: requeued(stage, restarts), 30, 0.2)
+    check(run.wait_for_stage("evaluate"), "evaluate was too fast to stop")
+    run.script("cancel", "--stop")
+    wait_for("jobs end after STOP", lambda: run.ended(), limit, 0.2)
+    states = {entry["stage"]: entry["state"] for entry in run.status()}
+    check(states["evaluate"] == "stopped" and states["report"] == "cancelled", "after STOP: {}\n{}".format(states, run.logs("evaluate")[-3000:]))
+    check("STOP" in run.script("submit", code=64), "submitted although STOP is there")
+    os.remove(os.path.join(run.folder, "STOP"))
+    run.submit()
+    run.wait()
+    run.check_finished()
+    check_equal(arguments, arguments.reference, run.folder)
+    cluster.check_nothing_left(run)
+
+
+def test_kill(arguments, cluster, scratch):
+    kills = int(os.environ.get("HEADFOLD_SLURM_KILLS", "2"))
+    run = Run(cluster, os.path.join(scratch, "run"), retries=1000)
+    run.submit()
+    # Kills are spread over how long an undisturbed stage takes, start included.
+    lengths = {"calibrate": 2.5, "convert": 2.0, "finetune": 3.0, "evaluate": 2.0, "report": 0.7}
+    slowest = 0.0
+    for stage in STAGES:
+        done = 0
+        while done < kills and run.wait_for_stage(stage):
+            time.sleep(random.uniform(0, lengths[stage]))
+            ranks = run.ranks(stage)
+            if not ranks:
+                continue
+            victim = random.choice(sorted(ranks))
+            try:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            start = time.monotonic()
+            wait_for("the other ranks of {} end".format(stage), lambda: not set(run.ranks(stage)) & set(ranks), 30)
+            slowest = max(slowest, time.monotonic() - start)
+            done += 1
+        say("{}: {} ranks killed, all ended {:.1f} s later at most".format(stage, done, slowest))
+        check(done > 0, "{} ended before a rank could be killed".format(stage))
+    run.wait(240)
+    run.check_finished()
+    check_equal(arguments, arguments.reference, run.folder)
+    cluster.check_nothing_left(run)
+
+
+def test_node(arguments, cluster, scratch):
+    run = Run(cluster, os.path.join(scratch, "run"), retries=10)
+    run.submit()
+    check(run.wait_for_stage("finetune"), "finetune was too fast")
+    cluster.call(cluster.testbed, "kill-node", "n2", "--folder", cluster.folder)
+    say("slurmd of n2 is killed")
+    wait_for("Slurm misses the node", lambda: "down" in cluster.call("sinfo", "--noheader", "--nodes=n2", "--format=%T"), 60, 0.5)
+    say("the node is down")
+    cluster.call(cluster.testbed, "start-node", "n2", "--folder", cluster.folder)
+    run.wait(180)
+    run.check_finished()
+    check_equal(arguments, arguments.reference, run.folder)
+    cluster.check_nothing_left(run)
+
+
+def test_disk(arguments, cluster, scratch):
+    mounted = os.path.join(scratch, "small")
+    os.makedirs(mounted)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", mounted], stderr=subprocess.DEVNULL).returncode != 0:
+        raise Skip("no tmpfs may be mounted here")
+    try:
+        run = Run(cluster, os.path.join(mounted, "run"))
+        failures = []
+        for size in ("8M", "34M", "50M", "72M", "800M"):
+            execute(["mount", "-o", "remount,size=" + size, mounted])
+            run.submit()
+            run.wait()
+            states = {}
+            for entry in run.status():
+                states.setdefault(entry["stage"], []).append(entry["state"])
+            failed = [stage for stage in STAGES if "failed" in states[stage]]
+            say("{}: {}".format(size, failed or "all finished"))
+            if size != "800M":
+                check(failed, "everything fits into {}: {}".format(size, states))
+                log = run.logs(failed[0])
+                check(re.search(r"space|free", log), "{} does not say why:\n{}".format(failed[0], log[-3000:]))
+            failures += failed
+        check(len(set(failures)) >= 2, "the disk was full in {} only".format(set(failures)))
+        run.check_finished()
+        check_equal(arguments, arguments.reference, run.folder)
+        cluster.check_nothing_left(run)
+    finally:
+        execute(["umount", "--lazy", mounted], code=None)
+
+
+def test_hang(arguments, cluster, scratch):
+    timeout = 4
+    for name, hook in (("HEADFOLD_TEST_HANG", "1:progress:2"), ("HEADFOLD_TEST_FREEZE", "1:progress:2")):
+        run = Run(cluster, os.path.join(scratch, name), timeout=timeout)
+        cluster.environment[name] = hook
+        run.submit("--only", "calibrate")
+        del cluster.environment[name]
+        run.wait_for_stage("calibrate")
+        start = time.monotonic()
+        wait_for("the job ends although rank 1 hangs", lambda: not run.ranks("calibrate"), timeout + 10 + 5)
+        took = time.monotonic() - start
+        run.wait()
+        log = run.logs("calibrate")
+        say("{}: ended {:.1f} s after the ranks had started".format(name, took))
+        check(int(run.slurm("calibrate")["ExitCode"].split(":")[0]) != 0, "the job did not fail")
+        check(re.search(r"rank 1\b.*\bn2\b", log), "rank 1 on n2 is not named:\n" + log[-5000:])
+        check(run.status()[0]["state"] == "failed", "status: {}".format(run.status()[0]))
+        check(not run.is_finished("calibrate"), "the stage is taken for finished")
+        wait_for("no process of a job lives", lambda: not cluster.processes(), 15)
+
+
+CASES = {"chain": test_chain, "stop": test_stop, "kill": test_kill, "node": test_node, "disk": test_disk, "hang": test_hang}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("case", choices=["reference", "scripts"] + sorted(CASES))
+    parser.add_argument("--headfold", required=True, type=os.path.abspath)
+    parser.add_argument("--reference", required=True, type=os.path.abspath)
+    parser.add_argument("--source", default=os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    parser.add_argument("--mpirun", default="mpirun")
+    parser.add_argument("--keep", action="store_true")
+    arguments = parser.parse_args()
+    seed = int(os.environ.get("HEADFOLD_SLURM_SEED", str(random.randrange(10**6))))
+    random.seed(seed)
+    say("{}; HEADFOLD_SLURM_SEED={}".format(arguments.case, seed))
+    if arguments.case == "reference":
+        make_reference(arguments)
+        return 0
+    scratch = tempfile.mkdtemp(prefix="hf-slurm-", dir="/tmp")
+    cluster = None
+    try:
+        if arguments.case == "scripts":
+            test_scripts(arguments, scratch)
+        else:
+            cluster = Cluster(arguments, scratch)
+            CASES[arguments.case](arguments, cluster, scratch)
+    except Skip as skip:
+        print("skipped: {}".format(skip))
+        return 77
+    finally:
+        if cluster:
+            cluster.stop()
+        if not arguments.keep:
+            shutil.rmtree(scratch, ignore_errors=True)
+    say("passed")
+    return 0
+
+
+try:
+    sys.exit(main())
+except AssertionError as failure:
+    print("FAILED: {}".format(failure))
+    sys.exit(1)
