@@ -33,7 +33,7 @@ function(headfold_register_ranks name)
       add_test(NAME ${name}.ranks_${ranks} COMMAND ${MPIEXEC_EXECUTABLE} ${HEADFOLD_MPIEXEC_FLAGS} -np ${ranks} ${arg_COMMAND})
     endif()
     set_tests_properties(${name}.ranks_${ranks} PROPERTIES LABELS "${arg_LABELS};ranks_${ranks}" TIMEOUT ${arg_TIMEOUT} PROCESSORS ${ranks}
-      ENVIRONMENT "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;${HEADFOLD_SANITIZER_OPTIONS};OMP_WAIT_POLICY=passive;HEADFOLD_RESTARTED=1")
+      ENVIRONMENT "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;${HEADFOLD_SANITIZER_OPTIONS};OMP_WAIT_POLICY=passive;HEADFOLD_RESTARTED=1;HEADFOLD_SHARE_GPUS=1")
   endforeach()
 endfunction()
 

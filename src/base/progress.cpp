@@ -4,6 +4,7 @@
 #include <headfold/base/test_point.h>
 
 #include <algorithm>
+#include <cmath>
 #include <mutex>
 
 namespace headfold {
@@ -49,10 +50,15 @@ void Progress::advance(double amount) {
 }
 
 void emit_progress(const std::string& what, const std::string& unit, double done, double total, double rate) {
+  // Whole numbers look like that.
+  const auto number = [](double value) {
+    return std::floor(value) == value && std::abs(value) < 1e15 ? OrderedJson(static_cast<std::int64_t>(value))
+                                                                : OrderedJson(value);
+  };
   OrderedJson fields;
   fields["what"] = what;
-  fields["step"] = done;
-  fields["of"] = total;
+  fields["step"] = number(done);
+  fields["of"] = number(total);
   fields["unit"] = unit;
   if (rate > 0) {
     fields["rate"] = rate;

@@ -196,8 +196,12 @@ class Writer {
     // Space is taken at once and not filled: every value is written by its owner.
     H5Pset_alloc_time(properties, H5D_ALLOC_TIME_EARLY);
     H5Pset_fill_time(properties, H5D_FILL_TIME_NEVER);
+    // No times: the same sums give the same bytes.
+    H5Pset_obj_track_times(properties, false);
+    const Handle plain_group(H5Pcreate(H5P_GROUP_CREATE), H5Pclose);
+    H5Pset_obj_track_times(plain_group, false);
     for (std::int64_t layer = 0; layer < header.layers; ++layer) {
-      const Handle group(H5Gcreate2(file_, group_name(layer).c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT), H5Gclose);
+      const Handle group(H5Gcreate2(file_, group_name(layer).c_str(), H5P_DEFAULT, plain_group, H5P_DEFAULT), H5Gclose);
       if (!group.valid()) fail("a group cannot be created");
       for (const Dataset& dataset : datasets(header.shape())) {
         const auto size = static_cast<hsize_t>(dataset.size);
@@ -240,7 +244,9 @@ class Writer {
     H5Pset_libver_bounds(access_, H5F_LIBVER_V18, H5F_LIBVER_LATEST);
     if (world.mpi_comm() != nullptr)
       H5Pset_fapl_mpio(access_, *static_cast<const MPI_Comm*>(world.mpi_comm()), MPI_INFO_NULL);
-    return H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access_);
+    const Handle creation(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
+    H5Pset_obj_track_times(creation, false);
+    return H5Fcreate(path.c_str(), H5F_ACC_TRUNC, creation, access_);
   }
   void attribute(const char* name, hid_t file_type, hid_t memory_type, const void* value) {
     const Handle space(H5Screate(H5S_SCALAR), H5Sclose);

@@ -128,10 +128,11 @@ void set_watched(bool watched) {
 Operation::Operation(const Communicator& group, const std::string& what)
     : place_(Board::instance().enter(collective_place(group.group(), what))) {}
 Operation::Operation(const std::string& what) {
-  if (has_test_points()) test_point(what);
   Place place;
   place.what = what;
   place_ = Board::instance().enter(std::move(place));
+  // Inside: this rank hangs in it, nobody waits for it to begin.
+  if (has_test_points()) test_point(what);
 }
 Operation::~Operation() {
   Board::instance().leave(place_);

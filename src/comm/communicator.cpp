@@ -140,11 +140,13 @@ Request::~Request() {
     }
     // This rank failed: its peers may never do their part, and the error at hand must be told at once. What does not
     // complete soon is left to the end of the process, which is near.
+    static std::atomic<bool> waited_enough{false};
     using Clock = std::chrono::steady_clock;
-    for (const auto start = Clock::now(); Clock::now() - start < std::chrono::seconds(1);) {
+    for (const auto start = Clock::now(); !waited_enough && Clock::now() - start < std::chrono::seconds(1);) {
       if (state_->test()) return;
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
+    waited_enough = true;
   } catch (...) {  // may not throw here; the next operation on the communicator reports the failure
   }
   (void)state_.release();

@@ -17,7 +17,7 @@ enum class Reduce { sum, min, max };
 struct Group;  // private: board.h
 
 /// A started non-blocking transfer. wait() must be called before the buffer is touched or freed; the destructor waits
-/// too, but no longer than a second while an exception is on its way.
+/// too, but all of them together no longer than a second while an exception is on its way.
 class Request {
  public:
   class State {

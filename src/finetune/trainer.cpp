@@ -1,7 +1,10 @@
 #include <headfold/base/error.h>
+#include <headfold/base/events.h>
 #include <headfold/base/files.h>
 #include <headfold/base/index.h>
 #include <headfold/base/log.h>
+#include <headfold/base/progress.h>
+#include <headfold/base/test_point.h>
 #include <headfold/checkpoint/safetensors.h>
 #include <headfold/finetune/trainer.h>
 
@@ -331,7 +334,10 @@ struct Trainer::State {
     saved = now.step;
     // Every rank must stand at the same values before anybody trains on.
     world.require_equal(optimizer.fingerprint(), fmt::format("the weights read from {}", chosen));
-    if (world.root()) spdlog::info("resuming after step {} of {} from {}", now.step, options.schedule.steps, chosen);
+    if (world.root()) {
+      spdlog::info("resuming after step {} of {} from {}", now.step, options.schedule.steps, chosen);
+      emit_event("resume", {{"step", now.step}, {"of", options.schedule.steps}, {"unit", "step"}});
+    }
     return true;
   }
 
@@ -360,6 +366,8 @@ struct Trainer::State {
     if (!last && now.step != first_step + 1 && seconds_since(reported) < options.report_seconds) return;
     reported = Clock::now();
     const double each = seconds_since(started) / static_cast<double>(now.step - first_step);
+    emit_progress("finetune", "step", static_cast<double>(now.step), static_cast<double>(options.schedule.steps),
+                  1 / std::max(each, 1e-9));
     spdlog::info("step {}/{}: loss {:.4f}{}, {:.0f} tokens/s, rate {:.3g}, gradient norm {:.3g}, {} resident, {} left",
                  now.step, options.schedule.steps, now.last_loss,
                  teacher != nullptr ? fmt::format(" (KL {:.4f})", sums.divergence / tokens) : std::string(), speed,
@@ -393,6 +401,9 @@ struct Trainer::State {
       now.step = step;
       now.tokens += options.batch * data.length();
       now.last_loss = loss;
+      set_latest_progress("finetune", "step", static_cast<double>(now.step),
+                          static_cast<double>(options.schedule.steps));
+      test_point("progress finetune");
       report_step(sums, rate, norm, seconds_since(step_start));
       const bool last = now.step == options.schedule.steps;
       if (last || (options.validate_every > 0 && now.step % options.validate_every == 0)) {

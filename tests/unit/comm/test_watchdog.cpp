@@ -112,7 +112,7 @@ TEST_F(WatchdogTest, follows_a_chain_of_messages_to_the_rank_that_waits_for_nobo
     return;
   }
   ASSERT_EQ(texts.size(), 1u);
-  EXPECT_THAT(texts[0], HasSubstr("receive from rank 1 (message 1 of world/split1:0, tag 7)"));
+  EXPECT_THAT(texts[0], testing::ContainsRegex("receive from rank 1 .message 1 of world/split[0-9]+:0, tag 7"));
   EXPECT_THAT(texts[0], HasSubstr("rank 1 on " + Environment::host() + " waits in receive from rank 2"));
   EXPECT_THAT(texts[0], HasSubstr("wait for nobody:\n  rank 3 on " + Environment::host() + " is in no operation"));
   EXPECT_THAT(texts[0], Not(HasSubstr("rank 2 on")));
