@@ -76,6 +76,11 @@ std::vector<Layer> layers_of(const Conversion& conversion) {
   return layers;
 }
 
+/// Whether a row has losses of its own: those of a healed model are its fold's, which has its own row.
+bool has_losses(const ModelRow& row) {
+  return row.conversion && (!row.conversion->extras.healed || row.conversion->verification);
+}
+
 SideLoss losses_of(const Conversion& conversion, bool keys) {
   SideLoss loss;
   for (const Layer& layer : layers_of(conversion)) {
@@ -588,7 +593,7 @@ class Builder {
   void loss_figures(const Section& one) {
     bool any = false, measured = false;
     for (const ModelRow& row : one.models) {
-      any = any || (row.conversion && !row.conversion->layers.empty());
+      any = any || (row.conversion && !row.conversion->layers.empty() && has_losses(row));
       measured = measured || (row.conversion && row.conversion->verification);
     }
     if (!any && !measured) return;
@@ -620,7 +625,7 @@ class Builder {
                        {"Values", "spread", true},
                        {"Values", "in order", true}};
     for (const ModelRow& row : one.models) {
-      if (!row.conversion) continue;
+      if (!has_losses(row)) continue;
       std::vector<Cell> cells = {name_cell(row)};
       for (const bool keys : {true, false}) {
         const SideLoss loss = losses_of(*row.conversion, keys);
@@ -644,7 +649,7 @@ class Builder {
       std::vector<const ModelRow*> rows;
       std::vector<double> values, layers;
       for (const ModelRow& row : one.models) {
-        if (row.series != static_cast<int>(f) || !row.conversion) continue;
+        if (row.series != static_cast<int>(f) || !has_losses(row)) continue;
         bool has = false;
         for (const bool keys : {true, false}) {
           const SideLoss loss = losses_of(*row.conversion, keys);

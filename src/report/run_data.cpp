@@ -1151,8 +1151,9 @@ class Reader {
         unfounded.push_back(row.name);
         continue;
       }
-      if (!row.conversion->verification) unverified.push_back(row.name);
-      if (!row.conversion->record) untimed.push_back(row.name);
+      // Training goes on from a fold that has its own row: nothing was predicted of what it makes.
+      if (!row.conversion->verification && !row.conversion->extras.healed) unverified.push_back(row.name);
+      if (!row.conversion->record && !row.conversion->extras.healed) untimed.push_back(row.name);
       if (row.evaluation && row.conversion->record && row.conversion->record->date > 0)
         for (const auto& [task, result] : row.evaluation->tasks)
           if (result.date > 0 && result.date < row.conversion->record->date) {

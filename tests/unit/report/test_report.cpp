@@ -201,6 +201,15 @@ TEST(ReportTest, partial_runs_say_what_is_missing) {
                              "The original model was not evaluated", "3.0 KiB, 50", "Predicted loss, layer by layer"})
       EXPECT_THAT(page.html, HasSubstr(text));
     EXPECT_THAT(page.html, Not(HasSubstr("measured; a stem")));
+    // What training made of a fold has no prediction to verify.
+    Json record = read_json(run.folder() / "x-4" / "headfold.json");
+    record["merged"] = Json::object();
+    write_file(run.folder() / "x-4" / "headfold.json", record.dump());
+    const Page healed = page_of(run);
+    expect_sound(healed, run);
+    EXPECT_THAT(healed.html, HasSubstr("Not evaluated: x-4"));
+    for (const char* text : {"Not verified", "No convert.json", "Predicted loss, layer by layer"})
+      EXPECT_THAT(healed.html, Not(HasSubstr(text)));
   }
   {
     RunFolder run(scratch / "results-only");
