@@ -92,7 +92,7 @@ batch_check_nodes() {
 
 # Is this job still one that may go back into the queue? After scancel, at its time limit or while Slurm requeues it by itself it is not.
 batch_still_running() {
-  scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '
+  scontrol show job --oneliner "$job" | grep -q ' JobState=RUNNING '
 }
 
 # batch_requeue REASON: does not return when the job goes back into the queue.
@@ -106,7 +106,7 @@ batch_requeue() {
     batch_say "$1; requeued $restarts times already, which is the limit (max-requeues)"
   else
     batch_say "$1; back into the queue ($((restarts + 1)) of at most $limit)"
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$job"; then
       # Slurm ends this script now; the next start goes on where this one stopped.
       exit 75
     fi
@@ -116,6 +116,9 @@ batch_requeue() {
 
 run_stage() {
   local stage=${HEADFOLD_STAGE:?} config=${HEADFOLD_CONFIG:?} element=${SLURM_ARRAY_TASK_ID:-0}
+  # The number of an array's last task is that of the whole array, so a task is named by both.
+  local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$element}
+  job=${job:-$SLURM_JOB_ID}
   local command options=() code=0 failures=0 failures_file retries=${HEADFOLD_MAX_RETRIES:-2}
   [[ -r $config ]] || batch_refuse "cannot read $config" 65
   if [[ -z ${HEADFOLD_FOLDER:-} ]]; then
@@ -131,7 +134,7 @@ run_stage() {
   trap 'batch_say "SIGTERM"' TERM
 
   batch_program
-  batch_say "stage $stage, element $element; job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)); nodes ${SLURM_JOB_NODELIST:-?}"
+  batch_say "stage $stage, element $element; job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)); nodes ${SLURM_JOB_NODELIST:-?}"
   if [[ -e $HEADFOLD_FOLDER/STOP ]]; then
     batch_say "$HEADFOLD_FOLDER/STOP exists: nothing is done"
     exit 75
@@ -155,6 +158,11 @@ run_stage() {
     batch_say "${command[*]}"
     "${command[@]}" || code=$?
     batch_say "exit code $code"
+    # srun also says 0 when it could not launch a step.
+    if ((code == 0)) && [[ ! -e $HEADFOLD_FOLDER/finished/$stage-$element ]]; then
+      batch_say "but $HEADFOLD_FOLDER/finished/$stage-$element is not there"
+      code=1
+    fi
   fi
 
   case "$code" in
@@ -163,6 +171,8 @@ run_stage() {
       exit 0
       ;;
     75) batch_requeue "stopped with everything saved" ;;
+    # SIGUSR1 or SIGTERM came before headfold listened to them.
+    138 | 143) batch_requeue "stopped before it had begun" ;;
     64 | 65) ;;
     *)
       failures=$(cat "$failures_file" 2>/dev/null) || failures=0
