@@ -74,14 +74,14 @@ checkpoint-every = 3
 models = original, healed
 data = {source}/demo/text/heldout.jsonl
 seq-len = 64
-limit = 32
+limit = 128
 dtype = float32
 
 [evaluate glosses]
 models = half
 task-file = {source}/demo/tasks/glosses.json
 tasks = glosses
-limit = 24
+limit = 60
 dtype = float32
 
 [report]
@@ -174,7 +174,7 @@ class Cluster:
         self.memory_before = shared_memory()
 
     def stop(self):
-        execute([self.testbed, "stop", "--folder", self.folder], code=None)
+        execute([self.testbed, "stop", "--folder", self.folder] + (["--keep"] if self.arguments.keep else []), code=None)
 
     def call(self, *command, code=0):
         return execute(list(command), self.environment, code)
@@ -221,7 +221,7 @@ class Run:
         self.site = self.config + ".env"
         with open(self.site, "w") as file:
             file.write("export HEADFOLD_MAX_RETRIES={} HEADFOLD_MIN_FREE_GB=0\n".format(retries))
-        self.poked = set()
+        self.held = {}
 
     def script(self, name, *options, code=0):
         return self.cluster.call(os.path.join(self.cluster.arguments.source, "slurm", name), "--config", self.config, "--site", self.site, *options, code=code)
@@ -238,18 +238,23 @@ class Run:
             jobs = {job["stage"]: job["id"] for submission in json.load(file)["submissions"] for job in submission["jobs"]}
         return jobs[stage]
 
-    def slurm(self, stage):
-        """Fields of the stage's job (of its last task that runs or waits, for an array)."""
-        output = self.cluster.call("scontrol", "show", "job", "--oneliner", self.job(stage))
+    def slurm(self, stage, name=None):
+        """Fields of the stage's job: of the task `name` of an array, else of one that runs, else of one that waits."""
+        output = self.cluster.call("scontrol", "show", "job", "--oneliner", name or self.job(stage))
         tasks = [dict(field.split("=", 1) for field in line.split(" ") if "=" in field) for line in output.splitlines() if "JobState=" in line]
-        alive = [task for task in tasks if task["JobState"] in ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING")]
-        return (alive or tasks)[0]
+        order = ("RUNNING", "COMPLETING", "CONFIGURING", "PENDING")
+        task = min(tasks, key=lambda one: order.index(one["JobState"]) if one["JobState"] in order else len(order))
+        # The number of an array's last task is that of the whole array.
+        task["Name"] = "{ArrayJobId}_{ArrayTaskId}".format(**task) if "ArrayTaskId" in task else task["JobId"]
+        return task
 
     def poke(self):
-        """Requeued jobs wait two minutes by default: release them."""
-        for line in self.cluster.call("squeue", "--noheader", "--array", "--format=%A %T %r").splitlines():
+        """Requeued jobs wait two minutes: release them, once nothing of their last start is left (what the two minutes are for)."""
+        for line in self.cluster.call("squeue", "--noheader", "--array", "--format=%i %T %r").splitlines():
             job, state, reason = (line.split(None, 2) + ["", ""])[:3]
-            if state == "PENDING" and reason.startswith("BeginTime"):
+            if state != "PENDING" or not reason.startswith("BeginTime"):
+                self.held.pop(job, None)
+            elif time.monotonic() > self.held.setdefault(job, time.monotonic()) + 1 and not self.cluster.processes():
                 self.cluster.call("scontrol", "update", "JobId=" + job, "StartTime=now", code=None)
 
     def ended(self):
@@ -271,7 +276,26 @@ class Run:
                 return ranks
             self.poke()
             return "finished" if self.is_finished(stage) else None
-        return wait_for("stage {} begins".format(stage), begun, seconds) != "finished"
+        try:
+            return wait_for("stage {} begins".format(stage), begun, seconds, 0.1) != "finished"
+        except AssertionError as failure:
+            raise AssertionError("{}\n{}\n{}".format(failure, self.cluster.call("scontrol", "show", "job"), self.logs(stage)[-3000:]))
+
+    def starts(self, stage):
+        """How often a job of the stage has begun to compute."""
+        try:
+            with open(os.path.join(self.folder, "events.jsonl")) as file:
+                return sum(1 for line in file if '"event":"start"' in line and '"stage":"{}-'.format(stage) in line)
+        except OSError:
+            return 0
+
+    def wait_until_it_computes(self, stage):
+        """As wait_for_stage, and then until headfold has read its options and listens; False when the stage finished before."""
+        before = self.starts(stage)
+        if not self.wait_for_stage(stage):
+            return False
+        wait_for("{} computes".format(stage), lambda: self.starts(stage) > before or self.is_finished(stage), 30)
+        return bool(self.ranks(stage))
 
     def elements(self, stage):
         return {"convert": 2, "evaluate": 3}.get(stage, 1)
@@ -457,37 +481,38 @@ def test_stop(arguments, cluster, scratch):
     limit = 20
 
     def interrupt(stage, what, action):
-        check(run.wait_for_stage(stage), "{} was too fast to interrupt".format(stage))
-        time.sleep(random.uniform(0, 1.5))
-        restarts = int(run.slurm(stage)["Restarts"])
-        action()
-        start = time.monotonic()
-        wait_for("ranks end after {}".format(what), lambda: not run.ranks(stage), limit)
-        say("{} in {}: ranks ended after {:.1f} s".format(what, stage, time.monotonic() - start))
-        return restarts
+        """Until it met a computing stage: elements are short, and may end just before."""
+        while run.wait_until_it_computes(stage):
+            time.sleep(random.uniform(0, 0.2))
+            task = run.slurm(stage)
+            action(task["Name"])
+            start = time.monotonic()
+            wait_for("ranks end after {}".format(what), lambda: not run.ranks(stage), limit)
+            took = time.monotonic() - start
+            wait_for("{} is requeued, or had ended".format(task["Name"]), lambda: run.slurm(stage, task["Name"])["JobState"] in ("PENDING", "COMPLETED"), 20, 0.2)
+            if int(run.slurm(stage, task["Name"])["Restarts"]) > int(task["Restarts"]):
+                say("{} in {}: ranks ended after {:.1f} s".format(what, task["Name"], took))
+                return
+        raise AssertionError("{} was over before {}".format(stage, what))
 
-    def requeued(stage, restarts):
-        state = run.slurm(stage)
-        return int(state["Restarts"]) > restarts or run.is_finished(stage)
+    def usr1(name):
+        # scancel goes on trying when the task of an array was stopped by its signal.
+        cluster.call("timeout", "3", "scancel", "--signal=USR1", name, code=None)
 
-    for stage in ("calibrate", "finetune", "evaluate"):
-        restarts = interrupt(stage, "USR1", lambda: cluster.call("scancel", "--signal=USR1", run.slurm(stage)["JobId"]))
-        wait_for("{} goes back into the queue".format(stage), lambda: requeued(stage, restarts), 20, 0.2)
-        if stage == "calibrate":
-            # Slurm takes it back by itself, as an operator or a lost node would.
-            restarts = interrupt(stage, "scontrol requeue", lambda: cluster.call("scontrol", "requeue", run.slurm(stage)["JobId"], code=None))
-            wait_for("requeued by Slurm", lambda: requeued(stage, restarts), 20, 0.2)
-        if stage == "finetune":
-            # Preemption: a job of the partition above takes both nodes.
-            check(run.wait_for_stage(stage), "finetune was too fast")
-            restarts = int(run.slurm(stage)["Restarts"])
-            cluster.call("srun", "--partition=urgent", "-N2", "-n2", "true")
-            wait_for("requeued after preemption", lambda: requeued(stage, restarts), 30, 0.2)
+    interrupt("calibrate", "USR1", usr1)
+    # As an operator or a lost node would.
+    interrupt("calibrate", "scontrol requeue", lambda name: cluster.call("scontrol", "requeue", name, code=None))
+    interrupt("finetune", "USR1", usr1)
+    # A job of the partition above takes both nodes.
+    interrupt("finetune", "preemption", lambda name: cluster.call("srun", "--partition=urgent", "-N2", "-n2", "true"))
+    log = run.logs("calibrate") + run.logs("finetune")
+    check(log.count("sequences, whose sums are in") >= 1 and log.count("saved in") >= 1, "nothing was saved when it was stopped:\n" + log)
+    interrupt("evaluate", "USR1", usr1)
     check(run.wait_for_stage("evaluate"), "evaluate was too fast to stop")
     run.script("cancel", "--stop")
     wait_for("jobs end after STOP", lambda: run.ended(), limit, 0.2)
     states = {entry["stage"]: entry["state"] for entry in run.status()}
-    check(states["evaluate"] == "stopped" and states["report"] == "cancelled", "after STOP: {}\n{}".format(states, run.logs("evaluate")[-3000:]))
+    check(states["evaluate"] in ("stopped", "finished") and states["report"] == "cancelled", "after STOP: {}\n{}".format(states, run.logs("evaluate")[-3000:]))
     check("STOP" in run.script("submit", code=64), "submitted although STOP is there")
     os.remove(os.path.join(run.folder, "STOP"))
     run.submit()
