@@ -2,6 +2,7 @@
 // HDF5 file.
 
 #include <ATen/Parallel.h>
+#include <headfold/base/events.h>
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
 #include <headfold/base/progress.h>
@@ -18,7 +19,7 @@
 
 #include <iostream>
 
-#include "job.h"
+#include "session.h"
 #include "values.h"
 
 namespace headfold::jobs {
@@ -403,6 +404,7 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
       world.all_reduce(static_cast<double>(available_memory_bytes()) / host.size(), comm::Reduce::min);
   const int stages = choose_stages(settings, config, world, budget);
   const comm::Grid grid = comm::make_grid(world, stages);
+  log_grid(grid, model::stage_layers(config, stages));
   if (world.root()) {
     std::cout << plan_text(settings, config, header, stages, world.size(), budget) << std::flush;
     const std::int64_t batches = (settings.samples + settings.micro_batch - 1) / settings.micro_batch;
@@ -461,6 +463,7 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
   collected.resumed = [&](std::int64_t dealt_with, std::int64_t micro_batches) {
     tokens_here = tokens_all - static_cast<double>(dealt_with * settings.length);
     own_batches = micro_batches;
+    if (dealt_with > 0) emit_event("resume", {{"step", dealt_with}, {"of", settings.samples}, {"unit", "sequence"}});
     progress = std::make_unique<Progress>("calibrate", "tokens", tokens_here, world.root());
   };
   // Rank 0's share stands for all: the replicas have equal work.

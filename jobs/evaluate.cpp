@@ -1,6 +1,7 @@
 // headfold evaluate: benchmarks, perplexity of a model on a text, and its divergence from a reference model on the same
 // windows.
 
+#include <headfold/base/events.h>
 #include <headfold/base/files.h>
 #include <headfold/base/hash.h>
 #include <headfold/base/log.h>
@@ -21,6 +22,7 @@
 #include <iostream>
 
 #include "evaluate_options.h"
+#include "session.h"
 
 namespace headfold::jobs {
 namespace {
@@ -295,6 +297,7 @@ std::vector<evaluation::TaskResult> score_texts(const Context& context, const Ev
         run.tokens += static_cast<double>(task.windows[w].inputs.size());
     }
   }
+  if (done > 0) emit_event("resume", {{"step", done}, {"of", windows}, {"unit", "window"}});
   if (done > 0 && context.world.root())
     spdlog::info("{} of {} windows were scored before, their scores are in {}", done, windows, store.folder().string());
   Progress progress("evaluate", "token", run.tokens, context.world.root());
@@ -438,6 +441,7 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
       static_cast<std::int64_t>(available_memory_bytes()) / host.size() / 10 * 8, comm::Reduce::min);
   const comm::Grid grid =
       comm::make_grid(context.world, choose_stages(context, options, models, memory, work.scoring.residency));
+  log_grid(grid, model::stage_layers(work.model->config(), grid.stages));
   if (speaks) print_plan(context, options, work, grid, models, memory);
   if (options.dry_run) return;
 

@@ -411,7 +411,7 @@ std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader&
   std::int64_t unsaved = 0;  // micro-batches of a replica
   for (std::int64_t next = 0; next < count;) {
     std::int64_t size = in_groups ? round.size() : count;
-    if (options.save_every > 0) size = std::min(size, options.save_every - unsaved);
+    if (partial && options.save_every > 0) size = std::min(size, options.save_every - unsaved);
     // Sizes follow rank 0's clock.
     if (in_groups) grid.world.broadcast(std::as_writable_bytes(std::span(&size, 1)));
     const std::int64_t end = std::min(count, next + size * grid.replicas);

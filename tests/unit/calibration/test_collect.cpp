@@ -112,6 +112,84 @@ TEST_P(CollectTest, every_grid_agrees_with_one_rank) {
   }
 }
 
+TEST_P(CollectTest, goes_on_after_an_interruption) {
+  const ScratchFolder folder;
+  const checkpoint::Reader reader(golden_folder() / GetParam());
+  const at::Tensor ids = sequences(17);  // nine micro-batches
+  CollectOptions plain = options_of(2);
+  plain.save_every = 1;
+  CollectOptions kept = plain;
+  kept.partial = folder / "partial";
+  kept.identity = "a model, data and options";
+  std::int64_t known = -1, left = -1;
+  kept.resumed = [&](std::int64_t dealt_with, std::int64_t micro_batches) {
+    known = dealt_with;
+    left = micro_batches;
+  };
+  for (int stages = 1; stages <= std::min(3, world().size()); ++stages) {
+    if (world().size() % stages != 0) continue;
+    const comm::Grid grid = comm::make_grid(world(), stages);
+    const Layers undisturbed = collect(reader, grid, ids, plain);
+    const auto interrupt = [&](int groups) {
+      int asked = 0;
+      CollectOptions stopping = kept;
+      // One rank is asked; all of them stop.
+      stopping.stop = [&] { return world().root() && ++asked == groups; };
+      EXPECT_THROW(collect(reader, grid, ids, stopping), Stopped);
+      world().barrier("interrupted");
+    };
+    interrupt(1);
+    EXPECT_EQ(known, 0);
+    interrupt(1);
+    EXPECT_EQ(known, 2 * grid.replicas);
+    const Layers resumed = collect(reader, grid, ids, kept);
+    EXPECT_EQ(known, 4 * grid.replicas);
+    EXPECT_EQ(left, (9 - 2 * grid.replicas - grid.replica + grid.replicas - 1) / grid.replicas);
+    ASSERT_EQ(resumed.size(), undisturbed.size());
+    for (std::size_t i = 0; i < resumed.size(); ++i)
+      EXPECT_EQ(difference(resumed[i]->statistics(), undisturbed[i]->statistics()), 0) << "layer " << i;
+
+    // On another grid: every rank by itself, from sums of several.
+    CollectOptions alone = kept;
+    alone.save_every = -1;
+    const Layers own = collect(reader, comm::Grid{}, ids, alone);
+    EXPECT_GT(known, 0);
+    const Layers expected = collect(reader, comm::Grid{}, ids, plain);
+    for (std::size_t i = 0; i < own.size(); ++i)
+      EXPECT_LT(difference(own[i]->statistics(), expected[i]->statistics()), 1e-12) << "layer " << i;
+    // Another micro-batch: the rest is cut anew from where it stopped.
+    alone.micro_batch = 3;
+    const Layers cut = collect(reader, comm::Grid{}, ids, alone);
+    for (std::size_t i = 0; i < cut.size(); ++i)
+      EXPECT_LT(difference(cut[i]->statistics(), expected[i]->statistics()), 1e-6) << "layer " << i;
+
+    // Sums of something else, and damaged ones, are not used.
+    world().barrier("before damage");
+    alone.micro_batch = 2;
+    alone.identity = "another model";
+    const Layers other = collect(reader, comm::Grid{}, ids, alone);
+    EXPECT_EQ(known, 0);
+    EXPECT_EQ(difference(other[0]->statistics(), expected[0]->statistics()), 0);
+    alone.identity = kept.identity;
+    world().barrier("before damage");
+    if (world().root())
+      for (const auto& entry : fs::directory_iterator(folder / "partial"))
+        if (entry.path().extension() == ".safetensors") {
+          std::string bytes = read_file(entry.path());
+          bytes[bytes.size() - 100] = static_cast<char>(bytes[bytes.size() - 100] ^ 1);
+          write_file(entry.path(), bytes);
+        }
+    world().barrier("damaged");
+    const Layers anew = collect(reader, comm::Grid{}, ids, alone);
+    EXPECT_EQ(known, 0);
+    for (std::size_t i = 0; i < anew.size(); ++i)
+      EXPECT_EQ(difference(anew[i]->statistics(), expected[i]->statistics()), 0) << "layer " << i;
+    world().barrier("done");
+    if (world().root()) fs::remove_all(folder / "partial");
+    world().barrier("removed");
+  }
+}
+
 TEST_P(CollectTest, micro_batch_size_changes_rounding_only) {
   const checkpoint::Reader reader(golden_folder() / GetParam());
   const comm::Grid grid = comm::make_grid(world(), world().size() % 2 == 0 ? 2 : 1);
