@@ -576,7 +576,7 @@ def test_disk(arguments, cluster, scratch):
     try:
         run = Run(cluster, os.path.join(mounted, "run"))
         failures = []
-        for size in ("8M", "34M", "50M", "72M", "800M"):
+        for size in ("8M", "42M", "50M", "800M"):
             execute(["mount", "-o", "remount,size=" + size, mounted])
             run.submit()
             run.wait()
@@ -585,12 +585,11 @@ def test_disk(arguments, cluster, scratch):
                 states.setdefault(entry["stage"], []).append(entry["state"])
             failed = [stage for stage in STAGES if "failed" in states[stage]]
             say("{}: {}".format(size, failed or "all finished"))
-            if size != "800M":
-                check(failed, "everything fits into {}: {}".format(size, states))
+            if failed:
                 log = run.logs(failed[0])
                 check(re.search(r"space|free", log), "{} does not say why:\n{}".format(failed[0], log[-3000:]))
             failures += failed
-        check(len(set(failures)) >= 2, "the disk was full in {} only".format(set(failures)))
+        check(len(failures) >= 2, "the disk was full in {} only".format(failures))
         run.check_finished()
         check_equal(arguments, arguments.reference, run.folder)
         cluster.check_nothing_left(run)
