@@ -36,19 +36,28 @@ void generate(const Context& context, const std::vector<std::string>& arguments)
 void inspect(const Context& context, const std::vector<std::string>& arguments);
 void logits(const Context& context, const std::vector<std::string>& arguments);
 void report(const Context& context, const std::vector<std::string>& arguments);
+void run_pipeline(const Context& context, const std::vector<std::string>& arguments);
 void synthesize(const Context& context, const std::vector<std::string>& arguments);
 void verify(const Context& context, const std::vector<std::string>& arguments);
+
+/// Own options of the jobs that `run` runs (that of convert: convert_options.h): its configuration is checked against
+/// them.
+po::options_description calibrate_options();
+po::options_description evaluate_job_options();
+po::options_description finetune_options();
+po::options_description report_options();
 
 /// Thrown after --help was printed; ends the job with exit code 0.
 struct HelpShown {};
 
-/// Options that every job has: --help, --threads, --log-dir, --verbose, --timeout.
+/// Options that every job has: --help, --threads, --log-dir, --verbose, --events, --stage-name, --comm-timeout,
+/// --share-gpus.
 po::options_description common_options();
 
-/// Parses `arguments` against `own` plus the common options and applies the common ones (threads, logging, time-out;
-/// warns once when libtorch runs on reference BLAS). `usage` is the text above the options in --help. `positional`
-/// names an option that takes bare arguments. UsageError for unknown, repeated or malformed options; the hint names
-/// `headfold JOB --help`.
+/// Parses `arguments` against `own` plus the common options and applies the common ones (open_session() in session.h;
+/// time-out; warns once when libtorch runs on reference BLAS). `usage` is the text above the options in --help.
+/// `positional` names an option that takes bare arguments. UsageError for unknown, repeated or malformed options; the
+/// hint names `headfold JOB --help`.
 po::variables_map parse(const Context& context, const std::string& job, const std::string& usage,
                         const po::options_description& own, const std::vector<std::string>& arguments,
                         const std::string& positional = {});

@@ -7,7 +7,7 @@
 
 #include <iostream>
 
-#include "job.h"
+#include "session.h"
 
 namespace headfold::jobs {
 namespace {
@@ -79,6 +79,7 @@ void logits(const Context& context, const std::vector<std::string>& arguments) {
                        fmt::format("start at most {} ranks, or give --pipeline-ranks", config.layers));
   }
   const comm::Grid grid = comm::make_grid(world, stages);
+  log_grid(grid, model::stage_layers(config, stages));
 
   const std::int64_t batches = (ids.size(0) + micro_batch - 1) / micro_batch;
   // Micro-batch b belongs to replica b mod replicas.

@@ -2,14 +2,15 @@
 // code.
 
 #include <headfold/base/log.h>
+#include <headfold/base/stop.h>
 #include <headfold/base/version.h>
+#include <headfold/comm/watchdog.h>
 #include <headfold/device/device.h>
 
-#include <chrono>
+#include <algorithm>
 #include <iostream>
-#include <thread>
 
-#include "job.h"
+#include "session.h"
 
 namespace headfold::jobs {
 namespace {
@@ -22,6 +23,7 @@ constexpr Job kJobs[] = {
     {"verify", "measure what a fold changed, layer by layer, against what was predicted", verify},
     {"export", "write a folded model for runtimes that do not know its layout", export_model},
     {"report", "HTML, Markdown and CSV report of a run folder", report},
+    {"run", "all stages that a configuration file asks for, one after the other", run_pipeline},
     {"generate", "continue a prompt", generate},
     {"logits", "logits for given token ids, for parity with any other engine", logits},
     {"inspect", "say what a checkpoint, statistics file, plan or result is", inspect},
@@ -37,6 +39,8 @@ std::string help_text() {
   return text + "\nexit codes: 0 done, 64 usage, 65 bad input, 70 internal, 74 input/output, 75 stopped on request\n";
 }
 
+}  // namespace
+
 const Job& find_job(const std::string& name) {
   for (const Job& job : kJobs)
     if (name == job.name) return job;
@@ -45,20 +49,17 @@ const Job& find_job(const std::string& name) {
   throw UsageError(fmt::format("there is no job '{}'; jobs are {}", name, names), "headfold --help");
 }
 
-/// The failed rank prints and ends the whole job. When every rank fails alike, rank 0 speaks for all: the others give
-/// it a moment.
-[[noreturn]] void fail(const comm::Environment& environment, const std::string& job, const std::exception& error) {
-  const comm::Communicator& world = environment.world();
-  if (!world.root()) std::this_thread::sleep_for(std::chrono::milliseconds(700));
-  const std::string where =
-      world.size() > 1 ? fmt::format(" [rank {} on {}]", world.rank(), comm::Environment::host()) : "";
-  spdlog::error("{}{}: {}", job, where, describe(error));
-  spdlog::default_logger()->flush();
-  environment.abort(static_cast<int>(exit_code_of(error)));
+namespace {
+
+/// Jobs that end in good order when they are asked to.
+bool can_stop(const std::string& name) {
+  const auto names = {"calibrate", "convert", "evaluate", "finetune", "run", "verify"};
+  return std::find(names.begin(), names.end(), name) != names.end();
 }
 
 int run(int argc, char** argv) {
   start_logging(0, 1);
+  if (argc > 1 && can_stop(argv[1])) listen_for_stop();  // before MPI: starting it takes seconds on many nodes
   std::unique_ptr<comm::Environment> environment;
   try {
     environment = std::make_unique<comm::Environment>(&argc, &argv);
@@ -71,6 +72,7 @@ int run(int argc, char** argv) {
   start_logging(context.world.rank(), context.world.size());
   const bool speaks = context.world.root();
   std::string name = "headfold";
+  std::unique_ptr<comm::Watchdog> watchdog;  // outlives what is thrown: its threads answer while a rank fails
   try {
     if (arguments.empty() || arguments[0] == "--help" || arguments[0] == "-h" || arguments[0] == "help") {
       if (speaks) std::cout << help_text();
@@ -82,9 +84,11 @@ int run(int argc, char** argv) {
     }
     const Job& job = find_job(arguments[0]);
     name = job.name;
+    watchdog = std::make_unique<comm::Watchdog>(context.world,
+                                                [&](const MpiFailure& hang) { fail(*environment, name, hang, true); });
+    meet(context);
     const at::NoGradGuard no_grad;
-    job.run(context, {arguments.begin() + 1, arguments.end()});
-    context.world.barrier("end of job");
+    run_job(context, job, {arguments.begin() + 1, arguments.end()});
   } catch (const HelpShown&) {
     return 0;
   } catch (const Stopped& stopped) {
@@ -94,9 +98,10 @@ int run(int argc, char** argv) {
   } catch (const std::bad_alloc&) {
     fail(*environment, name,
          Error(ExitCode::internal, "out of memory",
-               "use more ranks, smaller micro-batches, or --streamed where the job has it"));
+               "use more ranks, smaller micro-batches, or --streamed where the job has it"),
+         false);
   } catch (const std::exception& error) {
-    fail(*environment, name, error);
+    fail(*environment, name, error, false);
   }
   return 0;
 }

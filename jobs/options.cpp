@@ -1,6 +1,5 @@
 #include <ATen/Parallel.h>
 #include <headfold/base/files.h>
-#include <headfold/base/log.h>
 #include <headfold/base/version.h>
 #include <headfold/checkpoint/writer.h>
 #include <headfold/device/device.h>
@@ -14,7 +13,7 @@
 #include <set>
 #include <sstream>
 
-#include "job.h"
+#include "session.h"
 
 namespace headfold::jobs {
 
@@ -22,9 +21,12 @@ po::options_description common_options() {
   po::options_description options("common options");
   options.add_options()("help,h", "print this help")("threads", po::value<int>()->default_value(0),
                                                      "threads per rank; 0 = the host's cores divided by its ranks")(
-      "log-dir", po::value<std::string>(), "folder for one log file per rank")("verbose", "log more")(
-      "timeout", po::value<double>()->default_value(1800),
-      "seconds a rank waits for another before the job ends with an error; 0 = for ever");
+      "log-dir", po::value<std::string>(), "folder for one log file per rank, HOST-RANK.log")("verbose", "log more")(
+      "events", po::value<std::string>(), "file to which one line of JSON is appended per event: start, progress, end")(
+      "stage-name", po::value<std::string>(), "name of this job in its events (default: the job's)")(
+      "comm-timeout", po::value<double>()->default_value(1800),
+      "seconds an operation may wait for other ranks before the job ends with an error that names them; 0 = for ever")(
+      "share-gpus", po::bool_switch(), "let several ranks use the same GPU");
   return options;
 }
 
@@ -52,15 +54,11 @@ po::variables_map parse(const Context& context, const std::string& job, const st
   const int most = std::max(64, 4 * device::usable_cores());
   if (threads < 0 || threads > most)
     throw UsageError(fmt::format("--threads {}: must be between 0 and {} here", threads, most));
-  const auto timeout = values["timeout"].as<double>();
+  const auto timeout = values["comm-timeout"].as<double>();
   if (!std::isfinite(timeout) || timeout < 0)
-    throw UsageError(fmt::format("--timeout {}: seconds, 0 or more", timeout), "0 waits for ever");
+    throw UsageError(fmt::format("--comm-timeout {}: seconds, 0 or more", timeout), "0 waits for ever");
   comm::set_timeout_seconds(timeout);
-  start_logging(context.world.rank(), context.world.size(),
-                values.count("log-dir") > 0 ? values["log-dir"].as<std::string>() : std::string(),
-                values.count("verbose") > 0);
-  device::use_threads(context.world, threads);
-  if (context.world.root()) device::warn_about_slow_blas();
+  open_session(context, job, values, arguments);
   return values;
 }
 

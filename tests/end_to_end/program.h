@@ -3,11 +3,14 @@
 
 #include <fmt/format.h>
 #include <headfold/base/files.h>
+#include <sys/types.h>
 #include <sys/wait.h>
 
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -42,6 +45,22 @@ inline Outcome run_headfold(int ranks, const std::vector<std::string>& arguments
   outcome.output = read_file(log);
   outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return outcome;
+}
+
+/// Process ids of the running headfold programs that have `text` in their command line.
+inline std::vector<pid_t> running_ranks(const std::string& text) {
+  std::vector<pid_t> found;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    const std::string name = entry.path().filename().string();
+    if (name.find_first_not_of("0123456789") != std::string::npos) continue;
+    std::ifstream file(entry.path() / "cmdline");
+    const std::string command((std::istreambuf_iterator<char>(file)), {});
+    std::error_code code;
+    if (command.find(text) != std::string::npos &&
+        std::filesystem::read_symlink(entry.path() / "exe", code) == std::filesystem::path(HEADFOLD_PROGRAM))
+      found.push_back(std::stoi(name));
+  }
+  return found;
 }
 
 inline std::filesystem::path demo_model(const std::string& name) {
