@@ -170,7 +170,10 @@ run_stage() {
       rm -f "$failures_file"
       exit 0
       ;;
-    75) batch_requeue "stopped with everything saved" ;;
+    75)
+      rm -f "$failures_file"
+      batch_requeue "stopped with everything saved"
+      ;;
     # SIGUSR1 or SIGTERM came before headfold listened to them.
     138 | 143) batch_requeue "stopped before it had begun" ;;
     64 | 65) ;;
