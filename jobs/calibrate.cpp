@@ -373,6 +373,22 @@ std::string plan_text(const Settings& settings, const checkpoint::ModelConfig& c
   return text;
 }
 
+/// What stands beside the statistics, but for how long they took. Collective.
+OrderedJson record_of(const Context& context, const std::vector<std::string>& arguments, const Settings& settings,
+                      const calibration::StatisticsHeader& header) {
+  OrderedJson record = run_record(context, "calibrate", arguments, 0);
+  record.erase("seconds");
+  record["format"] = "headfold-calibration";
+  record["model"] = {{"folder", fs::weakly_canonical(settings.model).filename().string()},
+                     {"fingerprint", header.model_hash}};
+  record["data_hash"] = header.data_hash;
+  record["options"] = OrderedJson::parse(header.options);
+  record["options"]["micro_batch"] = settings.micro_batch;
+  record["options"]["streamed"] = settings.streamed;
+  record["tokens"] = settings.samples * settings.length;
+  return record;
+}
+
 }  // namespace
 
 void calibrate(const Context& context, const std::vector<std::string>& arguments) {
@@ -420,6 +436,12 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
       settings.out.string(), std::max<std::int64_t>(1, config.kv_heads / 2),
       (settings.out.parent_path() / fmt::format("kv{}", std::max<std::int64_t>(1, config.kv_heads / 2))).string());
   if (finished == 1) {
+    std::int64_t bare = 0;  // the job that wrote it was killed before it could say how
+    world.on_root([&] { bare = fs::exists(settings.out.string() + ".json") ? 0 : 1; });
+    if (world.all_reduce(bare) != 0) {
+      const OrderedJson record = record_of(context, arguments, settings, header);
+      world.on_root([&] { write_json(settings.out.string() + ".json", record); });
+    }
     if (world.root()) {
       calibration::PartialSums::remove(settings.partial());  // of a job that was killed right after its last step
       spdlog::info("{} is already complete for this model, data and options: nothing to do", settings.out.string());
@@ -478,15 +500,8 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
 
   const double rate = tokens_here / seconds;
   const double all_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  OrderedJson record = run_record(context, "calibrate", arguments, all_seconds);
-  record["format"] = "headfold-calibration";
-  record["model"] = {{"folder", fs::weakly_canonical(settings.model).filename().string()},
-                     {"fingerprint", header.model_hash}};
-  record["data_hash"] = header.data_hash;
-  record["options"] = OrderedJson::parse(header.options);
-  record["options"]["micro_batch"] = settings.micro_batch;
-  record["options"]["streamed"] = settings.streamed;
-  record["tokens"] = settings.samples * settings.length;
+  OrderedJson record = record_of(context, arguments, settings, header);
+  record["seconds"] = all_seconds;
   record["tokens_per_second"] = rate;
   record["stages"] = grid.stages;
   record["replicas"] = grid.replicas;

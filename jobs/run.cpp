@@ -164,6 +164,8 @@ void run_task(const Context& context, const RunPlan& plan, const Task& task, boo
               << std::flush;
   }
   world.on_root([&] {
+    remove_temporaries(task.element().output);
+    remove_temporaries(plan.folder / "finished" / task.id);
     if (task.stage->name == "evaluate")
       for (const fs::path& old : results_below(task.element().output)) fs::remove(old);
   });

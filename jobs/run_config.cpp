@@ -242,7 +242,8 @@ class PlanReader {
         if (taken.contains(section->name) || models_.contains(section->name))
           wrong(section->line, fmt::format("{}: the name {} is taken", title(*section), section->name),
                 "choose another");
-        models_[section->name] = {plan_.folder / section->name / tail, fmt::format("{}-{}", kind, number++)};
+        const fs::path folder = plan_.folder / section->name;
+        models_[section->name] = {tail.empty() ? folder : folder / tail, fmt::format("{}-{}", kind, number++)};
       }
     };
     add("convert", {});

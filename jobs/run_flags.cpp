@@ -47,6 +47,28 @@ std::string input_fingerprint(const fs::path& path) {
   return hash.hex();
 }
 
+void remove_temporaries(const fs::path& output) {
+  const auto temporary = [](const std::string& name) {
+    if (!name.ends_with(".tmp")) return false;
+    const std::string stem = name.substr(0, name.size() - 4);
+    const std::size_t dot = stem.rfind('.');
+    return dot != std::string::npos && dot + 1 < stem.size() &&
+           stem.find_first_not_of("0123456789", dot + 1) == std::string::npos;
+  };
+  std::vector<fs::path> old;
+  std::error_code code;
+  if (fs::is_directory(output, code)) {
+    for (const auto& entry : fs::recursive_directory_iterator(output, code))
+      if (temporary(entry.path().filename().string())) old.push_back(entry.path());
+  } else {
+    const std::string prefix = output.filename().string() + ".";
+    for (const auto& entry : fs::directory_iterator(output.parent_path(), code))
+      if (const std::string name = entry.path().filename().string(); name.starts_with(prefix) && temporary(name))
+        old.push_back(entry.path());
+  }
+  for (const fs::path& path : old) fs::remove(path, code);
+}
+
 std::vector<fs::path> results_below(const fs::path& folder) {
   std::vector<fs::path> found;
   std::error_code code;

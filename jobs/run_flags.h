@@ -40,6 +40,10 @@ class RunFlags {
 /// content. "absent" where there is none.
 std::string input_fingerprint(const std::filesystem::path& path);
 
+/// Removes temporaries (NAME.PROCESS.tmp) that a killed job left in the folder `output`, or beside the file `output`
+/// and named after it. Only for what no other job writes to.
+void remove_temporaries(const std::filesystem::path& output);
+
 /// Results of an earlier evaluation in the folder of an element, so that they do not stand beside the new ones.
 std::vector<std::filesystem::path> results_below(const std::filesystem::path& folder);
 

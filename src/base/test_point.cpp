@@ -15,7 +15,7 @@
 namespace headfold {
 namespace {
 
-enum class Mishap { hang, kill, freeze };
+enum class Mishap { hang, kill, freeze, stop };
 
 struct TestHook {
   Mishap mishap;
@@ -42,7 +42,8 @@ void set_test_points(int rank) {
   test_hooks().clear();
   constexpr std::pair<const char*, Mishap> kinds[] = {{"HEADFOLD_TEST_HANG", Mishap::hang},
                                                       {"HEADFOLD_TEST_KILL", Mishap::kill},
-                                                      {"HEADFOLD_TEST_FREEZE", Mishap::freeze}};
+                                                      {"HEADFOLD_TEST_FREEZE", Mishap::freeze},
+                                                      {"HEADFOLD_TEST_STOP", Mishap::stop}};
   for (const auto& [variable, mishap] : kinds) {
     const char* value = std::getenv(variable);
     if (value == nullptr || *value == '\0') continue;
@@ -70,10 +71,12 @@ void test_point(std::string_view name) {
     spdlog::warn("test hook: this rank {} at '{}'",
                  hook.mishap == Mishap::hang   ? "sleeps for ever"
                  : hook.mishap == Mishap::kill ? "dies"
+                 : hook.mishap == Mishap::stop ? "is asked to stop"
                                                : "stops",
                  name);
     if (hook.mishap == Mishap::kill) std::raise(SIGKILL);
     if (hook.mishap == Mishap::freeze) std::raise(SIGSTOP);
+    if (hook.mishap == Mishap::stop) std::raise(SIGUSR1);
     while (hook.mishap == Mishap::hang) std::this_thread::sleep_for(std::chrono::hours(1));
   }
 }
