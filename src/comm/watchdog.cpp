@@ -51,7 +51,10 @@ RankState own_state() {
   return state;
 }
 
-/// Asks and answers on a communicator of its own, on a thread of its own.
+}  // namespace
+
+/// Asks and answers on a communicator of its own, on a thread of its own. Not in the unnamed namespace: Watchdog::State
+/// owns one.
 class Messenger {
  public:
   Messenger(MPI_Comm comm, std::vector<std::string> hosts) : comm_(comm), hosts_(std::move(hosts)) {
@@ -199,6 +202,8 @@ class Messenger {
   std::atomic<bool> stop_{false};
   std::thread thread_;
 };
+
+namespace {
 
 std::string listed(const std::vector<const RankState*>& states) {
   constexpr std::size_t kMost = 8;
