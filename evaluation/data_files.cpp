@@ -15,7 +15,7 @@ std::string line_of(const fs::path& file, std::int64_t line) {
 
 /// Parsed twice: the strict parser of base finds keys that appear twice but forgets their order.
 OrderedJson parse_ordered(std::string_view text, const std::string& where) {
-  parse_json(text, where);
+  parse_text(text, where);
   return OrderedJson::parse(text.begin(), text.end());
 }
 
@@ -23,7 +23,8 @@ void check_text(std::string_view text, const fs::path& file) {
   const std::size_t at = tokenizer::invalid_utf8_at(text);
   if (at == std::string_view::npos) return;
   const auto line = 1 + std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(at), '\n');
-  throw CorruptFile(line_of(file, line), "is not UTF-8");
+  throw CorruptFile(line_of(file, line),
+                    fmt::format("is not UTF-8: byte 0x{:02X}", static_cast<unsigned char>(text[at])));
 }
 
 Record object_record(OrderedJson value, const std::string& where) {
@@ -66,8 +67,32 @@ std::string shown(const OrderedJson& value) {
   return text.size() > 80 ? text.substr(0, 77) + "..." : text;
 }
 
+std::string read_text(const fs::path& file, std::uint64_t max_bytes) {
+  std::string text = read_file(file, max_bytes);
+  check_text(text, file);
+  if (text.starts_with("\xEF\xBB\xBF")) text.erase(0, 3);
+  return text;
+}
+
+Json parse_text(std::string_view text, const std::string& where) {
+  try {
+    return parse_json(text, where);
+  } catch (const CorruptFile& error) {
+    std::string_view said = error.what();
+    if (tokenizer::invalid_utf8_at(said) == std::string_view::npos) throw;
+    said.remove_prefix(std::min(where.size() + 2, said.size()));  // CorruptFile puts the place there itself
+    std::string readable;
+    for (std::size_t at = tokenizer::invalid_utf8_at(said); at != std::string_view::npos;
+         at = tokenizer::invalid_utf8_at(said)) {
+      readable += fmt::format("{}\\x{:02X}", said.substr(0, at), static_cast<unsigned char>(said[at]));
+      said.remove_prefix(at + 1);
+    }
+    throw CorruptFile(where, readable.append(said));
+  }
+}
+
 std::vector<Record> read_records(const fs::path& file) {
-  const std::string text = read_file(file);
+  const std::string text = read_text(file);
   std::vector<Record> records;
   const std::string_view bare = strip(text);
   if (bare.starts_with('[')) {
@@ -86,8 +111,7 @@ std::vector<Record> read_records(const fs::path& file) {
 }
 
 std::vector<TableRow> read_csv(const fs::path& file) {
-  const std::string text = read_file(file);
-  check_text(text, file);
+  const std::string text = read_text(file);
   std::vector<TableRow> rows;
   std::int64_t line = 1;
   for (std::size_t at = 0; at < text.size();) {
@@ -132,8 +156,7 @@ std::vector<TableRow> read_csv(const fs::path& file) {
 }
 
 std::vector<TableRow> read_tsv(const fs::path& file) {
-  const std::string text = read_file(file);
-  check_text(text, file);
+  const std::string text = read_text(file);
   std::vector<TableRow> rows;
   for_each_line(text, [&](std::string_view line, std::int64_t number) {
     if (strip(line).empty()) return;
@@ -152,7 +175,7 @@ std::vector<TableRow> read_tsv(const fs::path& file) {
 
 std::vector<std::int64_t> read_labels(const fs::path& file, std::int64_t first, std::int64_t last,
                                       std::size_t documents) {
-  const std::string text = read_file(file);
+  const std::string text = read_text(file);
   std::vector<std::int64_t> labels;
   std::int64_t blank = 0;  // the line of the first blank one not yet at the end
   for_each_line(text, [&](std::string_view raw, std::int64_t number) {
@@ -218,7 +241,11 @@ bool has_field(const Record& record, const std::string& key) {
 
 void UniqueIds::check(const Record& record, const std::string& key) {
   const auto found = record.fields.find(key);
-  if (found == record.fields.end() || found->is_null()) return;
+  const bool missing = found == record.fields.end() || found->is_null();
+  if (missing && without_.empty()) without_ = record.where;
+  if (!without_.empty() && !(missing && seen_.empty()))
+    throw InputError(fmt::format("{}: key \"{}\" is missing, and other documents have it", without_, key));
+  if (missing) return;
   if (!seen_.insert(found->dump()).second)
     throw InputError(
         fmt::format("{}: key \"{}\" is {}, and an earlier document has the same", record.where, key, shown(*found)));

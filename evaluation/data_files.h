@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <set>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace headfold::evaluation {
@@ -16,6 +17,14 @@ struct Record {
   OrderedJson fields;  ///< an object, keys in the file's order
   std::string where;   ///< "FILE, line 12", for messages
 };
+
+/// A file's text without a byte order mark before it. Throws IoError (longer than `max_bytes` too); CorruptFile
+/// (invalid UTF-8: file and line).
+std::string read_text(const std::filesystem::path& file, std::uint64_t max_bytes = std::uint64_t{1} << 32);
+
+/// parse_json() whose messages are UTF-8 whatever the text is: bytes of it that are cut out of a character are written
+/// as \xNN. Throws CorruptFile.
+Json parse_text(std::string_view text, const std::string& where);
 
 /// Objects of a file: one per line, or a JSON list of them when the file begins with "[". Blank lines are passed over.
 /// Throws IoError; CorruptFile (broken JSON, invalid UTF-8, a key twice in an object; file and line); InputError (not
@@ -50,14 +59,15 @@ std::int64_t number_field(const Record& record, const std::string& key, std::int
 Record object_field(const Record& record, const std::string& key);
 bool has_field(const Record& record, const std::string& key);
 
-/// Refuses the second document of an id.
+/// Refuses the second document of an id, and a document without one among others that have one.
 class UniqueIds {
  public:
-  /// Ids are compared by their JSON text; a record without the field passes. InputError naming place, field and value.
+  /// Ids are compared by their JSON text. InputError naming place, field and value.
   void check(const Record& record, const std::string& key);
 
  private:
   std::set<std::string> seen_;
+  std::string without_;  ///< place of the first document without an id
 };
 
 /// A value's JSON text, cut for a message.

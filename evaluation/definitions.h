@@ -5,6 +5,7 @@
 #include <headfold/evaluation/prompts.h>
 #include <headfold/evaluation/registry.h>
 
+#include <cstdint>
 #include <filesystem>
 #include <functional>
 #include <string>
@@ -64,10 +65,14 @@ std::vector<Definition> retrieval_definitions();   ///< passkey, needle
 /// A task of the user's own (docs/evaluation.md). Throws IoError, CorruptFile, InputError naming file and key.
 Definition user_definition(const std::filesystem::path& file, const std::filesystem::path& data_dir);
 
-/// The four categories of mmlu and their subjects.
+/// The four categories of mmlu, their subjects and how many questions the published test split of each has.
+struct MmluSubject {
+  std::string name;
+  std::int64_t questions;
+};
 struct MmluCategory {
   std::string name;
-  std::vector<std::string> subjects;
+  std::vector<MmluSubject> subjects;
 };
 const std::vector<MmluCategory>& mmlu_categories();
 

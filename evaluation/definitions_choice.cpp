@@ -43,6 +43,7 @@ std::vector<Item> read_science(const FoundSplit& split, const std::string& stem_
   std::vector<Item> items;
   UniqueIds ids;
   for (const Record& record : read_records(split.documents)) {
+    if (!has_field(record, "id")) throw InputError(fmt::format("{}: key \"id\" is missing", record.where));
     ids.check(record, "id");
     const auto question = record.fields.find("question");
     const bool original = question != record.fields.end() && question->is_object();
@@ -53,7 +54,7 @@ std::vector<Item> read_science(const FoundSplit& split, const std::string& stem_
     key.erase(0, static_cast<std::size_t>(strip(key).empty() ? 0 : strip(key).data() - key.data()));
     Item item;
     item.where = record.where;
-    item.fields = {{"id", has_field(record, "id") ? record.fields["id"] : OrderedJson()},
+    item.fields = {{"id", record.fields["id"]},
                    {stem_key, stem},
                    {"choices", choices.json()},
                    {"answerKey", record.fields["answerKey"]}};
@@ -116,10 +117,16 @@ std::vector<Item> read_openbookqa(const FoundSplit& split) {
 /// Labels beside the documents, for documents without a `field`.
 std::vector<std::int64_t> labels_beside(const FoundSplit& split, const std::vector<Record>& records,
                                         const std::string& field, std::int64_t first, std::int64_t last) {
-  if (std::all_of(records.begin(), records.end(), [&](const Record& r) { return has_field(r, field); })) return {};
+  const auto lacks = [&](const Record& record) { return !has_field(record, field); };
+  const auto lacking = std::count_if(records.begin(), records.end(), lacks);
+  if (lacking == 0) return {};
+  // Documents of one file are alike: where some bring a label, one without it is damaged, not unlabelled.
+  const bool damaged = lacking < std::ssize(records);
+  if (damaged || (split.labels.empty() && split.wanted_labels.empty()))
+    throw InputError(fmt::format("{}: key \"{}\" is missing{}",
+                                 std::find_if(records.begin(), records.end(), lacks)->where, field,
+                                 damaged ? ", and other documents have it" : ""));
   if (split.labels.empty()) {
-    if (split.wanted_labels.empty())
-      throw InputError(fmt::format("{}: key \"{}\" is missing in some documents", split.documents.string(), field));
     throw MissingData(split.task,
                       fmt::format("{}: the documents in {} have no key \"{}\", and their labels are not in {}",
                                   split.task, split.documents.string(), field, split.wanted_labels.string()),
@@ -132,8 +139,10 @@ std::vector<Item> read_piqa(const FoundSplit& split) {
   const std::vector<Record> records = read_records(split.documents);
   const std::vector<std::int64_t> labels = labels_beside(split, records, "label", 0, 1);
   std::vector<Item> items;
+  UniqueIds ids;  // the published files have none, copies with numbered rows do
   for (std::size_t i = 0; i < records.size(); ++i) {
     const Record& record = records[i];
+    ids.check(record, "id");
     Item item;
     item.where = record.where;
     const std::string goal = text_field(record, "goal");

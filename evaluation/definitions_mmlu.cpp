@@ -50,45 +50,52 @@ std::vector<Item> read_mmlu(const FoundSplit& split, const std::string& subject)
 }  // namespace
 
 const std::vector<MmluCategory>& mmlu_categories() {
+  // clang-format off
   static const std::vector<MmluCategory> categories = {
       {"stem",
-       {"abstract_algebra", "anatomy", "astronomy", "college_biology", "college_chemistry", "college_computer_science",
-        "college_mathematics", "college_physics", "computer_security", "conceptual_physics", "electrical_engineering",
-        "elementary_mathematics", "high_school_biology", "high_school_chemistry", "high_school_computer_science",
-        "high_school_mathematics", "high_school_physics", "high_school_statistics", "machine_learning"}},
+       {{"abstract_algebra", 100}, {"anatomy", 135}, {"astronomy", 152}, {"college_biology", 144},
+        {"college_chemistry", 100}, {"college_computer_science", 100}, {"college_mathematics", 100},
+        {"college_physics", 102}, {"computer_security", 100}, {"conceptual_physics", 235},
+        {"electrical_engineering", 145}, {"elementary_mathematics", 378}, {"high_school_biology", 310},
+        {"high_school_chemistry", 203}, {"high_school_computer_science", 100}, {"high_school_mathematics", 270},
+        {"high_school_physics", 151}, {"high_school_statistics", 216}, {"machine_learning", 112}}},
       {"humanities",
-       {"formal_logic", "high_school_european_history", "high_school_us_history", "high_school_world_history",
-        "international_law", "jurisprudence", "logical_fallacies", "moral_disputes", "moral_scenarios", "philosophy",
-        "prehistory", "professional_law", "world_religions"}},
+       {{"formal_logic", 126}, {"high_school_european_history", 165}, {"high_school_us_history", 204},
+        {"high_school_world_history", 237}, {"international_law", 121}, {"jurisprudence", 108},
+        {"logical_fallacies", 163}, {"moral_disputes", 346}, {"moral_scenarios", 895}, {"philosophy", 311},
+        {"prehistory", 324}, {"professional_law", 1534}, {"world_religions", 171}}},
       {"social_sciences",
-       {"econometrics", "high_school_geography", "high_school_government_and_politics", "high_school_macroeconomics",
-        "high_school_microeconomics", "high_school_psychology", "human_sexuality", "professional_psychology",
-        "public_relations", "security_studies", "sociology", "us_foreign_policy"}},
+       {{"econometrics", 114}, {"high_school_geography", 198}, {"high_school_government_and_politics", 193},
+        {"high_school_macroeconomics", 390}, {"high_school_microeconomics", 238}, {"high_school_psychology", 545},
+        {"human_sexuality", 131}, {"professional_psychology", 612}, {"public_relations", 110},
+        {"security_studies", 245}, {"sociology", 201}, {"us_foreign_policy", 100}}},
       {"other",
-       {"business_ethics", "clinical_knowledge", "college_medicine", "global_facts", "human_aging", "management",
-        "marketing", "medical_genetics", "miscellaneous", "nutrition", "professional_accounting",
-        "professional_medicine", "virology"}}};
+       {{"business_ethics", 100}, {"clinical_knowledge", 265}, {"college_medicine", 173}, {"global_facts", 100},
+        {"human_aging", 223}, {"management", 103}, {"marketing", 234}, {"medical_genetics", 100},
+        {"miscellaneous", 783}, {"nutrition", 306}, {"professional_accounting", 282}, {"professional_medicine", 272},
+        {"virology", 166}}}};
+  // clang-format on
   return categories;
 }
 
 std::vector<Definition> mmlu_definitions() {
   std::vector<Definition> all;
   for (const MmluCategory& category : mmlu_categories()) {
-    for (const std::string& subject : category.subjects) {
+    for (const auto& [subject, questions] : category.subjects) {
       const std::string spaced = replaced(subject, "_", " ");
       Definition task = choice_definition("mmlu_" + subject, "exam questions on " + spaced);
       task.alias = subject;
       task.metrics = {"acc"};
       task.score = choice_scorer(task.metrics);
-      const auto places = [&](const std::string& split) {
-        const std::string file = fmt::format("{}/{}_{}.csv", split, subject, split);
+      const auto places = [&, name = subject](const std::string& split) {
+        const std::string file = fmt::format("{}/{}_{}.csv", split, name, split);
         return std::vector<Place>{{"mmlu/" + file, ""},
                                   {"mmlu/data/" + file, ""},
                                   {"data/" + file, ""},
-                                  {"mmlu/" + subject + "/" + split + ".jsonl", ""},
-                                  {"mmlu/" + subject + "_" + split + ".jsonl", ""}};
+                                  {"mmlu/" + name + "/" + split + ".jsonl", ""},
+                                  {"mmlu/" + name + "_" + split + ".jsonl", ""}};
       };
-      task.evaluated = {"test", places("test"), 0};
+      task.evaluated = {"test", places("test"), questions};
       task.shots = {"dev", places("dev"), 5};
       task.rules.description = "The following are multiple choice questions (with answers) about " + spaced + ".\n\n";
       task.rules.sampler = Sampler::first_n;
@@ -98,7 +105,7 @@ std::vector<Definition> mmlu_definitions() {
           "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:";
       task.target_template = "answer";
       task.obtain = "https://people.eecs.berkeley.edu/~hendrycks/data.tar (dev/ and test/)";
-      task.read = [subject](const FoundSplit& split) { return read_mmlu(split, subject); };
+      task.read = [name = subject](const FoundSplit& split) { return read_mmlu(split, name); };
       all.push_back(std::move(task));
     }
   }

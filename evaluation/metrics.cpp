@@ -106,16 +106,23 @@ Words answer_words(std::string_view text) {
   return split_words(kept);
 }
 
+/// End of the run of Python's \d from `begin`.
+std::size_t digits_end(std::string_view text, std::size_t begin) {
+  while (begin < text.size()) {
+    const auto character = tokenizer::code_point_at(text, begin);
+    if (!is_digit_character(character.value)) break;
+    begin += character.bytes;
+  }
+  return begin;
+}
+
+/// re.findall(r"\d+", text)
 std::vector<std::string> numbers_in(std::string_view text) {
   std::vector<std::string> numbers;
   for (std::size_t at = 0; at < text.size();) {
-    if (!is_digit(text[at])) {
-      ++at;
-      continue;
-    }
-    const std::size_t end = run_end(text, at, is_digit);
-    numbers.emplace_back(text.substr(at, end - at));
-    at = end;
+    const std::size_t end = digits_end(text, at);
+    if (end > at) numbers.emplace_back(text.substr(at, end - at));
+    at = end < text.size() ? end + tokenizer::code_point_at(text, end).bytes : end;
   }
   return numbers;
 }
@@ -349,7 +356,7 @@ std::optional<double> retrieval_score(std::string_view prediction, std::string_v
   constexpr std::string_view kMark = "Paragraph ";
   for (std::size_t at = reference.find(kMark); at != std::string_view::npos; at = reference.find(kMark, at + 1)) {
     const std::size_t begin = at + kMark.size();
-    const std::size_t end = run_end(reference, begin, is_digit);
+    const std::size_t end = digits_end(reference, begin);
     if (end > begin) return share_equal(numbers_in(prediction), reference.substr(begin, end - begin));
   }
   return std::nullopt;

@@ -6,6 +6,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
+#include <iterator>
 
 namespace headfold::evaluation {
 namespace {
@@ -27,6 +29,37 @@ char32_t mapped(const std::array<CaseRange, N>& table, char32_t character) {
   return character;
 }
 
+template <std::size_t N>
+bool is_in(const std::array<CharacterRange, N>& table, char32_t character) {
+  const auto after = std::upper_bound(table.begin(), table.end(), character,
+                                      [](char32_t value, const CharacterRange& range) { return value < range.first; });
+  return after != table.begin() && character <= std::prev(after)->last;
+}
+
+constexpr char32_t kSigma = 0x3A3;
+
+/// Unicode's Final_Sigma: a letter before the sigma at `at` and none after it, marks and points between not counted.
+bool ends_word(std::string_view text, std::size_t at) {
+  bool letter_before = false;
+  for (std::size_t end = at; end > 0;) {
+    std::size_t begin = end - 1;
+    while (begin > 0 && (static_cast<unsigned char>(text[begin]) & 0xC0U) == 0x80U) --begin;
+    const char32_t character = code_point_at(text, begin).value;
+    end = begin;
+    if (is_in(kCaseIgnorable, character)) continue;
+    letter_before = is_in(kCased, character);
+    break;
+  }
+  if (!letter_before) return false;
+  for (std::size_t next = at + code_point_at(text, at).bytes; next < text.size();) {
+    const auto character = code_point_at(text, next);
+    next += character.bytes;
+    if (is_in(kCaseIgnorable, character.value)) continue;
+    return !is_in(kCased, character.value);
+  }
+  return true;
+}
+
 void append_lower(std::string& text, char32_t character) {
   if (character < 0x80) {
     text.push_back(static_cast<char>(character >= 'A' && character <= 'Z' ? character + 32 : character));
@@ -35,6 +68,22 @@ void append_lower(std::string& text, char32_t character) {
   } else {
     append_utf8(text, mapped(kLower, character));
   }
+}
+
+/// What follows `begin`, in lower case; what is before it counts as its beginning all the same.
+std::string lower_from(std::string_view text, std::size_t begin) {
+  std::string result;
+  result.reserve(text.size());
+  for (std::size_t at = begin; at < text.size();) {
+    const auto character = code_point_at(text, at);
+    if (character.value == kSigma) {
+      result += ends_word(text, at) ? "ς" : "σ";
+    } else {
+      append_lower(result, character.value);
+    }
+    at += character.bytes;
+  }
+  return result;
 }
 
 void append_title(std::string& text, char32_t character) {
@@ -54,20 +103,17 @@ void append_title(std::string& text, char32_t character) {
 
 }  // namespace
 
+bool is_digit_character(char32_t character) {
+  return is_in(kDigits, character);
+}
+
 std::int64_t code_points(std::string_view text) {
   return std::count_if(text.begin(), text.end(),
                        [](char byte) { return (static_cast<unsigned char>(byte) & 0xC0U) != 0x80U; });
 }
 
 std::string lower(std::string_view text) {
-  std::string result;
-  result.reserve(text.size());
-  for (std::size_t at = 0; at < text.size();) {
-    const auto character = code_point_at(text, at);
-    append_lower(result, character.value);
-    at += character.bytes;
-  }
-  return result;
+  return lower_from(text, 0);
 }
 
 std::string capitalize(std::string_view text) {
@@ -75,7 +121,7 @@ std::string capitalize(std::string_view text) {
   const auto first = code_point_at(text, 0);
   std::string result;
   append_title(result, first.value);
-  return result + lower(text.substr(first.bytes));
+  return result + lower_from(text, first.bytes);
 }
 
 std::vector<std::string> split_words(std::string_view text) {

@@ -10,7 +10,7 @@ namespace headfold::evaluation {
 
 /// Code points of well-formed UTF-8: Python's len().
 std::int64_t code_points(std::string_view text);
-/// str.lower(), without the special rule for a sigma at the end of a word.
+/// str.lower(), a sigma at the end of a word included.
 std::string lower(std::string_view text);
 /// str.capitalize(): the first character in title case ("ß" becomes "Ss"), the rest in lower case.
 std::string capitalize(std::string_view text);
@@ -22,6 +22,8 @@ std::vector<std::string> split_on(std::string_view text, std::string_view separa
 std::string replaced(std::string_view text, std::string_view from, std::string_view to);
 /// A list of strings as str(list) writes it: ['a', "it's"].
 std::string python_list(const std::vector<std::string>& items);
+/// Whether \d matches a character in a regular expression: decimal digits of every script.
+bool is_digit_character(char32_t character);
 /// Whether a character counts as one of a word for \b in a regular expression: letters, digits, underscore. Beyond
 /// ASCII: everything but the blocks of punctuation, symbols and spaces.
 bool is_word_character(char32_t character);

@@ -4,6 +4,7 @@
 #include <headfold/evaluation/definitions.h>
 #include <headfold/evaluation/metrics.h>
 #include <headfold/evaluation/perplexity_texts.h>
+#include <headfold/evaluation/python_text.h>
 #include <headfold/evaluation/registry.h>
 
 #include <algorithm>
@@ -38,7 +39,7 @@ const std::vector<NamedGroup>& named_groups() {
     NamedGroup mmlu{"mmlu", {}, true, "2", true};
     for (const MmluCategory& category : mmlu_categories()) {
       NamedGroup group{"mmlu_" + category.name, {}, true, "2", true};
-      for (const std::string& subject : category.subjects) group.members.push_back("mmlu_" + subject);
+      for (const MmluSubject& subject : category.subjects) group.members.push_back("mmlu_" + subject.name);
       mmlu.members.push_back(group.name);
       all.push_back(std::move(group));
     }
@@ -275,6 +276,34 @@ FileListing list_place(const std::string& purpose, const Split& split, bool labe
   return listing;
 }
 
+/// The files of one purpose over all subjects of mmlu, for one row of the listing.
+struct SubjectFiles {
+  std::string purpose;
+  std::int64_t subjects = 0;
+  std::vector<std::string> wanted;               ///< places, with <subject> for its name
+  std::vector<std::string> missing;              ///< subjects
+  std::map<std::string, std::string> checksums;  ///< by subject
+  std::string obtain;
+
+  void add(const TaskListing& task) {
+    const auto file = std::find_if(task.files.begin(), task.files.end(),
+                                   [&](const FileListing& entry) { return entry.purpose == purpose; });
+    if (file == task.files.end()) throw InternalError(fmt::format("{} has no {}", task.name, purpose));
+    const std::string subject = task.name.substr(std::string_view("mmlu_").size());
+    if (subjects++ == 0)
+      for (const std::string& place : file->wanted) wanted.push_back(replaced(place, subject, "<subject>"));
+    obtain = task.obtain;
+    if (file->found.empty()) missing.push_back(subject);
+    if (!file->sha256.empty()) checksums[subject] = file->sha256;
+  }
+  std::string checksum() const {
+    if (checksums.empty()) return {};
+    Sha256 hash;
+    for (const auto& [subject, checksum] : checksums) hash.update(checksum);
+    return hash.hex();
+  }
+};
+
 std::vector<std::string> groups_of(const std::string& task) {
   std::vector<std::string> names;
   for (const NamedGroup& group : named_groups())
@@ -296,8 +325,7 @@ Suite make_tasks(const std::vector<std::string>& names, const SuiteOptions& opti
     if (!done.insert(name).second) return;
     if (const NamedGroup* group = find_group(name)) {
       for (const std::string& member : group->members) add(member);
-      if (group->reports)
-        suite.groups.push_back({name, name, group->version, group->members, {}, group->weight_by_size});
+      if (group->reports) suite.groups.push_back({name, name, group->version, {}, {}, group->weight_by_size, {}});
       return;
     }
     try {
@@ -328,15 +356,26 @@ Suite make_tasks(const std::vector<std::string>& names, const SuiteOptions& opti
   std::stable_sort(suite.groups.begin(), suite.groups.end(),
                    [](const TaskGroup& a, const TaskGroup& b) { return a.name == "mmlu" && b.name != "mmlu"; });
   for (TaskGroup& group : suite.groups) {
+    std::vector<std::string> lacking;
     const std::function<void(const std::string&)> collect = [&](const std::string& name) {
       if (const NamedGroup* inner = find_group(name)) {
         for (const std::string& member : inner->members) collect(member);
-      } else if (std::any_of(suite.tasks.begin(), suite.tasks.end(),
-                             [&](const BenchmarkTask& task) { return task.name == name; })) {
-        group.leaves.push_back(name);
+        return;
       }
+      const bool there = std::any_of(suite.tasks.begin(), suite.tasks.end(),
+                                     [&](const BenchmarkTask& task) { return task.name == name; });
+      (there ? group.leaves : lacking).push_back(name);
     };
-    collect(group.name);
+    for (const std::string& member : find_group(group.name)->members) {
+      const std::size_t before = group.leaves.size();
+      collect(member);
+      if (group.leaves.size() > before) group.subtasks.push_back(member);
+    }
+    if (!lacking.empty() && !group.leaves.empty())
+      group.notes.push_back(
+          fmt::format("{} of {} tasks are left out: {}: the value is that of the others, and not "
+                      "comparable with others' numbers",
+                      lacking.size(), lacking.size() + group.leaves.size(), fmt::join(lacking, ", ")));
     if (const std::string prefix = "mmlu_"; group.name.starts_with(prefix))
       group.alias = group.name.substr(prefix.size());
   }
@@ -351,6 +390,7 @@ std::vector<GroupResult> group_results(const Suite& suite, const std::map<std::s
     result.alias = group.alias;
     result.version = group.version;
     result.subtasks = group.subtasks;
+    result.notes = group.notes;
     struct Column {
       Metric metric;
       std::vector<GroupPart> parts;
@@ -415,16 +455,17 @@ std::vector<TaskListing> list_tasks(const SuiteOptions& options, bool checksums)
 
 std::string listing_text(const std::vector<TaskListing>& tasks) {
   Table table({"task", "file", "found", "sha256", "about"});
+  std::string places;
   std::vector<std::string> missing;
-  std::int64_t subjects = 0, subjects_ready = 0;
-  std::string subjects_obtain;
+  SubjectFiles documents, shots;
+  documents.purpose = "documents";
+  shots.purpose = "shots";
   for (const TaskListing& task : tasks) {
     const bool subject = std::any_of(task.groups.begin(), task.groups.end(),
                                      [](const std::string& group) { return group.starts_with("mmlu_"); });
     if (subject) {
-      ++subjects;
-      subjects_ready += task.ready() ? 1 : 0;
-      subjects_obtain = task.obtain;
+      documents.add(task);
+      shots.add(task);
       continue;
     }
     if (task.files.empty()) table.add({task.name, "none needed", "yes", "", task.about});
@@ -433,17 +474,26 @@ std::string listing_text(const std::vector<TaskListing>& tasks) {
       const bool labels = file.purpose.ends_with("labels");
       table.add({first ? task.name : "",
                  fmt::format("{}: {}", labels ? file.purpose + " (unless inside)" : file.purpose, file.wanted[0]),
-                 file.found.empty() ? "no" : file.found.string(), file.sha256.substr(0, 16), first ? task.about : ""});
+                 file.found.empty() ? "no" : file.found.string(), file.sha256, first ? task.about : ""});
+      places += fmt::format("  {}, {}: {}\n", task.name, file.purpose, fmt::join(file.wanted, ", "));
     }
     if (!task.ready()) missing.push_back(fmt::format("  {}: {}", task.name, task.obtain));
   }
-  if (subjects > 0) {
-    table.add({"mmlu", "documents: mmlu/test/<subject>_test.csv",
-               fmt::format("{} of {} subjects", subjects_ready, subjects), "",
-               "exam questions, mmlu_<subject>, in four groups"});
-    if (subjects_ready < subjects) missing.push_back(fmt::format("  mmlu: {}", subjects_obtain));
+  if (documents.subjects > 0) {
+    for (const SubjectFiles* files : {&documents, &shots}) {
+      table.add(
+          {files == &documents ? "mmlu" : "", fmt::format("{}: {}", files->purpose, files->wanted.at(0)),
+           fmt::format("{} of {} subjects", files->subjects - std::ssize(files->missing), files->subjects),
+           files->checksum(),
+           files == &documents ? "exam questions, mmlu_<subject>, in four groups; one checksum over theirs" : ""});
+      places += fmt::format("  mmlu, {}: {}\n", files->purpose, fmt::join(files->wanted, ", "));
+      if (!files->missing.empty())
+        missing.push_back(
+            fmt::format("  mmlu, {} of {}: {}", files->purpose, fmt::join(files->missing, ", "), files->obtain));
+    }
   }
   std::string text = table.text();
+  text += "\nWhere files are looked for under --data-dir, in this order\n" + places;
   text += "\nGroups\n";
   for (const NamedGroup& group : named_groups()) {
     const bool long_list = group.name.starts_with("mmlu_");

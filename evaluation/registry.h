@@ -72,9 +72,11 @@ struct TaskGroup {
   std::string name;
   std::string alias;
   std::string version;
-  std::vector<std::string> subtasks;  ///< the harness's group_subtasks: groups or tasks right below
+  std::vector<std::string> subtasks;  ///< the harness's group_subtasks: groups or tasks right below, without those of
+                                      ///< which everything was skipped
   std::vector<std::string> leaves;    ///< all tasks below, without those skipped
   bool weight_by_size = true;         ///< false: the plain mean over tasks
+  std::vector<std::string> notes;     ///< which tasks its value lacks
 };
 
 struct Suite {
@@ -96,6 +98,7 @@ struct GroupResult {
   std::vector<Metric> metrics;
   std::int64_t sample_count = 0;
   std::vector<std::string> subtasks;
+  std::vector<std::string> notes;  ///< of the group
 };
 /// Of every group of the suite, from its tasks' scores by name: mean weighted by samples and pooled standard error
 /// (docs/evaluation.md). Groups without a scored leaf are left out.
@@ -118,7 +121,9 @@ struct TaskListing {
 };
 /// Every task, those of `options.user_tasks` too. `checksums`: hash the found files (large ones take a while).
 std::vector<TaskListing> list_tasks(const SuiteOptions& options, bool checksums);
-/// The same as a table for the terminal, one row per task, the subjects of mmlu in one, and the groups below it.
+/// The same as a table for the terminal: a row per file, the subjects of mmlu together; below it all places, the
+/// groups, and how to obtain what is missing. The checksum of several files is the SHA-256 of their checksums, one
+/// after the other in the order of their names.
 std::string listing_text(const std::vector<TaskListing>& tasks);
 
 /// Hashes of samples_<task>.jsonl: SHA-256 of the document's JSON with indent 2, of the first request's context and of

@@ -117,7 +117,8 @@ struct ListSource {
 /// The file's keys, with the names of file and key in every error.
 class Description {
  public:
-  explicit Description(const std::filesystem::path& file) : file_(file), json_(read_json(file, 1U << 20)) {
+  explicit Description(const std::filesystem::path& file)
+      : file_(file), json_(parse_text(read_text(file, 1U << 20), file.string())) {
     if (!json_.is_object()) throw InputError(fmt::format("{}: a task is a JSON object", file.string()));
   }
   std::string source(const std::string& key) const { return fmt::format("{}, key \"{}\"", file_.string(), key); }
@@ -199,6 +200,8 @@ std::vector<Record> read_table(const std::filesystem::path& file, bool csv) {
 /// How a document of a user's task is read.
 struct UserReader {
   std::string format, gold_is, gold_source;
+  std::string gold_name;  ///< the field, or the template of several
+  std::string delimiter;  ///< before a choice
   Template context, gold;
   ListSource choices, labels;
   std::vector<std::string> id;
@@ -217,19 +220,27 @@ struct UserReader {
     }
     item.choices = choices.of(record);
     if (item.choices.empty()) throw InputError(fmt::format("{}: no choices ({})", record.where, choices.source));
+    const auto empty = std::find(item.choices.begin(), item.choices.end(), "");
+    if (delimiter.empty() && empty != item.choices.end())
+      throw InputError(fmt::format(
+          "{}: choice {}{} is empty, and \"target_delimiter\" too: nothing to score ({})", record.where,
+          empty - item.choices.begin() + 1,
+          choices.path.empty() ? std::string() : fmt::format(" of field \"{}\"", fmt::join(choices.path, ".")),
+          choices.source));
     const auto count = static_cast<std::int64_t>(item.choices.size());
+    const std::string place = fmt::format("{} ({})", record.where, gold_source);
     if (gold_is == "label") {
       const std::vector<std::string> names = labels.of(record);
       if (names.size() != item.choices.size())
         throw InputError(
             fmt::format("{}: {} labels for {} choices ({})", record.where, names.size(), count, labels.source));
-      item.gold = label_index(names, right, record.where, "gold");
+      item.gold = label_index(names, right, place, gold_name);
     } else if (gold_is == "text") {
-      item.gold = label_index(item.choices, right, record.where, "gold");
+      item.gold = label_index(item.choices, right, place, gold_name);
     } else {
       const std::int64_t first = gold_is == "number" ? 1 : 0;
-      Record number{{{"gold", right}}, record.where};
-      item.gold = number_field(number, "gold", first, first + count - 1) - first;
+      Record number{{{gold_name, right}}, place};
+      item.gold = number_field(number, gold_name, first, first + count - 1) - first;
     }
     item.answer = item.choices[static_cast<std::size_t>(item.gold)];
     item.target = std::to_string(item.gold);
@@ -245,10 +256,10 @@ struct UserReader {
     std::set<std::string> seen;
     for (const Record& record : records) {
       if (!id.empty()) {
-        const std::string value = Template::value_at(record, id, "key \"id\"").dump();
-        if (!seen.insert(value).second)
+        const OrderedJson value = Template::value_at(record, id, "key \"id\"");
+        if (!seen.insert(value.dump()).second)
           throw InputError(fmt::format("{}: field \"{}\" is {}, and an earlier document has the same", record.where,
-                                       fmt::join(id, "."), value.substr(0, 80)));
+                                       fmt::join(id, "."), shown(value)));
       }
       items.push_back(read(record));
     }
@@ -298,6 +309,8 @@ Definition user_definition(const std::filesystem::path& file, const std::filesys
   reader->gold_source = json.source("gold");
   // A bare name is a field; anything with braces is a template.
   const std::string gold = task.target_template;
+  const bool one_field = gold.starts_with("{{") && gold.find("}}") == gold.size() - 2;
+  reader->gold_name = one_field ? std::string(strip(std::string_view(gold).substr(2, gold.size() - 4))) : gold;
   reader->gold = Template(gold.find("{{") == std::string::npos ? "{{" + gold + "}}" : gold, reader->gold_source);
   if (json.has("id")) reader->id = Template::parse_path(json.text("id"), json.source("id"));
   std::vector<std::string> allowed;
@@ -314,10 +327,13 @@ Definition user_definition(const std::filesystem::path& file, const std::filesys
     allowed = {"acc", "acc_norm", "acc_bytes"};
     task.metrics = json.texts("metrics", {"acc", "acc_norm"});
   }
-  for (const std::string& metric : task.metrics)
+  for (const std::string& metric : task.metrics) {
+    if (std::count(task.metrics.begin(), task.metrics.end(), metric) > 1)
+      throw InputError(fmt::format("{} has {} twice", json.source("metrics"), shown(metric)));
     if (std::find(allowed.begin(), allowed.end(), metric) == allowed.end())
       throw InputError(fmt::format("{} has {}, expected some of: {}", json.source("metrics"), shown(metric),
                                    fmt::join(allowed, ", ")));
+  }
   if (task.metrics.empty()) throw InputError(fmt::format("{} is an empty list", json.source("metrics")));
   task.score = reader->generation ? generation_scorer(task.metrics) : choice_scorer(task.metrics);
   const auto places = [&](const std::string& key) {
@@ -332,6 +348,7 @@ Definition user_definition(const std::filesystem::path& file, const std::filesys
   task.evaluated = {"test", places("file"), 0};
   task.rules.description = json.text("description", "");
   task.rules.target_delimiter = json.text("target_delimiter", " ");
+  reader->delimiter = task.rules.target_delimiter;
   task.rules.fewshot_delimiter = json.text("fewshot_delimiter", "\n\n");
   task.rules.shots = json.number("shots", 0, 0, 1000);
   task.rules.sampler = json.one_of("sampler", {"random", "first_n"}) == "first_n" ? Sampler::first_n : Sampler::random;

@@ -4,6 +4,7 @@
 #include <headfold/base/files.h>
 #include <headfold/evaluation/data_files.h>
 #include <headfold/evaluation/registry.h>
+#include <headfold/tokenizer/utf8.h>
 
 #include "world.h"
 
@@ -25,6 +26,14 @@ TEST(BadData, is_refused_with_file_line_and_field) {
   const std::string arc = R"({"id":"1","question":{"stem":"q","choices":[{"text":"a","label":"A"}]},"answerKey":"A"})";
   const std::string twice = arc + "\n" + arc + "\n";
   const std::string broken = arc + "\n{\"id\":";
+  const std::string unnamed = arc + "\n{" + arc.substr(arc.find("\"question\""));
+  const std::string piqa = R"({"goal":"g","sol1":"a","sol2":"b","label":0})",
+                    bare = R"({"goal":"g","sol1":"a","sol2":"b"})";
+  const std::string third_bare = piqa + "\n" + piqa + "\n" + bare + "\n", first_bare = bare + "\n" + piqa + "\n";
+  const std::string wino = R"({"sentence":"a _","option1":"a","option2":"b","answer":"1"})";
+  const std::string third_wino = wino + "\n" + wino + "\n" + wino.substr(0, wino.find(",\"answer\"")) + "}\n" + wino;
+  const std::string numbered = R"({"goal":"g","sol1":"a","sol2":"b","label":0,"id":"x"})";
+  const std::string same = numbered + "\n" + numbered, one_numbered = piqa + "\n" + numbered;
   const std::vector<Bad> cases = {
       {"arc_easy",
        "arc/ARC-Easy-Test.jsonl",
@@ -47,7 +56,9 @@ TEST(BadData, is_refused_with_file_line_and_field) {
       {"arc_easy", "arc/ARC-Easy-Test.jsonl", "", {"holds no document"}},
       {"arc_easy", "arc/ARC-Easy-Test.jsonl", "\n \n", {"holds no document"}},
       {"arc_easy", "arc/ARC-Easy-Test.jsonl", "\n7\n", {"line 2", "is a JSON object"}},
-      {"arc_easy", "arc/ARC-Easy-Test.jsonl", "{\"id\":\"\xFF\"}", {"line 1", "not valid JSON"}},
+      {"arc_easy", "arc/ARC-Easy-Test.jsonl", "{\"id\":\"\xFF\"}", {"line 1", "not UTF-8", "0xFF"}},
+      {"arc_easy", "arc/ARC-Easy-Test.jsonl", "\xC3\xA9", {"line 1", "not valid JSON", "\\xC3"}},
+      {"arc_easy", "arc/ARC-Easy-Test.jsonl", unnamed.c_str(), {"line 2", "\"id\" is missing"}},
       {"arc_easy", "arc/ARC-Easy-Test.jsonl", R"({"id":"\ud800"})", {"line 1", "not valid JSON"}},
       {"arc_easy", "arc/ARC-Easy-Test.jsonl", R"({"id":1,"id":2})", {"line 1", "\"id\" appears twice"}},
       {"piqa",
@@ -55,6 +66,14 @@ TEST(BadData, is_refused_with_file_line_and_field) {
        R"({"goal":"g","sol1":"a","sol2":"b","label":2})",
        {"line 1", "\"label\" is 2", "0 to 1"}},
       {"piqa", "piqa/valid.jsonl", R"({"goal":"g","sol1":"a","sol2":"b"})", {"no key \"label\"", "valid-labels.lst"}},
+      {"piqa", "piqa/valid.jsonl", third_bare.c_str(), {"line 3: key \"label\" is missing", "other documents"}},
+      {"piqa", "piqa/validation.jsonl", first_bare.c_str(), {"line 1: key \"label\" is missing"}},
+      {"piqa", "piqa/validation.jsonl", bare.c_str(), {"line 1: key \"label\" is missing"}},
+      // Labels beside do not make up for it: which of the two would be right?
+      {"piqa", "piqa/valid.jsonl", third_bare.c_str(), {"line 3"}, "piqa/valid-labels.lst", "0\n1\n1\n"},
+      {"piqa", "piqa/valid.jsonl", same.c_str(), {"line 2", "\"id\" is \"x\"", "earlier"}},
+      {"piqa", "piqa/valid.jsonl", one_numbered.c_str(), {"line 1: key \"id\" is missing", "other documents"}},
+      {"winogrande", "winogrande/dev.jsonl", third_wino.c_str(), {"line 3: key \"answer\" is missing"}},
       {"piqa",
        "piqa/valid.jsonl",
        R"({"goal":"g","sol1":"a","sol2":"b"})",
@@ -150,9 +169,57 @@ TEST(BadData, is_refused_with_file_line_and_field) {
       ADD_FAILURE() << bad.task << " accepts " << bad.content;
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), ExitCode::bad_input);
+      EXPECT_EQ(tokenizer::invalid_utf8_at(error.what()), std::string_view::npos) << error.what();
       EXPECT_THAT(error.what(), HasSubstr(scratch.path().string())) << bad.content;
       for (const std::string& said : bad.said) EXPECT_THAT(error.what(), HasSubstr(said)) << bad.content;
     }
+  }
+}
+
+/// A file that lacks something is damaged; --skip-missing is for files that are not there.
+TEST(BadData, skip_missing_does_not_pass_over_it) {
+  ScratchFolder scratch;
+  SuiteOptions options;
+  options.data_dir = scratch.path();
+  options.skip_missing = true;
+  const std::string sound = R"({"sentence":"a _","option1":"a","option2":"b","answer":"1"})";
+  const std::string unlabelled = R"({"sentence":"a _","option1":"a","option2":"b"})";
+  write_file(scratch / "winogrande/dev.jsonl", sound + "\n" + unlabelled + "\n");
+  try {
+    make_tasks({"winogrande"}, options);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), "InputError");
+    EXPECT_THAT(error.what(), HasSubstr("line 2: key \"answer\" is missing"));
+  }
+  write_file(scratch / "winogrande/dev.jsonl", unlabelled + "\n" + unlabelled + "\n");
+  const Suite suite = make_tasks({"winogrande"}, options);
+  ASSERT_EQ(suite.skipped.size(), 1U);
+  EXPECT_THAT(suite.skipped[0].reason, HasSubstr("dev-labels.lst"));
+}
+
+TEST(ByteOrderMark, is_no_part_of_the_data) {
+  const std::string mark = "\xEF\xBB\xBF";
+  ScratchFolder scratch;
+  write_file(scratch / "t.csv", mark + "\"a\",b\nc,d\n");
+  EXPECT_THAT(read_csv(scratch / "t.csv").at(0).cells, ElementsAre("a", "b"));
+  write_file(scratch / "t.tsv", mark + "a\tb\n");
+  EXPECT_THAT(read_tsv(scratch / "t.tsv").at(0).cells, ElementsAre("a", "b"));
+  write_file(scratch / "labels.lst", mark + "1\n");
+  EXPECT_THAT(read_labels(scratch / "labels.lst", 0, 1, 1), ElementsAre(1));
+  for (const char* json : {"{\"a\":1}", "[{\"a\":1}]", "\n[\n{\"a\":1}]"}) {
+    write_file(scratch / "t.json", mark + json);
+    EXPECT_EQ(read_records(scratch / "t.json").at(0).fields["a"], 1) << json;
+  }
+  // With a header of names, and without one.
+  SuiteOptions options;
+  options.data_dir = scratch.path();
+  for (const char* rows : {"Q?,1,2,3,4,B\n", "question,choice0,choice1,choice2,choice3,answer\nQ?,1,2,3,4,1\n"}) {
+    write_file(scratch / "mmlu/test/anatomy_test.csv", mark + rows);
+    const Suite suite = make_tasks({"mmlu_anatomy"}, options);
+    ASSERT_EQ(suite.tasks.at(0).documents.size(), 1U);
+    EXPECT_EQ(suite.tasks[0].documents[0].fields["question"], "Q?");
+    EXPECT_EQ(suite.tasks[0].documents[0].target, "1");
   }
 }
 
@@ -184,6 +251,7 @@ class OwnTask : public testing::Test {
       ADD_FAILURE() << "accepts " << description;
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), ExitCode::bad_input) << description;
+      EXPECT_EQ(tokenizer::invalid_utf8_at(error.what()), std::string_view::npos) << error.what();
       for (const std::string& text : said) EXPECT_THAT(error.what(), HasSubstr(text)) << description;
     }
   }
@@ -227,7 +295,7 @@ TEST_F(OwnTask, nested_fields_labels_templates_and_tables) {
   EXPECT_EQ(task.requests.at(1).context, " Why? ");
   EXPECT_EQ(task.requests.at(1).continuation, "=>b");
   EXPECT_EQ(task.documents[0].target, "1");
-  write_file(scratch_ / "t.csv", "word,a,b,right\nsun,star,fish,star\n");
+  write_file(scratch_ / "t.csv", "\xEF\xBB\xBFword,a,b,right\nsun,star,fish,star\n");
   task = make(R"({"task":"own","file":"t.csv","context":"A {{word}} is a","choices":["{{a}}","{{b}}!"],
     "gold":"{{right}}","gold_is":"text"})");
   EXPECT_EQ(task.requests.at(1).continuation, " fish!");
@@ -246,7 +314,21 @@ TEST_F(OwnTask, mistakes_name_file_and_key) {
   const auto with = [](const std::string& more) {
     return R"({"task":"own","file":"w.jsonl","context":"{{d}}","choices":"o","gold":"g")" + more + "}";
   };
-  refuse(with(""), {"w.jsonl, line 1", "\"gold\" is \"2\"", "0 to 1"});
+  refuse(with(""), {"w.jsonl, line 1", "\"g\" is \"2\"", "0 to 1", "own.json, key \"gold\""});
+  refuse(with(R"(,"gold_is":"text")"), {"w.jsonl, line 1", "\"g\" is \"2\"", "own.json, key \"gold\""});
+  refuse(R"({"task":"own","file":"w.jsonl","context":"c","choices":"o","gold":"{{ g }}"})",
+         {"line 1", "\"g\" is \"2\""});
+  refuse(R"({"task":"own","file":"w.jsonl","context":"c","choices":"o","gold":"{{g}}{{g}}"})",
+         {"line 1", "\"{{g}}{{g}}\" is \"22\""});
+  refuse(with(R"(,"metrics":["acc","acc_norm","acc"])"), {"own.json", "\"metrics\"", "\"acc\" twice"});
+  write_file(scratch_ / "e.jsonl", R"({"o":["a","b"],"g":0})"
+                                   "\n"
+                                   R"({"o":["a",""],"g":0})");
+  const std::string undelimited = R"({"task":"own","file":"e.jsonl","context":"c","gold":"g","target_delimiter":"")";
+  refuse(undelimited + R"(,"choices":"o"})", {"e.jsonl, line 2", "choice 2 of field \"o\" is empty", "own.json"});
+  refuse(undelimited + R"(,"choices":["x","{{o.1}}"]})", {"e.jsonl, line 2", "choice 2 is empty", "own.json"});
+  refuse("\xC3{", {"own.json, line 1", "not UTF-8"});
+  refuse("\xC3\xA9", {"own.json", "not valid JSON", "\\xC3"});
   refuse(with(R"(,"colour":1)"), {"own.json", "unknown key \"colour\""});
   refuse(with(R"(,"gold_is":"letter")"), {"own.json", "\"gold_is\"", "index, number, label, text"});
   refuse(with(R"(,"gold_is":"label")"), {"own.json", "\"labels\" is missing"});

@@ -71,7 +71,8 @@ const std::vector<Real>& real_tasks() {
         {"winogrande",
          {{"winogrande/dev.jsonl", "winogrande/dev.jsonl"}, {"winogrande/train_xl.jsonl", "winogrande/dev.jsonl"}}},
         {"boolq", {{"boolq/val.jsonl", "boolq/val.jsonl"}, {"boolq/train.jsonl", "boolq/val.jsonl"}}},
-        {"gsm8k", {{"gsm8k", "gsm8k"}}}};
+        {"gsm8k", {{"gsm8k", "gsm8k"}}},
+        {"gsm8k_cot", {{"gsm8k", "gsm8k"}}}};
     const Json golden = read_json(own_data() / "golden_prompts.json");
     for (const auto& [name, pairs] : golden.items())
       if (name.starts_with("mmlu_")) all.push_back({name, {{"mmlu", "mmlu"}}});
@@ -93,9 +94,12 @@ TEST_P(GoldenPrompts, equal_those_made_from_the_published_files) {
     fs::create_directories((scratch / name).parent_path());
     fs::create_symlink(fs::absolute(data_folder() / file), scratch / name);
   }
-  for (const std::int64_t shots : {0, 5}) {
+  std::set<std::int64_t> numbers;
+  for (const auto& [key, wanted] : golden.items()) {
+    if (key == "pool") continue;
+    const std::int64_t shots = std::stoll(key);
+    numbers.insert(shots);
     const BenchmarkTask task = one_task(real.task, options_for(scratch.path(), shots));
-    const Json& wanted = golden.at(std::to_string(shots));
     ASSERT_EQ(static_cast<std::int64_t>(task.documents.size()), wanted.at("documents").get<std::int64_t>());
     // Of most subjects of mmlu only the hash over all pairs is kept.
     const bool in_full = wanted.contains("first");
@@ -115,6 +119,7 @@ TEST_P(GoldenPrompts, equal_those_made_from_the_published_files) {
       all.update(sha256_hex(request.context) + sha256_hex(request.continuation));
     EXPECT_EQ(all.hex(), wanted.at("all").get<std::string>()) << shots << " shots, all documents";
   }
+  EXPECT_EQ(numbers, real.task == "gsm8k_cot" ? (std::set<std::int64_t>{0, 8}) : (std::set<std::int64_t>{0, 5}));
 }
 
 INSTANTIATE_TEST_SUITE_P(RealFiles, GoldenPrompts, testing::ValuesIn(real_tasks()),
@@ -140,10 +145,10 @@ TEST(GoldenExcerpts, self_made_items_of_the_other_tasks) {
 }
 
 /// Every task has golden prompts: from the published files (by hashes), from items of our own (in full), or a test of
-/// its own (the worked examples of gsm8k_cot, the retrieval grid).
+/// its own (the retrieval grid).
 TEST(GoldenExcerpts, none_is_left_out) {
   const Json full = read_json(own_data() / "golden_excerpts.json");
-  std::set<std::string> covered = {"gsm8k_cot", "passkey", "needle",
+  std::set<std::string> covered = {"passkey", "needle",
                                    // texts, not prompts: the tests of texts below
                                    "wikitext", "wikitext2", "c4-palu", "c4-svdllm", "ptb-svdllm", "ptb-new"};
   for (const auto& [key, documents] : full.items()) covered.insert(key.substr(0, key.find('@')));
@@ -152,6 +157,7 @@ TEST(GoldenExcerpts, none_is_left_out) {
     EXPECT_TRUE(covered.contains(task.name)) << task.name << ": " << task.about;
 }
 
+/// Where the published questions are not there; their golden prompts hold every byte of the examples.
 TEST(GoldenExcerpts, worked_examples_of_gsm8k_cot) {
   ScratchFolder scratch;
   write_file(scratch / "gsm8k/test.jsonl", R"({"question":"1 + 1?","answer":"easy\n#### 2"})"
@@ -308,12 +314,21 @@ TEST(Groups, mmlu_is_weighted_by_questions_and_pooled) {
   const std::vector<GroupResult> results = group_results(suite, scored);
   ASSERT_EQ(results.size(), 3U);  // mmlu, stem, other; humanities and social sciences have no task left
   EXPECT_EQ(results[0].name, "mmlu");
-  EXPECT_THAT(results[0].subtasks, ElementsAre("mmlu_stem", "mmlu_humanities", "mmlu_social_sciences", "mmlu_other"));
+  EXPECT_THAT(results[0].subtasks, ElementsAre("mmlu_stem", "mmlu_other"));  // without what was left out
+  ASSERT_EQ(results[0].notes.size(), 1U);
+  EXPECT_THAT(results[0].notes[0],
+              HasSubstr("54 of 57 tasks are left out: mmlu_abstract_algebra, mmlu_college_biology"));
+  // Subjects of another size than the published one say so, as every split does.
+  ASSERT_EQ(suite.tasks[0].notes.size(), 1U);
+  EXPECT_THAT(suite.tasks[0].notes[0], HasSubstr("anatomy_test.csv has 2 documents, the published test split 135"));
   EXPECT_EQ(results[0].sample_count, 2 + 3 + 4);
   EXPECT_DOUBLE_EQ(results[0].metrics.at(0).value, 3.0 / 9);  // one B among the first four of each
   const GroupResult& stem = results[1];
   EXPECT_EQ(stem.name, "mmlu_stem");
   EXPECT_EQ(stem.alias, "stem");
+  EXPECT_THAT(stem.subtasks, ElementsAre("mmlu_anatomy", "mmlu_astronomy"));
+  ASSERT_EQ(stem.notes.size(), 1U);
+  EXPECT_THAT(stem.notes[0], HasSubstr("17 of 19 tasks are left out"));
   EXPECT_DOUBLE_EQ(stem.metrics.at(0).value, 2.0 / 5);
   // Errors of the leaves: sqrt(0.5 / 2) for 1 of 2, sqrt((2/3) / 2 / 3) for 1 of 3.
   const double first = 0.5 / 2, second = (2.0 / 3) / 2 / 3;
@@ -482,7 +497,29 @@ TEST(Registry, listing_says_what_is_there) {
   const std::string text = listing_text(all);
   EXPECT_THAT(text, HasSubstr("0 of 57 subjects"));
   EXPECT_THAT(text, HasSubstr("piqa: https://yonatanbisk.com"));
+  EXPECT_THAT(text, HasSubstr(hellaswag.files[0].sha256));  // all of it
+  EXPECT_THAT(text, HasSubstr("piqa, documents: piqa/valid.jsonl, physicaliqa-train-dev/"));
+  EXPECT_THAT(text, HasSubstr("piqa, labels: piqa/valid-labels.lst"));
+  EXPECT_THAT(text, HasSubstr("mmlu, shots: mmlu/dev/<subject>_dev.csv, mmlu/data/dev/<subject>_dev.csv"));
   EXPECT_THAT(text, HasSubstr("lorc: boolq, openbookqa, xsum, gsm8k"));
+}
+
+TEST(Registry, listing_of_mmlu_names_what_is_missing_and_sums_up_the_rest) {
+  ScratchFolder scratch;
+  write_mmlu(scratch.path(), {"virology", "anatomy", "astronomy"});
+  fs::remove(scratch / "mmlu/dev/anatomy_dev.csv");
+  const std::string text = listing_text(list_tasks(options_for(scratch.path()), true));
+  EXPECT_THAT(text, HasSubstr("3 of 57 subjects"));
+  EXPECT_THAT(text, HasSubstr("2 of 57 subjects"));
+  const auto sum = [&](const std::vector<std::string>& files) {
+    std::string sums;
+    for (const std::string& file : files) sums += sha256_hex(read_file(scratch / "mmlu" / file));
+    return sha256_hex(sums);
+  };
+  EXPECT_THAT(text, HasSubstr(sum({"test/anatomy_test.csv", "test/astronomy_test.csv", "test/virology_test.csv"})));
+  EXPECT_THAT(text, HasSubstr(sum({"dev/astronomy_dev.csv", "dev/virology_dev.csv"})));
+  EXPECT_THAT(text, HasSubstr("mmlu, documents of abstract_algebra, college_biology, "));
+  EXPECT_THAT(text, HasSubstr("mmlu, shots of abstract_algebra, anatomy, college_biology, "));
 }
 
 TEST(Texts, joined_as_the_papers_do) {

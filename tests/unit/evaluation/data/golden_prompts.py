@@ -2,7 +2,9 @@
 """Writes golden_prompts.json: hashes of the prompts that the published benchmark files give.
 
 Written from docs/evaluation.md alone, with Python's own json, csv and random, so that it shares nothing with the code it
-checks. Usage: golden_prompts.py DATA_FOLDER > golden_prompts.json
+checks. Usage: golden_prompts.py DATA_FOLDER GSM8K_COT_YAML > golden_prompts.json
+               (the second is the harness's own lm_eval/tasks/gsm8k/gsm8k-cot.yaml, version 3.0, where the worked
+               examples stand; needs PyYAML)
            or: golden_prompts.py --excerpts excerpts dataset2prompt.json > golden_excerpts.json
                (self-made items, prompts in full; the file with the templates is LongBench's own config/dataset2prompt.json)
 
@@ -72,6 +74,12 @@ def mmlu(name):
 
 def gsm8k(name):
     return [([f"Question: {row['question']}\nAnswer:"], [row["answer"]], 0, row) for row in lines(name)]
+
+
+def gsm8k_cot(name, task):
+    question = lambda row: task["doc_to_text"].replace("{{question}}", row["question"])
+    return [([question(row)], [row["answer"]], 0, row) for row in lines(name)], \
+        [([question(row)], [row["target"]], 0, row) for row in task["fewshot_config"]["samples"]]
 
 
 def shot(document):
@@ -156,9 +164,9 @@ if excerpts:
 tasks = {}
 
 
-def add(name, documents, pool_name, pool, one_more, brief=False, **more):
+def add(name, documents, pool_name, pool, one_more, brief=False, numbers=(0, 5), **more):
     entry = {"pool": pool_name}
-    for shots in (0, 5):
+    for shots in numbers:
         all_pairs = pairs(documents, pool, shots, one_more, **more)
         digest = hashlib.sha256()
         for document in all_pairs:
@@ -189,6 +197,15 @@ for subject in sorted(path.name.removesuffix("_test.csv") for path in (data / "m
         mmlu(f"mmlu/dev/{subject}_dev.csv"), False, brief=subject not in in_full, first=True,
         description=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n")
 add("gsm8k", gsm8k("gsm8k/test.jsonl"), "gsm8k/train-first1000.jsonl", gsm8k("gsm8k/train-first1000.jsonl"), False,
+    generation=True)
+
+import yaml  # only here
+
+with open(sys.argv[2], encoding="utf-8") as file:
+    task = yaml.safe_load(file)
+assert task["task"] == "gsm8k_cot" and task["fewshot_config"]["sampler"] == "first_n"
+documents, examples = gsm8k_cot("gsm8k/test.jsonl", task)
+add("gsm8k_cot", documents, "gsm8k-cot.yaml", examples, False, numbers=(0, task["num_fewshot"]), first=True,
     generation=True)
 
 json.dump(tasks, sys.stdout, indent=1)
