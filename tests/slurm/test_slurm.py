@@ -576,7 +576,7 @@ def test_disk(arguments, cluster, scratch):
     try:
         run = Run(cluster, os.path.join(mounted, "run"))
         failures = []
-        for size in ("8M", "42M", "50M", "800M"):
+        for size in ("8M", "50M", "800M"):
             execute(["mount", "-o", "remount,size=" + size, mounted])
             run.submit()
             run.wait()
