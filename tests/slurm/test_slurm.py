@@ -199,12 +199,15 @@ class Cluster:
                 found[int(entry)] = int(variables.get("SLURM_PROCID", -1))
         return found
 
-    def check_nothing_left(self, run):
+    def check_nothing_left(self, run=None):
+        """Of ended jobs; with a finished run not in its folder either."""
         wait_for("no process of a job lives", lambda: not self.processes(), 15)
         left = shared_memory() - self.memory_before
         check(not left, "left in /dev/shm: {}".format(sorted(left)))
         left = [name for folder in ("tmp-n1", "tmp-n2") for name in os.listdir(os.path.join(self.folder, folder))] + os.listdir(self.environment["TMPDIR"])
         check(not left, "left in temporary folders: {}".format(left))
+        if not run:
+            return
         names = [os.path.join(folder, name) for folder, folders, files in os.walk(run.folder) for name in folders + files]
         left = [name for name in names if re.search(r"\.tmp|\.partial|partial-|/\.token|/\.failures", name[len(run.folder):])]
         check(not left, "temporary files left in the run's folder: {}".format(left))
@@ -295,7 +298,7 @@ class Run:
         if not self.wait_for_stage(stage):
             return False
         wait_for("{} computes".format(stage), lambda: self.starts(stage) > before or self.is_finished(stage), 30)
-        return bool(self.ranks(stage))
+        return not self.is_finished(stage)
 
     def elements(self, stage):
         return {"convert": 2, "evaluate": 3}.get(stage, 1)
@@ -508,11 +511,11 @@ def test_stop(arguments, cluster, scratch):
     log = run.logs("calibrate") + run.logs("finetune")
     check(log.count("sequences, whose sums are in") >= 1 and log.count("saved in") >= 1, "nothing was saved when it was stopped:\n" + log)
     interrupt("evaluate", "USR1", usr1)
-    check(run.wait_for_stage("evaluate"), "evaluate was too fast to stop")
+    # One element waits in the queue now, others run or wait as well.
     run.script("cancel", "--stop")
     wait_for("jobs end after STOP", lambda: run.ended(), limit, 0.2)
-    states = {entry["stage"]: entry["state"] for entry in run.status()}
-    check(states["evaluate"] in ("stopped", "finished") and states["report"] == "cancelled", "after STOP: {}\n{}".format(states, run.logs("evaluate")[-3000:]))
+    states = [(entry["stage"], entry["state"]) for entry in run.status()]
+    check(("evaluate", "stopped") in states and ("report", "cancelled") in states, "after STOP: {}\n{}".format(states, run.logs("evaluate")[-3000:]))
     check("STOP" in run.script("submit", code=64), "submitted although STOP is there")
     os.remove(os.path.join(run.folder, "STOP"))
     run.submit()
@@ -599,7 +602,7 @@ def test_disk(arguments, cluster, scratch):
 
 def test_hang(arguments, cluster, scratch):
     timeout = 4
-    for name, hook in (("HEADFOLD_TEST_HANG", "1:progress:2"), ("HEADFOLD_TEST_FREEZE", "1:progress:2")):
+    for name, hook in (("HEADFOLD_TEST_HANG", "1:all-reduce:3"), ("HEADFOLD_TEST_FREEZE", "1:progress:2")):
         run = Run(cluster, os.path.join(scratch, name), timeout=timeout)
         cluster.environment[name] = hook
         run.submit("--only", "calibrate")
@@ -615,7 +618,7 @@ def test_hang(arguments, cluster, scratch):
         check(re.search(r"rank 1\b.*\bn2\b", log), "rank 1 on n2 is not named:\n" + log[-5000:])
         check(run.status()[0]["state"] == "failed", "status: {}".format(run.status()[0]))
         check(not run.is_finished("calibrate"), "the stage is taken for finished")
-        wait_for("no process of a job lives", lambda: not cluster.processes(), 15)
+        cluster.check_nothing_left()
 
 
 CASES = {"chain": test_chain, "stop": test_stop, "kill": test_kill, "node": test_node, "disk": test_disk, "hang": test_hang}
