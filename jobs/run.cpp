@@ -99,17 +99,31 @@ void print_list(const RunPlan& plan, const RunFlags& flags) {
   std::cout << fmt::format("{}\n{}", plan.folder.string(), table.text()) << std::flush;
 }
 
-/// Options that `run` itself gives to each job.
-std::vector<std::string> arguments_of(const RunPlan& plan, const Task& task, bool again) {
+/// A job's arguments with those that `run` gives it: where logs and events go, and the options of every job that `run`
+/// was given itself (`values`), which overrule the file's.
+std::vector<std::string> arguments_of(const RunPlan& plan, const Task& task, bool again,
+                                      const po::variables_map& values) {
   std::vector<std::string> arguments = task.element().arguments;
   const po::options_description common = common_options();
   const auto give = [&](const char* name, const std::string& value) {
-    if (common.find_nothrow(name, false) != nullptr)
-      arguments.insert(arguments.end(), {"--" + std::string(name), value});
+    arguments.insert(arguments.end(), {"--" + std::string(name), value});
   };
   give("log-dir", (plan.folder / "logs" / task.id).string());
   give("events", (plan.folder / "events.jsonl").string());
   give("stage-name", task.id);
+  std::vector<std::string> given;
+  for (const char* name : {"threads", "comm-timeout"})
+    if (!values[name].defaulted()) given.emplace_back(name);
+  if (values.count("verbose") > 0) given.emplace_back("verbose");
+  if (values["share-gpus"].as<bool>()) given.emplace_back("share-gpus");
+  for (const std::string& name : given) {
+    if (const auto old = std::find(arguments.begin(), arguments.end(), "--" + name); old != arguments.end())
+      arguments.erase(old, old + (common.find(name, false).semantic()->max_tokens() > 0 ? 2 : 1));
+    arguments.push_back("--" + name);
+    if (values[name].value().type() == typeid(int)) arguments.push_back(std::to_string(values[name].as<int>()));
+    if (values[name].value().type() == typeid(double))
+      arguments.push_back(fmt::format("{}", values[name].as<double>()));
+  }
   const bool replaces =
       task.stage->name == "calibrate" || task.stage->name == "convert" || task.stage->name == "finetune";
   if (again && replaces && std::find(arguments.begin(), arguments.end(), "--overwrite") == arguments.end())
@@ -152,9 +166,10 @@ Standing standing_of(const comm::Communicator& world, const RunPlan& plan, const
   return standing;
 }
 
-void run_task(const Context& context, const RunPlan& plan, const Task& task, bool again, RunFlags* flags) {
+void run_task(const Context& context, const RunPlan& plan, const Task& task, bool again,
+              const po::variables_map& values, RunFlags* flags) {
   const comm::Communicator& world = context.world;
-  const std::vector<std::string> arguments = arguments_of(plan, task, again);
+  const std::vector<std::string> arguments = arguments_of(plan, task, again, values);
   if (world.root()) {
     if (again) spdlog::warn("{}: its options or inputs have changed since it was finished; it is made again", task.id);
     std::cout << fmt::format("\n== {} ({} of {}{})\n$ {}\n", task.stage->name, task.number + 1,
@@ -234,7 +249,7 @@ void run_pipeline(const Context& context, const std::vector<std::string>& argume
     if (!standing.missing.empty())
       throw InputError(fmt::format("{} reads the results of {}, which is not finished", task.id, standing.missing),
                        "run the stages in their order, or all of them without --stage");
-    run_task(context, plan, task, standing.stale, flags.get());
+    run_task(context, plan, task, standing.stale, values, flags.get());
     ++done;
   }
   if (world.root())

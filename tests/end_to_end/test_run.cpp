@@ -258,6 +258,42 @@ TEST_F(RunTest, interrupted_in_every_stage_it_ends_with_the_same_results) {
   }
 }
 
+TEST_F(RunTest, jobs_by_themselves_stop_too) {
+  const fs::path folder = scratch_ / "alone";
+  fs::create_directories(folder);
+  const std::string model = demo_model("prose-llama"), half = folder / "half", heldout = demo_text("heldout.jsonl");
+  const auto job = [&](int ranks, const std::vector<std::string>& arguments) {
+    return run_headfold(ranks, arguments, scratch_ / "log.txt", 120);
+  };
+  const std::vector<std::string> convert = {"convert", "--model",  model,      "--kv-heads", "4",
+                                            "--keys",  "meanpool", "--values", "meanpool",   "--threads",
+                                            "1",       "--out",    half},
+                                 verify = {"verify", "--model",   half,        "--original", model,
+                                           "--data", heldout,     "--samples", "4",          "--seq-len",
+                                           "32",     "--threads", "1"};
+  const auto stopped = [&](const Outcome& outcome) {
+    EXPECT_EQ(outcome.code, 75) << outcome.output;
+    EXPECT_THAT(outcome.output, HasSubstr("stopped on request"));
+  };
+  write_file(folder / "STOP", "");
+  stopped(job(1, convert));
+  EXPECT_TRUE(!fs::exists(half) || fs::is_empty(half));
+  fs::remove(folder / "STOP");
+  ASSERT_EQ(job(2, convert).code, 0);
+  {
+    const Hook hook("HEADFOLD_TEST_STOP", "1:progress verify:3");
+    stopped(job(2, verify));
+  }
+  EXPECT_FALSE(fs::exists(fs::path(half) / "verification.json"));
+  write_file(folder / "STOP", "");
+  stopped(job(1, verify));
+  stopped(job(1, {"calibrate", "--model", model, "--data", text(), "--samples", "2", "--seq-len", "32", "--threads",
+                  "1", "--out", folder / "calibration.h5"}));
+  stopped(job(1, {"evaluate", "--model", model, "--data", heldout, "--limit", "2", "--threads", "1", "--out", folder}));
+  fs::remove(folder / "STOP");
+  EXPECT_EQ(job(1, verify).code, 0);
+}
+
 TEST_F(RunTest, what_a_change_concerns_is_made_again) {
   ASSERT_EQ(run(1).code, 0);
   const std::string statistics = bytes("run", "calibration.h5"), half = bytes("run", "half/model.safetensors");
