@@ -5,7 +5,7 @@ namespace headfold::evaluation {
 namespace {
 
 /// What a task asks of a model, as text.
-std::string task_hash(const Task& task) {
+std::string windows_hash(const Task& task) {
   Sha256 hash;
   hash.update(task.name);
   for (const Window& window : task.windows) {
@@ -52,7 +52,7 @@ ScoreStore::ScoreStore(const comm::Communicator& world, std::filesystem::path fo
 
 const std::string& ScoreStore::hash_of(const Task& task) const {
   std::string& hash = hashes_[&task];
-  if (hash.empty()) hash = task_hash(task);
+  if (hash.empty()) hash = windows_hash(task);
   return hash;
 }
 

@@ -276,6 +276,12 @@ struct Trainer::State {
   void open_lines(bool resumed) {
     world.on_root([&] {
       make_folder(checkpoints);
+      // What a killed job was filling.
+      std::vector<fs::path> unfinished;
+      for (const auto& entry : fs::directory_iterator(checkpoints))
+        if (const std::string name = entry.path().filename().string(); name.starts_with('.') && name.ends_with(".tmp"))
+          unfinished.push_back(entry.path());
+      for (const fs::path& path : unfinished) fs::remove_all(path);
       std::string kept;
       if (resumed && fs::exists(lines)) {
         const std::string text = read_file(lines);

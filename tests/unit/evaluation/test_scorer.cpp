@@ -6,6 +6,7 @@
 #include <headfold/base/files.h>
 #include <headfold/checkpoint/safetensors.h>
 #include <headfold/evaluation/results.h>
+#include <headfold/evaluation/score_store.h>
 
 #include <cmath>
 
@@ -119,6 +120,50 @@ TEST_P(ScorerOn, does_not_depend_on_the_micro_batch) {
     expect_close(scores_of(reader, nullptr, grid, task, {.micro_batch = 3}), one, 1e-5);
     expect_close(scores_of(reader, nullptr, grid, task, {.micro_batch = 100}), one, 1e-5);  // padded to the longest
   }
+}
+
+TEST_P(ScorerOn, goes_on_from_saved_scores_with_the_same_bits) {
+  const checkpoint::Reader reader(demo_model(GetParam()));
+  const auto tokenizer = tokenizer::load_tokenizer(reader.folder());
+  const ScratchFolder scratch;
+  const checkpoint::Reader reference(perturbed(reader.folder(), scratch / "reference", 0.05));
+  const Task task = rolling_task(*tokenizer, heldout(), 24, 8);
+  const ScorerOptions options{.micro_batch = 2};
+  const comm::Grid grid = comm::make_grid(world(), world().size() == 4 ? 2 : 1);
+  ASSERT_GT(std::ssize(task.windows), 4 * 16 * grid.replicas);
+  const auto undisturbed = scores_of(reader, &reference, grid, task, options);
+  const Scorer scorer(reader, &reference, grid, options);
+  const OrderedJson identity{{"model", "one"}};
+  std::size_t before = 0;
+  {
+    ScoreStore store(world(), scratch / "scores", identity);
+    ScoreHooks hooks;
+    hooks.scored = [&](const std::vector<std::size_t>& windows, const std::vector<WindowScore>& scores) {
+      ASSERT_EQ(windows.size(), scores.size());
+      store.add(task, windows, scores, true);
+      throw Stopped("after the first round");
+    };
+    EXPECT_THROW(scorer.score(task.windows, task.name, {}, hooks), Stopped);
+    before = store.size();
+  }
+  EXPECT_GT(before, 0U);
+  EXPECT_LT(before, task.windows.size());
+  const auto again = [&](const OrderedJson& of) {
+    ScoreStore store(world(), scratch / "scores", of);
+    ScoreHooks hooks;
+    hooks.known = store.known(task);
+    std::size_t fresh = 0;
+    hooks.scored = [&](const std::vector<std::size_t>& windows, const std::vector<WindowScore>&) {
+      fresh += windows.size();
+    };
+    expect_equal_bits(scorer.score(task.windows, task.name, {}, hooks), undisturbed);
+    return fresh;
+  };
+  EXPECT_EQ(again(identity), task.windows.size() - before);
+  // Another text knows none of them; another model removes them.
+  const Task other = rolling_task(*tokenizer, heldout(), 25, 8);
+  for (const auto& score : ScoreStore(world(), scratch / "scores", identity).known(other)) EXPECT_FALSE(score);
+  EXPECT_EQ(again({{"model", "another"}}), task.windows.size());
 }
 
 INSTANTIATE_TEST_SUITE_P(Demo, ScorerOn, testing::Values("prose-llama", "prose-bloom"),
