@@ -59,6 +59,13 @@ void unpack(const std::string& text, Found& found) {
 
 }  // namespace
 
+void check_new_tokens(const std::string& what, std::int64_t new_tokens, std::int64_t max_length) {
+  if (new_tokens < 1 || new_tokens >= max_length)
+    throw InputError(
+        fmt::format("{}: {} new tokens are asked for, and the model reads {} in all", what, new_tokens, max_length),
+        "generation needs a model that reads more, or a task with a smaller limit");
+}
+
 struct Responder::State {
   const checkpoint::Reader& reader;
   const tokenizer::Tokenizer& tokenizer;
@@ -127,10 +134,7 @@ struct Responder::State {
     for (std::size_t i = 0; i < requests.size(); ++i) {
       const Request& request = *requests[i];
       if (request.type == RequestType::generation) {
-        if (request.max_new_tokens < 1 || request.max_new_tokens >= options.max_length)
-          throw InputError(fmt::format("{}: {} new tokens are asked for, and the model reads {} in all",
-                                       name_of(requests, i, hooks), request.max_new_tokens, options.max_length),
-                           "generation needs a model that reads more, or a task with a smaller limit");
+        check_new_tokens(name_of(requests, i, hooks), request.max_new_tokens, options.max_length);
       } else if (std::ssize(encoded[i].continuation) > options.max_length && work.cut++ == 0 && grid.world.root()) {
         spdlog::warn(
             "{}: a continuation of {} tokens, and the model reads {}: only its end is scored (the harness refuses it)",

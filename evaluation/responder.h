@@ -28,6 +28,9 @@ struct ResponderOptions {
   double round_seconds = 20;                           ///< aimed at between two calls of `finished`
 };
 
+/// InputError naming `what` unless 1 <= new_tokens < max_length.
+void check_new_tokens(const std::string& what, std::int64_t new_tokens, std::int64_t max_length);
+
 /// What a run calls back.
 struct ResponderHooks {
   /// Answers that have just become known, by index into the requests, the same on every rank; true ends the run with

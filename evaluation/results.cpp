@@ -2,6 +2,7 @@
 #include <headfold/base/hash.h>
 #include <headfold/base/table.h>
 #include <headfold/base/version.h>
+#include <headfold/calibration/text.h>
 #include <headfold/evaluation/results.h>
 
 #include <chrono>
@@ -290,9 +291,12 @@ OrderedJson harness_results(const RunInfo& run, const Results& all) {
     config["task"] = task.name;
     config["recipe"] = task.recipe;
     OrderedJson files = OrderedJson::array();
-    for (const fs::path& path : run.source.files) files.push_back(path.filename().string());
+    for (const fs::path& path : task.files) files.push_back(path.filename().string());
     config["data_files"] = files;
-    config["data_field"] = run.source.field;
+    config["data_hash"] =
+        task.files.empty() ? OrderedJson(nullptr) : OrderedJson(calibration::data_hash(task.files, task.field));
+    config["data_field"] = task.field;
+    config["bos"] = name_of(task.bos);
     config["output_type"] = "loglikelihood_rolling";
     config["num_fewshot"] = 0;
     config["metric_list"] = metric_list;

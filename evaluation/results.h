@@ -51,10 +51,9 @@ struct RunInfo {
   std::int64_t micro_batch = 1;
   double limit = 0;  ///< 0: none
   std::int64_t max_length = 0;
-  double seconds = 0;       ///< the whole evaluation
-  std::int64_t date = 0;    ///< UNIX seconds
-  std::string environment;  ///< build and machine
-  TextSource source;
+  double seconds = 0;                     ///< the whole evaluation
+  std::int64_t date = 0;                  ///< UNIX seconds
+  std::string environment;                ///< build and machine
   std::int64_t bootstrap_iterations = 0;  ///< of benchmarks
   std::uint32_t fewshot_seed = 1234;      ///< of benchmarks
   OrderedJson headfold;                   ///< our own top-level key

@@ -119,6 +119,9 @@ Task blocks_task(const tokenizer::Tokenizer& tokenizer, const TextSource& source
         "remainder dropped",
         name_of(source.bos), length);
   }
+  task.bos = source.bos;
+  task.files = source.files;
+  task.field = source.field;
   cut_blocks(task, stream, limit, file_list(source.files));
   return task;
 }
@@ -137,6 +140,9 @@ Task perplexity_task(const tokenizer::Tokenizer& tokenizer, const PerplexityText
   task.max_length = length;
   task.recipe = fmt::format("{}, tokenised once (BOS {}), cut into windows of {} tokens, remainder dropped",
                             text.recipe, name_of(bos), length);
+  task.bos = bos;
+  task.files = {text.file};
+  task.field = "text";
   const std::int64_t most = text.blocks > 0 && limit > 0 ? std::min(text.blocks, limit) : std::max(text.blocks, limit);
   cut_blocks(task, tokenizer.encode(joined_text(text), bos), most, text.file.string());
   return task;
@@ -165,6 +171,9 @@ Task rolling_task(const tokenizer::Tokenizer& tokenizer, const TextSource& sourc
       "{}, rolling windows of {} tokens with one token of context (BOS {}); words and bytes of the original text",
       raw != 0 ? "WikiText pages, detokenised" : "documents as they stand", max_length, name_of(source.bos));
   task.max_length = max_length;
+  task.bos = source.bos;
+  task.files = source.files;
+  task.field = source.field;
   task.items_original = static_cast<std::int64_t>(texts.size());
   task.items = limited(task.items_original, limit);
   texts.resize(static_cast<std::size_t>(task.items));

@@ -41,13 +41,16 @@ enum class TaskKind { blocks, rolling };
 
 struct Task {
   TaskKind kind = TaskKind::blocks;
-  std::string name;                 ///< "ppl_blocks@256", "rolling", "wikitext"
-  std::string recipe;               ///< how the windows were made, for people
-  std::int64_t max_length = 0;      ///< tokens of a window
-  std::int64_t stream_tokens = 0;   ///< tokens of the whole text
-  std::int64_t items_original = 0;  ///< windows (blocks) or documents (rolling) before the limit
-  std::int64_t items = 0;           ///< after it
-  std::vector<Document> documents;  ///< rolling only
+  std::string name;                                    ///< "ppl_blocks@256", "rolling", "wikitext"
+  std::string recipe;                                  ///< how the windows were made, for people
+  tokenizer::Bos bos = tokenizer::Bos::model_default;  ///< rule by which the text was tokenised
+  std::vector<std::filesystem::path> files;            ///< of the text
+  std::string field;                                   ///< of .jsonl files
+  std::int64_t max_length = 0;                         ///< tokens of a window
+  std::int64_t stream_tokens = 0;                      ///< tokens of the whole text
+  std::int64_t items_original = 0;                     ///< windows (blocks) or documents (rolling) before the limit
+  std::int64_t items = 0;                              ///< after it
+  std::vector<Document> documents;                     ///< rolling only
   std::vector<Window> windows;
   std::int64_t predictions() const;  ///< scored tokens
   std::int64_t input_tokens() const;

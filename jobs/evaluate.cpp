@@ -72,13 +72,25 @@ struct Work {
   std::unique_ptr<tokenizer::Tokenizer> tokenizer;
   std::vector<evaluation::Task> texts;
   evaluation::Suite suite;
-  std::int64_t length = 0;           ///< of a text's windows
+  std::int64_t length = 0;           ///< of windows of the papers' form
+  std::int64_t rolling_length = 0;   ///< of windows of the harness's form
   std::int64_t question_length = 0;  ///< that questions are cut to
   evaluation::ScorerOptions scoring;
   std::int64_t requests() const {
     std::int64_t count = 0;
     for (const evaluation::BenchmarkTask& task : suite.tasks) count += std::ssize(task.requests);
     return count;
+  }
+  std::int64_t longest_window() const {
+    std::int64_t longest = 0;
+    for (const evaluation::Task& task : texts) longest = std::max(longest, task.max_length);
+    return longest;
+  }
+  /// Whether something is scored that has the harness's BOS rule.
+  bool follows_harness() const {
+    return !suite.tasks.empty() || std::any_of(texts.begin(), texts.end(), [](const evaluation::Task& task) {
+      return task.kind == evaluation::TaskKind::rolling;
+    });
   }
   std::int64_t documents() const {
     std::int64_t count = 0;
@@ -113,6 +125,10 @@ Work read_work(const Context& context, const EvaluateOptions& options) {
     throw UsageError(fmt::format("--max-length {}: {} takes {} tokens", options.max_length, options.model.string(),
                                  config.max_positions));
 
+  // The harness's rolling windows are as long as its questions. ALiBi has no longest position, a LLaMA reference has.
+  work.rolling_length = options.seq_len_given ? work.length : work.question_length;
+  if (work.reference && work.reference->config().family == checkpoint::Family::llama)
+    work.rolling_length = std::min(work.rolling_length, work.reference->config().max_positions);
   // What follows the harness has its BOS rule; the papers' blocks have none of it.
   evaluation::TextSource rolling = options.source;
   rolling.bos = options.harness_bos();
@@ -122,7 +138,7 @@ Work read_work(const Context& context, const EvaluateOptions& options) {
     }));
   if (options.rolling)
     work.texts.push_back(limited(options.limit, [&](std::int64_t limit) {
-      return evaluation::rolling_task(*work.tokenizer, rolling, work.length, limit);
+      return evaluation::rolling_task(*work.tokenizer, rolling, work.rolling_length, limit);
     }));
   if (!options.names.empty()) {
     evaluation::SuiteOptions suite = options.suite;
@@ -132,7 +148,7 @@ Work read_work(const Context& context, const EvaluateOptions& options) {
     work.suite = evaluation::make_tasks(options.names, suite);
     for (const evaluation::PerplexityText& text : work.suite.texts)
       work.texts.push_back(limited(options.limit, [&](std::int64_t limit) {
-        return evaluation::perplexity_task(*work.tokenizer, text, work.length,
+        return evaluation::perplexity_task(*work.tokenizer, text, text.rolling ? work.rolling_length : work.length,
                                            text.rolling ? options.harness_bos() : options.source.bos, limit);
       }));
     for (const evaluation::SkippedTask& skipped : work.suite.skipped)
@@ -141,15 +157,24 @@ Work read_work(const Context& context, const EvaluateOptions& options) {
       throw InputError("every task was left out: none of their files is there",
                        "headfold evaluate --list shows where they are looked for");
   }
-  if (work.length < options.seq_len && !work.texts.empty() && context.world.root())
+  const bool blocks = std::any_of(work.texts.begin(), work.texts.end(), [](const evaluation::Task& task) {
+    return task.kind == evaluation::TaskKind::blocks;
+  });
+  if (work.length < options.seq_len && (blocks || options.seq_len_given) && !work.texts.empty() && context.world.root())
     spdlog::info("windows of {} tokens: the longest this model takes", work.length);
   for (const evaluation::Task& task : work.texts) evaluation::check_ids(task, config.vocab, options.model.string());
 
   work.scoring.dtype = parse_dtype(options.dtype, config.dtype);
   work.scoring.reference_dtype =
       work.reference ? parse_dtype(options.dtype, work.reference->config().dtype) : work.scoring.dtype;
-  work.scoring.micro_batch =
-      options.micro_batch > 0 ? options.micro_batch : std::max<std::int64_t>(1, 4096 / work.length);
+  work.scoring.micro_batch = options.micro_batch > 0
+                                 ? options.micro_batch
+                                 : std::max<std::int64_t>(1, 4096 / std::max<std::int64_t>(1, work.longest_window()));
+  // Before anything is computed, as everything that can be refused.
+  for (const evaluation::BenchmarkTask& task : work.suite.tasks)
+    for (const evaluation::Request& request : task.requests)
+      if (request.type == evaluation::RequestType::generation)
+        evaluation::check_new_tokens(task.name, request.max_new_tokens, work.question_length);
   return work;
 }
 
@@ -374,7 +399,14 @@ OrderedJson own_facts(const Context& context, const EvaluateOptions& options, co
   facts["model"] = evaluation::describe_model(*work.model, work.scoring.dtype);
   facts["reference"] =
       work.reference ? evaluation::describe_model(*work.reference, work.scoring.reference_dtype) : OrderedJson(nullptr);
-  facts["bos"] = evaluation::name_of(options.source.bos);
+  facts["bos"] = evaluation::name_of(options.source.bos);  // as asked for; each text's rule stands in its configs
+  if (work.follows_harness()) {
+    const auto letter = evaluation::Encoder(*work.tokenizer, options.harness_bos()).encode("a");
+    facts["harness"] = OrderedJson{{"prompts_of", "0.4.13.dev0 (4e7e0d47)"},
+                                   {"compat", evaluation::name_of(options.harness)},
+                                   {"bos", evaluation::name_of(options.harness_bos())},
+                                   {"adds_bos", !letter.empty() && letter.front() == work.tokenizer->bos()}};
+  }
   facts["world_size"] = context.world.size();
   facts["stages"] = grid.stages;
   facts["replicas"] = grid.replicas;
@@ -385,31 +417,26 @@ OrderedJson own_facts(const Context& context, const EvaluateOptions& options, co
   facts["record"] = record;
   if (run.seconds > 0) facts["tokens_per_second"] = run.tokens / run.seconds;
   if (work.suite.tasks.empty() && work.suite.skipped.empty()) return facts;
-  OrderedJson& harness = facts["benchmarks"];
-  harness["prompts_of_harness"] = "0.4.13.dev0 (4e7e0d47)";
-  harness["harness_compat"] = evaluation::name_of(options.harness);
-  harness["bos"] = evaluation::name_of(options.harness_bos());
-  const auto letter = evaluation::Encoder(*work.tokenizer, options.harness_bos()).encode("a");
-  harness["adds_bos"] = !letter.empty() && letter.front() == work.tokenizer->bos();
-  harness["max_length"] = work.question_length;
-  harness["max_batch_tokens"] = options.max_tokens;
-  harness["requests"] = run.requests;
-  harness["answered_before"] = run.known;
-  harness["repeated"] = run.repeated;
-  harness["seconds"] = run.request_seconds;
-  harness["tokens_computed"] = run.computed_tokens;
-  harness["tokens_one_by_one"] = run.asked_tokens;
-  harness["continuations_cut"] = run.cut;
-  harness["skipped"] = OrderedJson::array();
+  OrderedJson& benchmarks = facts["benchmarks"];
+  benchmarks["max_length"] = work.question_length;
+  benchmarks["max_batch_tokens"] = options.max_tokens;
+  benchmarks["requests"] = run.requests;
+  benchmarks["answered_before"] = run.known;
+  benchmarks["repeated"] = run.repeated;
+  benchmarks["seconds"] = run.request_seconds;
+  benchmarks["tokens_computed"] = run.computed_tokens;
+  benchmarks["tokens_one_by_one"] = run.asked_tokens;
+  benchmarks["continuations_cut"] = run.cut;
+  benchmarks["skipped"] = OrderedJson::array();
   for (const evaluation::SkippedTask& skipped : work.suite.skipped)
-    harness["skipped"].push_back({{"task", skipped.name}, {"reason", skipped.reason}});
-  harness["files"] = OrderedJson::object();
-  harness["notes"] = OrderedJson::object();
+    benchmarks["skipped"].push_back({{"task", skipped.name}, {"reason", skipped.reason}});
+  benchmarks["files"] = OrderedJson::object();
+  benchmarks["notes"] = OrderedJson::object();
   for (const evaluation::BenchmarkTask& task : work.suite.tasks) {
     OrderedJson files = OrderedJson::array();
     for (const fs::path& file : task.files) files.push_back(file.string());
-    harness["files"][task.name] = files;
-    if (!task.notes.empty()) harness["notes"][task.name] = task.notes;
+    benchmarks["files"][task.name] = files;
+    if (!task.notes.empty()) benchmarks["notes"][task.name] = task.notes;
   }
   return facts;
 }
@@ -464,20 +491,20 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
     for (const evaluation::BenchmarkResult& result : results.benchmarks) scored[result.task->name] = result.scored;
     results.groups = evaluation::group_results(work.suite, scored);
     evaluation::RunInfo info;
+    const std::int64_t length = work.suite.tasks.empty() ? work.longest_window() : work.question_length;
     info.model = work.model.get();
     info.tokenizer = work.tokenizer.get();
-    info.model_args = fmt::format("pretrained={},dtype={},max_length={},bos={}", options.model.string(), options.dtype,
-                                  work.suite.tasks.empty() ? work.length : work.question_length,
-                                  evaluation::name_of(options.source.bos));
+    info.model_args =
+        fmt::format("pretrained={},dtype={},max_length={},bos={}", options.model.string(), options.dtype, length,
+                    evaluation::name_of(work.follows_harness() ? options.harness_bos() : options.source.bos));
     info.dtype = work.scoring.dtype;
     info.micro_batch = work.scoring.micro_batch;
     info.limit = options.limit;
-    info.max_length = work.suite.tasks.empty() ? work.length : work.question_length;
+    info.max_length = length;
     info.seconds = elapsed();
     info.date =
         std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
     info.environment = build_description() + device::describe_device();
-    info.source = options.source;
     info.bootstrap_iterations = options.suite.bootstrap_iterations;
     info.fewshot_seed = options.suite.fewshot_seed;
     info.headfold = own_facts(context, options, work, grid, run, record);

@@ -50,7 +50,8 @@ po::options_description evaluate_job_options() {
       "text files: .jsonl, .txt, .raw (WikiText)");
   add("field", po::value<std::string>()->default_value("text"), "field of .jsonl lines that holds the text");
   add("seq-len", po::value<std::int64_t>()->default_value(2048),
-      "tokens per window of a text; clipped to what the model can take");
+      "tokens per window of a text, clipped to what the model can take; when not given, rolling windows are as long as "
+      "questions (--max-length)");
   add("joiner", po::value<std::string>()->default_value("auto"),
       "how ppl_blocks joins texts: documents, paper, auto (documents for .jsonl)");
   add("dtype", po::value<std::string>()->default_value("auto"), "compute in float32, bfloat16, or auto");
@@ -162,6 +163,7 @@ EvaluateOptions read_evaluate_options(const Context& context, const std::vector<
   options.max_tokens = at_least(values, "max-batch-tokens", 0, "must be 0 (automatic) or more");
   if (options.max_tokens == 0) options.max_tokens = kMaxTokens;
   options.seq_len = at_least(values, "seq-len", 2, "a window needs at least 2 tokens");
+  options.seq_len_given = !values["seq-len"].defaulted();
   options.micro_batch = at_least(values, "micro-batch", 0, "must be 0 (automatic) or more");
   options.dtype = values["dtype"].as<std::string>();
   parse_dtype(options.dtype, "float32");  // an unknown name is refused before any file is opened

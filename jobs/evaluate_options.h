@@ -21,6 +21,7 @@ struct EvaluateOptions {
   evaluation::SuiteOptions suite;        ///< of those; without the model's length and tokenizer
   evaluation::HarnessVersion harness = evaluation::HarnessVersion::v0_4_9_2;
   std::int64_t seq_len = 0, micro_batch = 0, max_length = 0, max_tokens = 0;
+  bool seq_len_given = false;
   double limit = 0;  ///< 0: none, below 1: a fraction
   std::string dtype;
   int pipeline_ranks = 0;

@@ -136,6 +136,11 @@ Pairing pair_up(const std::string& name, const TaskResult& result, const std::st
                               *original.shots);
     return pairing;
   }
+  if (const std::string why = result.differs_from(original); !why.empty()) {
+    pairing.comparable = false;
+    pairing.why = fmt::format("{}: {{tasks}} with {}. Not compared.", name, why);
+    return pairing;
+  }
   for (const auto& [model, one] : {std::pair(name, &result), std::pair(original_name, &original)}) {
     pairing.why = unusable(model, *one);
     if (pairing.why.empty()) continue;
@@ -175,6 +180,10 @@ Pairing pair_up(const std::string& name, const TaskResult& result, const std::st
         name, times(prompts, "document"));
   }
   pairing.tested = pairing.comparable;
+  if (pairing.comparable && !result.dtype.empty() && !original.dtype.empty() && result.dtype != original.dtype)
+    pairing.why =
+        fmt::format("{}: {{tasks}} computed in {}, for the original in {}: part of the difference is rounding.", name,
+                    result.dtype, original.dtype);
   return pairing;
 }
 

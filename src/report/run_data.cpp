@@ -42,6 +42,12 @@ std::string text_at(const Json& object, const std::string& key) {
   return found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
 }
 
+/// A member that is an object; an empty one otherwise.
+Json in_object(const Json& object, const std::string& key) {
+  const auto found = object.find(key);
+  return found != object.end() && found->is_object() ? *found : Json::object();
+}
+
 std::int64_t positive(const Json& object, const std::string& key, const std::string& file) {
   const auto value = required<std::int64_t>(object, key, file);
   if (value <= 0) throw InputError(fmt::format("{}: \"{}\" is {}, expected a positive number", file, key, value));
@@ -662,6 +668,11 @@ class Reader {
     };
     const Json hashes = table("task_hashes"), subtasks = table("group_subtasks"), better = table("higher_is_better"),
                shots = table("n-shot"), counts = table("n-samples");
+    const Json configs = table("configs"), own = table("headfold"), benchmarks = in_object(own, "benchmarks");
+    std::string benchmark_bos;
+    for (const Json& facts : {benchmarks, in_object(own, "harness")})
+      if (const auto adds = facts.find("adds_bos"); adds != facts.end() && adds->is_boolean())
+        benchmark_bos = adds->get<bool>() ? "always" : "never";
     const std::string name = path.filename().string(), time = name.substr(8, name.size() - 8 - 5);
     for (const auto& [task, values] : tasks.items()) {
       if (!values.is_object()) throw InputError(fmt::format("{}: results of \"{}\" are no JSON object", file, task));
@@ -682,6 +693,15 @@ class Reader {
         for (const auto& [metric, higher] : found->items())
           if (higher.is_boolean()) kept.higher_is_better[metric] = higher.get<bool>();
       kept.shots = integer_at(shots, task);
+      kept.dtype = result.model.dtype;
+      if (kept.of_text(task)) {
+        const Json config = in_object(configs, task);
+        kept.bos = text_at(config, "bos");
+        kept.max_length = integer_at(config, "max_length");
+      } else {
+        kept.bos = benchmark_bos;
+        kept.max_length = integer_at(benchmarks, "max_length");
+      }
       if (const auto found = counts.find(task); found != counts.end() && found->is_object())
         kept.documents = integer_at(*found, "effective");
       if (const auto found = subtasks.find(task); found != subtasks.end() && found->is_array())
@@ -1064,6 +1084,16 @@ class Reader {
             row.name));
         continue;
       }
+      if (const std::string why = task.differs_from(*original); !row.original && !why.empty()) {
+        section.missing.push_back(fmt::format(
+            "{} was evaluated with {}: its perplexity is shown, a ratio would mean nothing.", row.name, why));
+        continue;
+      }
+      if (!row.original && !task.dtype.empty() && !original->dtype.empty() && task.dtype != original->dtype)
+        section.missing.push_back(
+            fmt::format("{} was computed in {}, the original in {}: part of the difference is "
+                        "rounding.",
+                        row.name, task.dtype, original->dtype));
       row.ratio = **row.perplexity / *base;
     }
   }
@@ -1213,6 +1243,14 @@ class Reader {
 };
 
 }  // namespace
+
+std::string TaskResult::differs_from(const TaskResult& original) const {
+  if (!bos.empty() && !original.bos.empty() && bos != original.bos)
+    return fmt::format("BOS {}, the original with BOS {}", bos, original.bos);
+  if (max_length && original.max_length && *max_length != *original.max_length)
+    return fmt::format("at most {} tokens at a time, the original with {}", *max_length, *original.max_length);
+  return {};
+}
 
 bool TaskResult::of_text(const std::string& task) const {
   if (task.starts_with("ppl_blocks")) return true;

@@ -180,10 +180,15 @@ struct TaskResult {
   std::map<std::string, double> errors;                  ///< standard errors by the same names, where recorded
   std::map<std::string, bool> higher_is_better;          ///< by metric; where recorded
   std::optional<std::int64_t> documents, shots;
+  /// How it was computed, where recorded: rule for the first token, tokens of a window or question at most, dtype.
+  std::string bos, dtype;
+  std::optional<std::int64_t> max_length;
   std::vector<std::string> subtasks;       ///< of a group: tasks or groups right below it
   std::shared_ptr<const Samples> samples;  ///< of a benchmark task; null: there is no file of them
   /// Perplexity of a text: no benchmark.
   bool of_text(const std::string& task) const;
+  /// Why numbers of the two mean different things: "BOS never, the original BOS default"; empty: they do not.
+  std::string differs_from(const TaskResult& original) const;
 };
 
 /// All results of one model; for every task the newest file wins.

@@ -94,7 +94,7 @@ TEST(Evaluate, benchmarks_and_texts_in_one_file_on_any_ranks_stopped_and_resumed
   EXPECT_EQ(one["n-samples"]["arc_easy"]["original"], 40);
   EXPECT_EQ(one["headfold"]["benchmarks"]["requests"], 30 * 4 + 30 * 2 + 30);
   EXPECT_EQ(one["headfold"]["benchmarks"]["answered_before"], 0);
-  EXPECT_EQ(one["headfold"]["benchmarks"]["adds_bos"], true);
+  EXPECT_EQ(one["headfold"]["harness"]["adds_bos"], true);
   EXPECT_LT(one["headfold"]["benchmarks"]["tokens_computed"].get<double>(),
             one["headfold"]["benchmarks"]["tokens_one_by_one"].get<double>());
   EXPECT_EQ(one["max_length"], 256);
@@ -119,8 +119,8 @@ TEST(Evaluate, benchmarks_and_texts_in_one_file_on_any_ranks_stopped_and_resumed
   write_file(run / "stopped" / "STOP", "");
   outcome = evaluate(2, "stopped", {"--pipeline-ranks", "2"});
   EXPECT_EQ(outcome.code, 75) << outcome.output;
-  EXPECT_THAT(outcome.output, HasSubstr("stopped on request with 0 of 210"));
-  EXPECT_TRUE(results_in(run / "stopped" / "prose-llama").empty());
+  EXPECT_THAT(outcome.output, HasSubstr("before the first question"));
+  EXPECT_FALSE(fs::exists(run / "stopped" / "prose-llama"));
   fs::remove(run / "stopped" / "STOP");
   outcome = evaluate(2, "stopped", {"--pipeline-ranks", "2"});
   ASSERT_EQ(outcome.code, 0) << outcome.output;
@@ -136,9 +136,67 @@ TEST(Evaluate, benchmarks_and_texts_in_one_file_on_any_ranks_stopped_and_resumed
   ASSERT_EQ(outcome.code, 0) << outcome.output;
   EXPECT_THAT(outcome.output, HasSubstr("bos was \"default\" and is \"never\""));
   const Json older = newest("stopped");
-  EXPECT_EQ(older["headfold"]["benchmarks"]["adds_bos"], false);
+  EXPECT_EQ(older["headfold"]["harness"]["adds_bos"], false);
   EXPECT_NE(older["results"]["lambada_openai"]["perplexity,none"], one["results"]["lambada_openai"]["perplexity,none"]);
   EXPECT_EQ(older["results"]["ppl_blocks@256"]["perplexity,none"], one["results"]["ppl_blocks@256"]["perplexity,none"]);
+}
+
+TEST(Evaluate, rolling_windows_are_as_long_as_questions) {
+  const ScratchFolder run;
+  const auto plan = [&](std::vector<std::string> more) {
+    std::vector<std::string> arguments = {"evaluate",
+                                          "--model",
+                                          demo_model("prose-bloom"),
+                                          "--data",
+                                          demo_text("heldout.jsonl"),
+                                          "--limit",
+                                          "2",
+                                          "--dry-run",
+                                          "--out",
+                                          run / "out"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return run_headfold(1, arguments, run / "log.txt");
+  };
+  // BLOOM states no length: the harness takes 2048 tokens, while the papers' blocks keep to what it was trained on.
+  Outcome outcome = plan({"--tasks", "rolling,ppl_blocks"});
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  EXPECT_THAT(outcome.output, HasSubstr("rolling windows of 2048 tokens"));
+  EXPECT_THAT(outcome.output, HasSubstr("ppl_blocks@256"));
+  outcome = plan({"--tasks", "rolling", "--max-length", "300"});
+  EXPECT_THAT(outcome.output, HasSubstr("rolling windows of 300 tokens"));
+  outcome = plan({"--tasks", "rolling", "--seq-len", "128"});
+  EXPECT_THAT(outcome.output, HasSubstr("rolling windows of 128 tokens"));
+}
+
+TEST(Evaluate, what_cannot_be_generated_is_refused_before_texts_are_scored) {
+  const ScratchFolder run;
+  write_file(run / "data/gsm8k/test.jsonl", "{\"question\":\"1 + 1?\",\"answer\":\"easy\\n#### 2\"}\n");
+  for (const char* dry : {"--dry-run", "--skip-missing"}) {
+    const Outcome outcome =
+        run_headfold(1,
+                     {"evaluate", "--model", demo_model("prose-llama"), "--data", demo_text("heldout.jsonl"), "--tasks",
+                      "ppl_blocks,gsm8k", "--num-fewshot", "0", "--data-dir", run / "data", "--out", run / "out", dry},
+                     run / "log.txt");
+    EXPECT_EQ(outcome.code, 65) << outcome.output;
+    EXPECT_THAT(outcome.output, HasSubstr("gsm8k: 256 new tokens are asked for, and the model reads 256 in all"));
+    EXPECT_THAT(outcome.output, testing::Not(HasSubstr("texts are scored")));
+  }
+}
+
+TEST(Evaluate, a_rolling_text_records_bos_files_and_harness) {
+  const ScratchFolder run;
+  const Outcome outcome =
+      run_headfold(1,
+                   {"evaluate", "--model", demo_model("prose-llama"), "--data", demo_text("heldout.jsonl"), "--tasks",
+                    "rolling", "--limit", "1", "--harness-compat", "0.4.9.1", "--out", run / "out"},
+                   run / "log.txt");
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  const Json results = read_json(results_in(run / "out" / "prose-llama").back());
+  EXPECT_EQ(results["headfold"]["harness"]["compat"], "0.4.9.1");
+  EXPECT_EQ(results["headfold"]["harness"]["adds_bos"], false);
+  EXPECT_EQ(results["configs"]["rolling"]["bos"], "never");
+  EXPECT_EQ(results["configs"]["rolling"]["data_files"], Json::array({"heldout.jsonl"}));
+  EXPECT_THAT(results["config"]["model_args"].get<std::string>(), HasSubstr("bos=never"));
 }
 
 TEST(Evaluate, lists_tasks_and_skips_only_when_asked) {

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <headfold/base/files.h>
 #include <headfold/base/hash.h>
+#include <headfold/calibration/text.h>
 #include <headfold/evaluation/results.h>
 
 #include <cmath>
@@ -99,7 +100,6 @@ TEST(Results, file_has_every_key_and_the_numbers_follow_from_the_samples) {
   RunInfo run;
   run.model = &reader;
   run.tokenizer = tokenizer.get();
-  run.source = heldout();
   run.limit = 3;
   run.max_length = 64;
   run.headfold["format"] = "headfold-results";
@@ -108,6 +108,12 @@ TEST(Results, file_has_every_key_and_the_numbers_follow_from_the_samples) {
   EXPECT_EQ(keys_of(file), top_level_keys());
   EXPECT_EQ(keys_of(file["config"]), config_keys());
   EXPECT_EQ(file["model_name"], "prose-llama");
+  for (const Task* task : {&blocks, &rolling}) {
+    const Json& config = file["configs"][task->name];
+    EXPECT_EQ(config["data_files"], Json::array({heldout().files[0].filename().string()}));
+    EXPECT_EQ(config["data_hash"], calibration::data_hash(heldout().files, "text"));
+    EXPECT_EQ(config["bos"], "default");
+  }
   EXPECT_EQ(file["n-samples"]["rolling"]["effective"], 2);
   EXPECT_EQ(file["n-samples"]["rolling"]["original"], rolling.items_original);
   EXPECT_EQ(file["tokenizer_bos_token"][1], "1");

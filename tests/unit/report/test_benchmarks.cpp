@@ -262,6 +262,37 @@ TEST(BenchmarkTest, small_changes_are_not_marked_and_order_of_lines_does_not_mat
   EXPECT_THAT(row, HasSubstr("|−5.0\xC2\xA0pp|"));
 }
 
+TEST(BenchmarkTest, other_settings_are_not_compared_and_other_precision_is_said) {
+  struct Case {
+    const char *own, *original;  ///< merged into the files' "headfold"
+    bool compared;
+    const char* note;
+  };
+  for (const Case& one : std::vector<Case>{
+           {R"({"benchmarks": {"max_length": 256}, "harness": {"adds_bos": true}})",
+            R"({"benchmarks": {"max_length": 256, "adds_bos": true}})", true, ""},
+           {R"({"harness": {"adds_bos": false}, "benchmarks": {"max_length": 256}})",
+            R"({"harness": {"adds_bos": true}, "benchmarks": {"max_length": 256}})", false,
+            "arc with BOS never, the original with BOS always. Not compared."},
+           {R"({"benchmarks": {"max_length": 40}})", R"({"benchmarks": {"max_length": 256}})", false,
+            "arc with at most 40 tokens at a time, the original with 256. Not compared."},
+           {R"({"model": {"dtype": "float32"}})", R"({"model": {"dtype": "bfloat16"}})", true,
+            "arc computed in float32, for the original in bfloat16: part of the difference is rounding."}}) {
+    const ScratchFolder scratch;
+    const RunFolder run = pair_of(scratch / "run", "1100", "1000");
+    for (const auto& [model, more] : {std::pair("x", one.own), std::pair("base", one.original)}) {
+      const fs::path path = run.folder() / "e" / model / "results_2026-10-01T10-00-00.000000.json";
+      Json file = read_json(path);
+      file["headfold"].merge_patch(Json::parse(more));
+      write_file(path, file.dump());
+    }
+    const RunData data = read_run(run.folder());
+    EXPECT_EQ(only_cell(data).test.has_value(), one.compared) << one.own;
+    EXPECT_EQ(only_cell(data).delta.has_value(), one.compared) << one.own;
+    EXPECT_THAT(make_page(data).html, HasSubstr(one.note));
+  }
+}
+
 TEST(BenchmarkTest, equal_documents_are_paired_one_by_one) {
   const ScratchFolder scratch;
   const RunFolder run = pair_of(scratch / "run", "1100", "1000");

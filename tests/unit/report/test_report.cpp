@@ -179,6 +179,42 @@ TEST(ReportTest, numbers_that_are_none_are_said_so) {
   EXPECT_THAT(headline(data.sections[0]), HasSubstr("3 conversions to 4 and 2 KV heads, none with a perplexity"));
 }
 
+TEST(ReportTest, perplexities_with_other_settings_have_no_ratio) {
+  struct Case {
+    const char *own, *original;  ///< merged into the files
+    bool ratio;
+    const char* note;
+  };
+  const auto settings = [](const char* bos, int length) {
+    return Json{{"configs", {{"ppl_blocks@256", {{"bos", bos}, {"max_length", length}}}}}}.dump();
+  };
+  const std::string never = settings("never", 256), usual = settings("default", 256), wide = settings("default", 512);
+  for (const Case& one : std::vector<Case>{
+           {usual.c_str(), usual.c_str(), true, ""},
+           {never.c_str(), usual.c_str(), false, "a-4 was evaluated with BOS never, the original with BOS default"},
+           {wide.c_str(), usual.c_str(), false, "with at most 512 tokens at a time, the original with 256"},
+           {R"({"headfold": {"model": {"dtype": "float32"}}})", R"({"headfold": {"model": {"dtype": "bfloat16"}}})",
+            true, "a-4 was computed in float32, the original in bfloat16"}}) {
+    const ScratchFolder scratch;
+    RunFolder run(scratch / "run");
+    run.results("e/base", "/secret/models/base", "aaaa", {30.0, nullptr, nullptr, false, 8, "gqa", "1", ""});
+    run.conversion("a-4", "base", "aaaa", {});
+    run.results("e/a", "a-4", "c1", {33.0, 0.1, 0.9, true, 4, "gqa", "1", "aaaa"});
+    for (const auto& [folder, more] : {std::pair("e/a", one.own), std::pair("e/base", one.original)})
+      for (const auto& entry : fs::recursive_directory_iterator(run.folder() / folder))
+        if (entry.path().filename().string().starts_with("results_")) {
+          Json file = read_json(entry.path());
+          ASSERT_TRUE(file["results"].contains("ppl_blocks@256")) << file["results"].dump();
+          file.merge_patch(Json::parse(more));
+          write_file(entry.path(), file.dump());
+        }
+    const RunData data = read_run(run.folder());
+    for (const ModelRow& row : data.sections.at(0).models)
+      EXPECT_EQ(row.ratio.has_value(), row.original || one.ratio) << row.name << " " << one.own;
+    EXPECT_THAT(make_page(data, "A report").html, HasSubstr(one.note));
+  }
+}
+
 TEST(ReportTest, partial_runs_say_what_is_missing) {
   const ScratchFolder scratch;
   {
