@@ -7,7 +7,7 @@ reference  runs the pipeline with mpirun into DIR: what an undisturbed run gives
 scripts    the examples and dry runs; no Slurm either
 chain      one slurm/submit; results equal those of the reference
 stop       SIGUSR1, scontrol requeue, preemption, STOP: ends in time, goes on, same results
-kill       SIGKILL of a random rank at random moments of every stage (HEADFOLD_SLURM_KILLS per stage, 2 by default)
+kill       SIGKILL of a random rank at random moments of every stage (HEADFOLD_SLURM_KILLS per stage, 1 by default)
 node       SIGKILL of a slurmd
 disk       a full disk, several times
 hang       a rank that sleeps, one that does not answer at all
@@ -526,7 +526,7 @@ def test_stop(arguments, cluster, scratch):
 
 
 def test_kill(arguments, cluster, scratch):
-    kills = int(os.environ.get("HEADFOLD_SLURM_KILLS", "2"))
+    kills = int(os.environ.get("HEADFOLD_SLURM_KILLS", "1"))
     run = Run(cluster, os.path.join(scratch, "run"), retries=1000)
     run.submit()
     # Kills are spread over how long an undisturbed stage takes, start included.
