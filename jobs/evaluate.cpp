@@ -252,6 +252,8 @@ void print_plan(const Context& context, const EvaluateOptions& options, const Wo
   std::cout << plan.text() << std::flush;
   for (const evaluation::BenchmarkTask& task : tasks)
     for (const std::string& note : task.notes) spdlog::warn("{}: {}", task.name, note);
+  for (const evaluation::TaskGroup& group : work.suite.groups)
+    for (const std::string& note : group.notes) spdlog::warn("{}: {}", group.name, note);
 }
 
 /// What answers depend on: the model, how questions become tokens, and how it computes.
@@ -438,6 +440,8 @@ OrderedJson own_facts(const Context& context, const EvaluateOptions& options, co
     benchmarks["files"][task.name] = files;
     if (!task.notes.empty()) benchmarks["notes"][task.name] = task.notes;
   }
+  for (const evaluation::TaskGroup& group : work.suite.groups)
+    if (!group.notes.empty()) benchmarks["notes"][group.name] = group.notes;
   return facts;
 }
 

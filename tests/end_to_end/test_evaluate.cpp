@@ -223,6 +223,18 @@ TEST(Evaluate, lists_tasks_and_skips_only_when_asked) {
   EXPECT_EQ(results["headfold"]["benchmarks"]["skipped"][0]["task"], "boolq");
   EXPECT_EQ(results["n-samples"]["arc_easy"]["effective"], 2);
   EXPECT_EQ(results["config"]["limit"], 0.5);
+  // A group with a value of its own says what it lacks.
+  write_file(run / "data/longbench/hotpotqa.jsonl",
+             R"({"input": "Who built it?", "context": "Anna built it.", "answers": ["Anna"], "_id": "a"})"
+             "\n");
+  outcome = run_headfold(1,
+                         {"evaluate", "--model", demo_model("prose-llama"), "--tasks", "longbench", "--data-dir",
+                          run / "data", "--skip-missing", "--out", run / "group"},
+                         run / "log.txt");
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  const Json group = read_json(results_in(run / "group" / "prose-llama").back());
+  EXPECT_THAT(group["headfold"]["benchmarks"]["notes"]["longbench"].dump(), HasSubstr("longbench_qasper"));
+  EXPECT_EQ(group["group_subtasks"]["longbench"], Json::array({"longbench_hotpotqa"}));
 }
 
 }  // namespace
