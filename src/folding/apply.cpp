@@ -51,7 +51,7 @@ void put(NewTensors& tensors, const std::string& name, const at::Tensor& weight,
 }
 
 at::Tensor rows_of(const at::Tensor& tensor, const at::Tensor& rows) {
-  return tensor.defined() ? linalg::widened(tensor.index_select(0, rows)) : tensor;
+  return tensor.defined() ? tensor.index_select(0, rows).to(at::kDouble) : tensor;
 }
 
 Basis basis_of(const LayerProblem& problem, Part part, const std::vector<std::int64_t>& kv_heads,
@@ -174,7 +174,7 @@ std::string origin_of(const Reader& reader, const std::string& prefix, const std
 
 /// Rounds once, from float64 to the stored dtype; a value that does not fit is an error, not an infinity.
 at::Tensor rounded(const at::Tensor& tensor, const std::string& dtype, const std::string& name) {
-  const at::Tensor result = linalg::narrowed(tensor, checkpoint::scalar_type(dtype));
+  const at::Tensor result = tensor.to(checkpoint::scalar_type(dtype)).contiguous();
   // A sum that is finite has finite terms, at a tenth of the time that looking at each takes.
   const double sum = result.sum(at::kFloat).item<double>();
   if (!std::isfinite(sum) && !at::isfinite(result).all().item<bool>()) {
@@ -320,7 +320,7 @@ NewTensors folded_values(const LayerProblem& problem, const LayerTarget& target,
     const std::vector<std::int64_t> query_heads = query_heads_of(groups[g], repeat);
     const at::Tensor source = rows_of(w.value, rows);
     const at::Tensor source_bias = rows_of(w.value_bias, rows);
-    output[g] = linalg::widened(w.output.index_select(1, block_index(query_heads, d)));
+    output[g] = w.output.index_select(1, block_index(query_heads, d)).to(at::kDouble);
     value[g] = at::matmul(basis.encoder, source);
     if (source_bias.defined()) value_bias[g] = at::matmul(basis.encoder, source_bias);
     round_all(rounding, std::string(names.value) + ".weight", value[g]);

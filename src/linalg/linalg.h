@@ -29,12 +29,6 @@ inline double square_sum(const at::Tensor& x) {
   return x.to(at::kDouble).square().sum().item<double>();
 }
 
-/// `tensor` in float64, contiguous when it was float16; the same values as tensor.to(kDouble), several times faster
-/// from float16.
-at::Tensor widened(const at::Tensor& tensor);
-/// `tensor` in `dtype`, contiguous: the same bits as tensor.to(dtype), several times faster from float64 to float16.
-at::Tensor narrowed(const at::Tensor& tensor, at::ScalarType dtype);
-
 /// map [m, n] times rows [n, columns], float64. A map with few entries other than zero, as those that commute with a
 /// rotation (two per row and head), costs what they cost, and its result does not depend on the BLAS. NaN and Inf in
 /// rows that only zeros meet do not show then. InternalError for other shapes or dtypes.

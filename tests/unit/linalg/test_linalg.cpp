@@ -472,34 +472,6 @@ TEST(MapRows, sparse_maps_read_only_the_rows_they_name) {
   EXPECT_TRUE(at::isnan(result[1]).all().item<bool>());
 }
 
-/// Every float16 there is, and float64 around every rounding edge.
-TEST(HalfPrecision, conversions_have_the_bits_of_aten) {
-  at::Tensor bits = at::arange(0, 65536, at::kInt).to(at::kShort);
-  const at::Tensor all = bits.view(at::kHalf);
-  const at::Tensor wide = widened(all);
-  const at::Tensor expected = all.to(at::kDouble);
-  EXPECT_TRUE(at::equal(at::nan_to_num(wide, -1.0), at::nan_to_num(expected, -1.0)));
-  EXPECT_TRUE(at::equal(at::isnan(wide), at::isnan(expected)));
-  const at::Tensor finite = expected.masked_select(at::isfinite(expected));
-  const at::Tensor sorted = std::get<0>(finite.sort());
-  const at::Tensor middle = 0.5 * (sorted.slice(0, 1) + sorted.slice(0, 0, -1));
-  const at::Tensor edges = at::cat({finite, middle, middle * (1 + 1e-9), middle * (1 - 1e-9), middle * (1 + 1e-4),
-                                    at::tensor({1e-12, -1e-300, 65519.99, 65520.0, 1e300, -1e300, 0.0, -0.0,
-                                                std::numeric_limits<double>::infinity()},
-                                               at::kDouble)});
-  for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16, at::kFloat})
-    EXPECT_TRUE(at::equal(narrowed(edges, dtype).view(dtype == at::kFloat ? at::kInt : at::kShort),
-                          edges.to(dtype).view(dtype == at::kFloat ? at::kInt : at::kShort)));
-  // Views.
-  const at::Tensor square = random_matrix(33, 19, at::kDouble, 15);
-  EXPECT_TRUE(at::equal(narrowed(square.t(), at::kHalf), square.t().to(at::kHalf)));
-  EXPECT_TRUE(narrowed(square.t(), at::kHalf).is_contiguous());
-  EXPECT_TRUE(at::equal(widened(square.to(at::kHalf).t()), square.to(at::kHalf).t().to(at::kDouble)));
-  EXPECT_TRUE(at::isnan(narrowed(at::full({9}, std::numeric_limits<double>::quiet_NaN(), at::kDouble), at::kHalf))
-                  .all()
-                  .item<bool>());
-}
-
 TEST(MapRows, refuses_shapes_that_do_not_fit) {
   EXPECT_THROW(map_rows(at::zeros({2, 3}, at::kDouble), at::zeros({4, 3}, at::kDouble)), InternalError);
   EXPECT_THROW(map_rows(at::zeros({2, 3}, at::kFloat), at::zeros({3, 3}, at::kFloat)), InternalError);
