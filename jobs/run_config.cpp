@@ -603,6 +603,11 @@ std::vector<IniSection> parse_ini(std::string_view text, const std::string& file
 }
 
 RunPlan read_run_plan(std::string_view text, const fs::path& file) {
+  try {
+    const std::string encoded = Json(std::string(text)).dump();
+  } catch (const nlohmann::json::exception&) {
+    throw InputError(fmt::format("{} is no UTF-8 text", file.string()), "is it the right file?");
+  }
   return PlanReader(parse_ini(text, file.string()), file).read();
 }
 

@@ -38,7 +38,7 @@ void agree(const comm::Communicator& world, const fs::path& folder, const std::s
 
 }  // namespace
 
-PartialSums::PartialSums(comm::Grid grid, fs::path folder, std::string identity)
+PartialSums::PartialSums(comm::Grid grid, fs::path folder, const std::string& identity)
     : grid_(std::move(grid)), folder_(std::move(folder)), identity_(sha256_hex(identity)) {}
 
 void PartialSums::add(const Part& part, const std::vector<std::unique_ptr<LayerAccumulator>>& layers,

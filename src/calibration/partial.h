@@ -18,7 +18,7 @@ namespace headfold::calibration {
 class PartialSums {
  public:
   /// `identity` is what decides the sums (model, data, options). Touches nothing.
-  PartialSums(comm::Grid grid, std::filesystem::path folder, std::string identity);
+  PartialSums(comm::Grid grid, std::filesystem::path folder, const std::string& identity);
   /// Reads what was saved into this rank's `layers`, of which `first` is the index of the first one. Collective.
   /// Returns the number of sequences, from the first of the drawn list on, that are in the sums; 0 when nothing was
   /// saved, when it belongs to another calibration (said in a log line) or when it is damaged (a warning).

@@ -200,6 +200,7 @@ TEST_F(RunTest, refuses_what_the_file_gets_wrong) {
   refused("nodes = 2", "nodes = two", {"whole number"});
   refused("samples = 12", "samples = 12\nsamples = 13", {"wrong.ini:9", "stands twice"});
   refused("[report]", "[report", {"does not end with ]"});
+  refused("# small", "# sm\xff", {"UTF-8"});
   refused("model = ", "#", {"[run] needs model"});
 }
 
@@ -229,7 +230,7 @@ TEST_F(RunTest, interrupted_in_every_stage_it_ends_with_the_same_results) {
                                         {"HEADFOLD_TEST_KILL", "0:/model.safetensors", 137, ""},
                                         {"HEADFOLD_TEST_STOP", "1:progress finetune:2", 75, "resuming after step"},
                                         {"HEADFOLD_TEST_KILL", "1:progress finetune:1", 137, "resuming after step"},
-      {"HEADFOLD_TEST_KILL", "0:checkpoints/step", 137, ""},
+                                        {"HEADFOLD_TEST_KILL", "0:checkpoints/step", 137, ""},
                                         {"HEADFOLD_TEST_STOP", "0:progress evaluate", 75, "windows were scored before"},
                                         {"HEADFOLD_TEST_KILL", "0:results_", 137, ""}};
   std::string said;
