@@ -297,7 +297,14 @@ class Run:
         before = self.starts(stage)
         if not self.wait_for_stage(stage):
             return False
-        wait_for("{} computes".format(stage), lambda: self.starts(stage) > before or self.is_finished(stage), 30)
+
+        def computes():
+            self.poke()
+            return self.starts(stage) > before or self.is_finished(stage)
+        try:
+            wait_for("{} computes".format(stage), computes, 40, 0.1)
+        except AssertionError as failure:
+            raise AssertionError("{}\n{}\n{}".format(failure, self.cluster.call("scontrol", "show", "job"), self.logs(stage)[-3000:]))
         return not self.is_finished(stage)
 
     def elements(self, stage):
@@ -479,7 +486,8 @@ def test_chain(arguments, cluster, scratch):
 
 
 def test_stop(arguments, cluster, scratch):
-    run = Run(cluster, os.path.join(scratch, "run"))
+    # A step may fail to start where the last one has hardly gone: nobody waits the two minutes here.
+    run = Run(cluster, os.path.join(scratch, "run"), retries=3)
     run.submit()
     limit = 20
 
