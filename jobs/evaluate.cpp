@@ -305,12 +305,14 @@ OrderedJson score_identity(const Context& context, const Work& work) {
   return identity;
 }
 
-/// Scores of every text; `folder` keeps them until the results are written.
+/// Scores of every text. `kept` is where they are while texts are scored, in `folder`; opened once the models load.
 std::vector<evaluation::TaskResult> score_texts(const Context& context, const EvaluateOptions& options,
-                                                const Work& work, const comm::Grid& grid, evaluation::ScoreStore& store,
-                                                Run& run) {
+                                                const Work& work, const comm::Grid& grid, const fs::path& folder,
+                                                std::optional<evaluation::ScoreStore>& kept, Run& run) {
   std::vector<evaluation::TaskResult> results;
+  if (work.texts.empty()) return results;
   const evaluation::Scorer scorer(*work.model, work.reference.get(), grid, work.scoring);
+  evaluation::ScoreStore& store = kept.emplace(context.world, folder / "scores", score_identity(context, work));
   std::vector<evaluation::ScoreHooks> hooks(work.texts.size());
   std::size_t windows = 0, done = 0;
   for (std::size_t t = 0; t < work.texts.size(); ++t) {
@@ -483,10 +485,7 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
   evaluation::Results results;
   comm::stop_if_requested(context.world, "before the first question");
   std::optional<evaluation::ScoreStore> scores;
-  if (!work.texts.empty()) {
-    scores.emplace(context.world, folder / "scores", score_identity(context, work));
-    results.texts = score_texts(context, options, work, grid, *scores, run);
-  }
+  results.texts = score_texts(context, options, work, grid, folder, scores, run);
   results.benchmarks = ask_benchmarks(context, options, work, grid, folder, run);
 
   const OrderedJson record = run_record(context, "evaluate", arguments, elapsed());
