@@ -234,9 +234,8 @@ void print_plan(const Context& context, const EvaluateOptions& options, const Wo
     plan.add({"BOS", fmt::format("{} (harness {})", evaluation::name_of(options.harness_bos()),
                                  evaluation::name_of(options.harness))});
   }
-  plan.add(
-      {"compute", fmt::format("{}, {} windows per micro-batch, log-softmax float32, sums float64",
-                              work.scoring.dtype == at::kFloat ? "float32" : "bfloat16", work.scoring.micro_batch)});
+  plan.add({"compute", fmt::format("{}, {} windows per micro-batch, log-softmax float32, sums float64",
+                                   dtype_name(work.scoring.dtype), work.scoring.micro_batch)});
   plan.add({"ranks", fmt::format("{} = {} pipeline stages x {} replicas, {}", context.world.size(), grid.stages,
                                  grid.replicas, device::describe_device())});
   std::string ranges;
@@ -274,7 +273,7 @@ OrderedJson answer_identity(const Context& context, const EvaluateOptions& optio
   identity["tokenizer"] = hashes.substr(space + 1);
   identity["bos"] = evaluation::name_of(options.harness_bos());
   identity["max_length"] = work.question_length;
-  identity["dtype"] = work.scoring.dtype == at::kFloat ? "float32" : "bfloat16";
+  identity["dtype"] = dtype_name(work.scoring.dtype);
   return identity;
 }
 
@@ -294,13 +293,12 @@ OrderedJson score_identity(const Context& context, const Work& work) {
   });
   context.world.broadcast(hashes);
   const std::size_t space = hashes.find(' ');
-  const auto name_of_type = [](at::ScalarType type) { return type == at::kFloat ? "float32" : "bfloat16"; };
   OrderedJson identity;
   identity["format_version"] = 1;
   identity["model"] = hashes.substr(0, space);
   identity["reference"] = hashes.substr(space + 1);
-  identity["dtype"] = name_of_type(work.scoring.dtype);
-  identity["reference_dtype"] = name_of_type(work.scoring.reference_dtype);
+  identity["dtype"] = dtype_name(work.scoring.dtype);
+  identity["reference_dtype"] = dtype_name(work.scoring.reference_dtype);
   identity["micro_batch"] = work.scoring.micro_batch;
   return identity;
 }

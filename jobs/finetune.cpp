@@ -38,7 +38,6 @@ struct Settings {
   std::string format_name, bos_name;
   finetune::LoraOptions lora;
   at::ScalarType dtype = at::kFloat;
-  std::string dtype_name;
   finetune::TrainOptions train;
   std::int64_t steps = 0, warm_up = -1, validate_every = -1, checkpoint_every = 0, teacher_top = 0;
   double epochs = 1;
@@ -166,7 +165,6 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
     if (!name.empty()) s.lora.targets.push_back(name);
   if (s.lora.targets.empty()) throw UsageError("--targets names no projection", "for example q,k,v,o");
   s.dtype = parse_dtype(values["dtype"].as<std::string>(), config.dtype);
-  s.dtype_name = s.dtype == at::kFloat ? "float32" : "bfloat16";
   s.steps = bounded(values, "steps", 0);
   s.epochs = in_range<double>(values, "epochs", 1e-6, 1e6, "a positive number is needed");
   s.train.batch = bounded(values, "batch", 1);
@@ -229,7 +227,7 @@ OrderedJson identity_of(const Settings& s, const std::string& model, const std::
     json["dropout"] = s.lora.dropout;
     json["targets"] = s.lora.targets;
   }
-  json["dtype"] = s.dtype_name;
+  json["dtype"] = dtype_name(s.dtype);
   json["steps"] = s.steps;
   json["epochs"] = s.steps > 0 ? 0.0 : s.epochs;
   json["batch"] = s.train.batch;
@@ -332,7 +330,7 @@ std::string plan_text(const Context& context, const Settings& s, const checkpoin
   std::string text =
       fmt::format("model       {} ({}, {} layers, hidden {}, {} heads, {} KV heads, layout {}), {}\n", s.model.string(),
                   checkpoint::name_of(config.family), config.layers, config.hidden, config.heads,
-                  config.kv_heads_text(), checkpoint::name_of(config.layout), s.dtype_name);
+                  config.kv_heads_text(), checkpoint::name_of(config.layout), dtype_name(s.dtype));
   if (s.lora.full) {
     text += "trains      all weights\n";
   } else {

@@ -93,9 +93,8 @@ void generate(const Context& context, const std::vector<std::string>& arguments)
   spdlog::info(
       "{}: {} layers, {} query heads, {} KV heads, {}; {} prompt tokens, up to {} new; KV cache {} per token, {} in "
       "all",
-      reader.folder().string(), config.layers, config.heads, config.kv_heads_text(),
-      dtype == at::kFloat ? "float32" : "bfloat16", prompt_tokens, wanted, human_bytes(static_cast<double>(per_token)),
-      human_bytes(static_cast<double>(per_token * length)));
+      reader.folder().string(), config.layers, config.heads, config.kv_heads_text(), dtype_name(dtype), prompt_tokens,
+      wanted, human_bytes(static_cast<double>(per_token)), human_bytes(static_cast<double>(per_token * length)));
   if (options["dry-run"].as<bool>()) return;
 
   const model::Decoder decoder(reader, dtype);

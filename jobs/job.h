@@ -66,6 +66,9 @@ po::variables_map parse(const Context& context, const std::string& job, const st
 /// float32. UsageError otherwise.
 at::ScalarType parse_dtype(const std::string& text, const std::string& checkpoint_dtype);
 
+/// The name of what parse_dtype() gives.
+const char* dtype_name(at::ScalarType dtype);
+
 /// "1500000", "500MB", "2.5GiB": a positive number of bytes, fractions cut. UsageError naming the option.
 std::uint64_t parse_bytes(const std::string& option, const std::string& text);
 

@@ -96,8 +96,8 @@ void logits(const Context& context, const std::vector<std::string>& arguments) {
       layers += fmt::format("{}{}-{}", layers.empty() ? "" : ", ", range.begin, range.end - 1);
     spdlog::info(
         "logits of {} sequences of {} tokens with {} in {}: {} pipeline(s) of {} rank(s), layers {}; {} output",
-        ids.size(0), ids.size(1), reader.folder().string(), dtype == at::kFloat ? "float32" : "bfloat16", grid.replicas,
-        stages, layers, human_bytes(static_cast<double>(ids.numel() * config.vocab * 4)));
+        ids.size(0), ids.size(1), reader.folder().string(), dtype_name(dtype), grid.replicas, stages, layers,
+        human_bytes(static_cast<double>(ids.numel() * config.vocab * 4)));
   }
   if (options["dry-run"].as<bool>()) return;
 

@@ -62,6 +62,10 @@ po::variables_map parse(const Context& context, const std::string& job, const st
   return values;
 }
 
+const char* dtype_name(at::ScalarType dtype) {
+  return dtype == at::kFloat ? "float32" : "bfloat16";
+}
+
 at::ScalarType parse_dtype(const std::string& text, const std::string& checkpoint_dtype) {
   if (text == "float32") return at::kFloat;
   if (text == "bfloat16") return at::kBFloat16;

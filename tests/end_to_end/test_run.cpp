@@ -12,18 +12,6 @@ using testing::AllOf;
 using testing::HasSubstr;
 using testing_support::ScratchFolder;
 
-/// Sets a variable of the environment for one command.
-class Hook {
- public:
-  Hook(const char* name, const std::string& value) : name_(name) { ::setenv(name, value.c_str(), 1); }
-  ~Hook() { ::unsetenv(name_); }
-  Hook(const Hook&) = delete;
-  Hook& operator=(const Hook&) = delete;
-
- private:
-  const char* name_;
-};
-
 class RunTest : public testing::Test {
  protected:
   void SetUp() override { configure("run"); }
@@ -235,7 +223,7 @@ TEST_F(RunTest, interrupted_in_every_stage_it_ends_with_the_same_results) {
                                         {"HEADFOLD_TEST_KILL", "0:results_", 137, ""}};
   std::string said;
   for (const Disturbance& one : all) {
-    const Hook hook(one.hook, one.point);
+    const Variable hook(one.hook, one.point);
     const Outcome outcome = run(ranks, "disturbed");
     EXPECT_EQ(outcome.code, one.code) << one.hook << " " << one.point << "\n" << outcome.output;
     EXPECT_THAT(outcome.output, HasSubstr(said)) << "before " << one.point;
@@ -283,7 +271,7 @@ TEST_F(RunTest, jobs_by_themselves_stop_too) {
   fs::remove(folder / "STOP");
   ASSERT_EQ(job(2, convert).code, 0);
   {
-    const Hook hook("HEADFOLD_TEST_STOP", "1:progress verify:3");
+    const Variable hook("HEADFOLD_TEST_STOP", "1:progress verify:3");
     stopped(job(2, verify));
   }
   EXPECT_FALSE(fs::exists(fs::path(half) / "verification.json"));

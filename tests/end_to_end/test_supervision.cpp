@@ -17,18 +17,6 @@ using Arguments = std::vector<std::string>;
 using testing::AllOf;
 using testing::HasSubstr;
 
-/// Sets a variable of the environment for the programs that a scope starts.
-class Variable {
- public:
-  Variable(const char* name, const std::string& value) : name_(name) { ::setenv(name, value.c_str(), 1); }
-  ~Variable() { ::unsetenv(name_); }
-  Variable(const Variable&) = delete;
-  Variable& operator=(const Variable&) = delete;
-
- private:
-  const char* name_;
-};
-
 std::vector<Json> events_of(const fs::path& file, const std::string& event) {
   std::vector<Json> events;
   std::ifstream in(file);
