@@ -93,6 +93,14 @@ class MpiFailure : public Error {
   std::string_view kind() const override { return "MpiFailure"; }
 };
 
+/// The GPU or one of its libraries reported a failure (exit 70).
+class DeviceFailure : public Error {
+ public:
+  explicit DeviceFailure(const std::string& message, std::string hint = {})
+      : Error(ExitCode::internal, message, std::move(hint)) {}
+  std::string_view kind() const override { return "DeviceFailure"; }
+};
+
 /// A numerical routine did not converge or failed its residual check (exit 70).
 class NumericalError : public Error {
  public:

@@ -2,6 +2,9 @@
 #include <headfold/base/error.h>
 #include <headfold/linalg/linalg.h>
 
+#include "cublas.h"
+#include "gram_blocks.h"
+
 #ifdef HEADFOLD_WITH_ONEDNN
 #include <oneapi/dnnl/dnnl.hpp>
 #elif defined(HEADFOLD_WITH_CBLAS)
@@ -204,8 +207,14 @@ at::Tensor packed_diagonal(const at::Tensor& packed, std::int64_t n) {
   return values;
 }
 
-double gram_operations(std::int64_t n) {
+double gram_operations(std::int64_t n, at::Device device) {
   double sum = 0;
+  if (device.is_cuda()) {
+    for_each_gram_block(n, kDeviceBlock, [&](const GramBlock& part) {
+      sum += 2.0 * static_cast<double>(part.height) * static_cast<double>(part.width);
+    });
+    return sum;
+  }
 #ifdef HEADFOLD_WITH_ONEDNN
   const std::int64_t step = block_rows(n, 256);
   for (std::int64_t first = 0; first < n; first += step)
@@ -237,28 +246,64 @@ at::Tensor pack_lower(const at::Tensor& matrix) {
   return packed;
 }
 
-GramAccumulator::GramAccumulator(std::int64_t n) : n_(n), packed_(at::zeros({packed_size(n)}, at::kDouble)) {}
+GramAccumulator::GramAccumulator(std::int64_t n, at::Device device, GramEngine engine, std::int64_t block)
+    : n_(n), device_(device), engine_(engine), block_(block > 0 ? block : kDeviceBlock) {
+  if (device_.is_cuda() && engine == GramEngine::automatic) require_cublas();
+  if (!in_blocks()) packed_ = at::zeros({packed_size(n)}, at::kDouble);
+}
 
 void GramAccumulator::add(const at::Tensor& x, std::int64_t skip) {
   if (x.dim() != 2 || x.size(1) != n_)
     throw InternalError(
         fmt::format("a Gram of width {} cannot take rows of shape {}", n_, fmt::join(x.sizes(), " x ")));
+  if (x.device().type() != device_.type() || (device_.has_index() && x.device() != device_))
+    throw InternalError(fmt::format("a Gram on {} cannot take rows on {}", device_.str(), x.device().str()));
   if (skip < 0 || skip > x.size(0)) throw InternalError(fmt::format("{} rows to skip of {}", skip, x.size(0)));
+  const at::ScalarType dtype = x.scalar_type();
+  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kDouble)
+    throw InternalError(fmt::format("no Gram of {} rows", c10::toString(dtype)));
   if (x.size(0) == skip || n_ == 0) return;
   const at::Tensor rows = x.contiguous();
-  switch (x.scalar_type()) {
-    case at::kFloat:
-    case at::kBFloat16:
-      return add_rows_of(packed_, rows, skip);
-    case at::kDouble:
-      return add_product(packed_, rows.narrow(0, skip, rows.size(0) - skip), block_rows(n_, 256));
-    default:
-      throw InternalError(fmt::format("no Gram of {} rows", c10::toString(x.scalar_type())));
+  if (in_blocks()) return add_blocks(rows.narrow(0, skip, rows.size(0) - skip));
+  if (dtype == at::kDouble)
+    add_product(packed_, rows.narrow(0, skip, rows.size(0) - skip), block_rows(n_, 256));
+  else
+    add_rows_of(packed_, rows, skip);
+}
+
+bool GramAccumulator::in_blocks() const {
+  return device_.is_cuda() || engine_ == GramEngine::tensors;
+}
+
+void GramAccumulator::add_blocks(const at::Tensor& x) {
+  if (!blocks_.defined()) {
+    const auto options = x.options().dtype(at::kDouble);
+    blocks_ = packed_.defined() ? unpack_gram_blocks(packed_, n_, block_).to(options)
+                                : at::zeros({gram_blocks_size(n_, block_)}, options);
   }
+  packed_.reset();
+  add_gram_blocks(blocks_, x, block_, engine_ == GramEngine::automatic);
+}
+
+void GramAccumulator::download() const {
+  if (packed_.defined()) return;
+  packed_ = blocks_.defined() ? pack_gram_blocks(blocks_.to(at::kCPU), n_, block_)
+                              : at::zeros({packed_size(n_)}, at::kDouble);
+}
+
+at::Tensor& GramAccumulator::packed() {
+  download();
+  blocks_.reset();
+  return packed_;
+}
+
+const at::Tensor& GramAccumulator::packed() const {
+  download();
+  return packed_;
 }
 
 at::Tensor GramAccumulator::full() const {
-  return unpack_lower(packed_, n_);
+  return unpack_lower(packed(), n_);
 }
 
 }  // namespace headfold::linalg

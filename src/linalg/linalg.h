@@ -92,27 +92,52 @@ struct LowRank {
 LowRank weighted_low_rank(const at::Tensor& sigma, const std::vector<at::Tensor>& lambda_blocks, std::int64_t width,
                           double weight_ridge = 0.0, double tau = 1e-10);
 
+/// How a GramAccumulator forms its products. `automatic`: the processor's own kernels on the CPU, cuBLAS on a GPU.
+/// `tensors`: the column blocks of a GPU with ATen's products (bfloat16 upcast to float32), on either device; slow, and
+/// there so that all but cuBLAS's one call runs without a GPU too.
+enum class GramEngine { automatic, tensors };
+
 /// C += X^T X for X [tokens, n] float32, bfloat16 or float64, C symmetric [n, n] float64 of which only the lower
 /// triangle is kept, packed by rows (entry (i, j), j <= i, at i (i + 1) / 2 + j): half the memory, and one contiguous
 /// span to reduce over ranks and to write. float32: products accumulated in float32 over at most `tokens` rows (one
 /// call), then added in float64. bfloat16: products are exact, accumulated in float32 likewise (oneDNN; without it,
 /// upcast to float32). float64: all in float64.
+///
+/// On a GPU the sums are float64 column blocks of the lower triangle in its memory; each call adds float32 products of
+/// cuBLAS (bfloat16 on the tensor cores; float32 without TF32) to them. For t rows of one call, a float32 unit roundoff
+/// u and P = |X|^T |X| of these rows, an entry is off by at most t u / (1 - t u) P(i, j) (Higham 2002, section 3.1): u
+/// = 2^-24, or 2^-23 on tensor cores, which cut off instead of rounding. Errors of calls do not grow with their number
+/// beyond this share, since float64 adds them.
 class GramAccumulator {
  public:
-  explicit GramAccumulator(std::int64_t n);
+  /// `block`: columns per product on a GPU, 0 for its default. NotCompiled for a GPU and `automatic` in a build without
+  /// CUDA.
+  explicit GramAccumulator(std::int64_t n, at::Device device = at::kCPU, GramEngine engine = GramEngine::automatic,
+                           std::int64_t block = 0);
   /// Rows before `skip` are left out (they must be finite all the same). InternalError unless x is [tokens, n] of one
-  /// of the three dtypes.
+  /// of the three dtypes on the accumulator's device.
   void add(const at::Tensor& x, std::int64_t skip = 0);
-  /// Full symmetric matrix, float64 [n, n].
+  /// Full symmetric matrix on the CPU, float64 [n, n].
   at::Tensor full() const;
-  /// The accumulator itself, float64 [n (n + 1) / 2].
-  at::Tensor& packed() { return packed_; }
-  const at::Tensor& packed() const { return packed_; }
+  /// The accumulator itself on the CPU, float64 [n (n + 1) / 2]; may be changed (reduced, cleared, added to). Sums on a
+  /// GPU move here and its memory is freed; the next add() moves them back, with the same bits.
+  at::Tensor& packed();
+  /// The same to be read only, valid until the next add(): sums on a GPU are copied and stay there too.
+  const at::Tensor& packed() const;
   std::int64_t size() const { return n_; }
+  at::Device device() const { return device_; }
 
  private:
+  bool in_blocks() const;
+  void add_blocks(const at::Tensor& x);
+  void download() const;
+
   std::int64_t n_;
-  at::Tensor packed_;
+  at::Device device_;
+  GramEngine engine_;
+  std::int64_t block_;
+  mutable at::Tensor packed_;  // undefined: zero, or only on the device
+  at::Tensor blocks_;          // undefined: zero, or only here; column blocks one after the other (gram_blocks.h)
 };
 
 /// Entries of the packed lower triangle of an n x n matrix: n (n + 1) / 2.
@@ -126,8 +151,8 @@ at::Tensor packed_row(const at::Tensor& packed, std::int64_t n, std::int64_t row
 /// Diagonal of a packed [n, n] matrix -> [n].
 at::Tensor packed_diagonal(const at::Tensor& packed, std::int64_t n);
 /// Floating-point operations per row of x that GramAccumulator::add() carries out for n float32 or bfloat16 columns:
-/// more than the triangle's n^2, since blocks on the diagonal are computed whole.
-double gram_operations(std::int64_t n);
+/// more than the triangle's n^2, since blocks on the diagonal are computed whole. On a GPU: for its default block.
+double gram_operations(std::int64_t n, at::Device device = at::kCPU);
 /// [n, n] float64 -> packed lower triangle.
 at::Tensor pack_lower(const at::Tensor& matrix);
 

@@ -411,6 +411,70 @@ TEST(GramAccumulatorTest, refuses_other_shapes_and_dtypes) {
   EXPECT_THROW(unpack_lower(at::zeros({5}, at::kDouble), 3), InternalError);
 }
 
+/// A Gram in a GPU's blocks, on the CPU: `block` columns each.
+GramAccumulator in_blocks(std::int64_t n, std::int64_t block) {
+  return GramAccumulator(n, at::kCPU, GramEngine::tensors, block);
+}
+
+TEST_P(GramTest, column_blocks_stay_within_the_bound_of_float32_sums) {
+  const std::int64_t n = GetParam();
+  for (const std::int64_t block : {std::int64_t{0}, std::int64_t{64}, std::int64_t{100}})
+    for (const auto dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
+      GramAccumulator gram = in_blocks(n, block);
+      at::Tensor expected = at::zeros({n, n}, at::kDouble), bound = at::zeros({n, n}, at::kDouble);
+      for (const std::int64_t tokens : {97, 1, 64}) {
+        const at::Tensor x = random_matrix(tokens, n, at::kFloat, 200 + tokens).to(dtype);
+        gram.add(at::cat({at::ones({1, n}, dtype), x}), 1);
+        const at::Tensor wide = x.to(at::kDouble);
+        expected += at::matmul(wide.t(), wide);
+        // t u / (1 - t u) |X|^T |X| of each call; the additions in float64 and `expected` itself are off by far less.
+        const double unit = static_cast<double>(tokens) * (dtype == at::kDouble ? 0x1p-52 : 0x1p-24);
+        bound += unit / (1 - unit) * at::matmul(wide.abs().t(), wide.abs());
+      }
+      const at::Tensor full = gram.full();
+      EXPECT_TRUE(((full - expected).abs() <= bound).all().item<bool>()) << c10::toString(dtype) << " " << block;
+      EXPECT_EQ(largest(full - full.transpose(0, 1)), 0);
+      GramAccumulator usual(n);
+      for (const std::int64_t tokens : {97, 1, 64})
+        usual.add(random_matrix(tokens, n, at::kFloat, 200 + tokens).to(dtype));
+      EXPECT_TRUE(((full - usual.full()).abs() <= 2 * bound).all().item<bool>()) << c10::toString(dtype);
+    }
+}
+
+TEST(GramAccumulatorTest, sums_that_move_to_the_host_and_back_keep_their_bits) {
+  const std::int64_t n = 150;
+  GramAccumulator moved = in_blocks(n, 64), stayed = in_blocks(n, 64);
+  for (std::int64_t call = 0; call < 5; ++call) {
+    const at::Tensor x = random_matrix(31, n, at::kFloat, 300 + call);
+    stayed.add(x);
+    moved.add(x);
+    // Reading keeps the sums where they are, changing moves them: both are gone on from.
+    const at::Tensor read = call % 2 == 0 ? std::as_const(moved).packed() : moved.packed();
+    ASSERT_EQ(read.numel(), packed_size(n));
+  }
+  EXPECT_TRUE(at::equal(moved.packed(), stayed.packed()));
+  // What is changed on the host counts.
+  moved.packed().zero_();
+  EXPECT_EQ(largest(moved.full()), 0);
+  moved.packed().add_(stayed.packed());
+  const at::Tensor more = random_matrix(8, n, at::kDouble, 310);
+  moved.add(more);
+  stayed.add(more);
+  EXPECT_TRUE(at::equal(moved.packed(), stayed.packed()));
+  EXPECT_EQ(largest(in_blocks(3, 0).packed()), 0);
+}
+
+TEST(GramAccumulatorTest, a_gpu_is_refused_where_it_cannot_be_used) {
+  GramAccumulator gram(8);
+  EXPECT_THROW(gram.add(at::empty({4, 8}, at::TensorOptions().device(at::kMeta))), InternalError);
+#ifdef HEADFOLD_WITH_CUDA
+  GramAccumulator device(8, at::kCUDA);
+  EXPECT_THROW(device.add(at::zeros({4, 8})), InternalError);
+#else
+  EXPECT_THROW(GramAccumulator(8, at::kCUDA), NotCompiled);
+#endif
+}
+
 TEST(GramAccumulatorTest, long_sums_keep_float64_precision) {
   // 1 + many tiny additions: a float32 accumulator would lose them all.
   GramAccumulator gram(2);
