@@ -1,10 +1,13 @@
 #include <ATen/Parallel.h>
 #include <headfold/base/error.h>
+#include <headfold/model/compute.h>
 #include <headfold/model/model.h>
 
 #include "attention.h"
 #include "kernels.h"
 #include "product.h"
+#include "source.h"
+#include "tensor_layer.h"
 
 namespace headfold::model {
 namespace {
@@ -74,40 +77,6 @@ void for_elements(std::int64_t count, const Body& body) {
   at::parallel_for(0, count, 8192, [&](std::int64_t begin, std::int64_t end) { body(begin, end - begin); });
 }
 
-void require_dtype(at::ScalarType dtype) {
-  if (dtype != at::kFloat && dtype != at::kBFloat16)
-    throw UsageError(fmt::format("models compute in float32 or bfloat16, not {}", c10::toString(dtype)));
-}
-
-std::string shape_text(at::IntArrayRef sizes) {
-  return fmt::format("[{}]", fmt::join(sizes, ", "));
-}
-
-/// Where weights come from; `done` is told when a tensor was copied.
-struct Source {
-  TensorGetter get;
-  std::function<void(const std::string&)> done = [](const std::string&) {};
-
-  at::Tensor checked(const std::string& name, const std::vector<std::int64_t>& shape) const {
-    at::Tensor tensor = get(name, shape);
-    if (!tensor.defined() || tensor.sizes() != at::IntArrayRef(shape))
-      throw InputError(fmt::format("tensor {} has shape {}, expected {}", name,
-                                   tensor.defined() ? shape_text(tensor.sizes()) : "none", shape_text(shape)));
-    return tensor;
-  }
-  at::Tensor vector(const std::string& name, std::int64_t size, at::ScalarType dtype) const {
-    at::Tensor copy = checked(name, {size}).to(dtype, /*non_blocking=*/false, /*copy=*/true);
-    done(name);
-    return copy;
-  }
-};
-
-Source source_of(const checkpoint::Reader& reader) {
-  return {
-      [&reader](const std::string& name, const std::vector<std::int64_t>& shape) { return reader.weight(name, shape); },
-      [&reader](const std::string& name) { reader.done_with(name); }};
-}
-
 /// What an observer asked for of one forward pass, filled sequence by sequence; undefined what it did not ask for.
 struct Observed {
   at::Tensor rotated_keys;           // [batch, tokens, source_kv_heads, head_dim]
@@ -122,12 +91,9 @@ class DecoderLayer final : public Layer {
       : config_(config), dtype_(dtype) {
     require_dtype(dtype);
     if (layer < 0 || layer >= config.layers) throw InternalError(fmt::format("layer {} of {}", layer, config.layers));
-    shape_ = config.shape_of(layer);
+    widths_ = LayerWidths(config, layer);
     config_.layer_shapes.clear();  // of the other layers
     config_.raw = nullptr;
-    source_heads_ = config.source_heads_of(layer);
-    query_width_ = checkpoint::keys_absorbed(config, layer) ? shape_.key_width : config.head_dim;
-    attended_width_ = checkpoint::attended_width(config, layer);
     if (config.family == Family::llama) {
       load_llama(fmt::format("model.layers.{}.", layer), source);
       inverse_frequencies_ = rope_inverse_frequencies(config);
@@ -175,26 +141,19 @@ class DecoderLayer final : public Layer {
   at::Tensor project_inputs(const at::Tensor& x) const;
   void attend_rows(const at::Tensor& qkv, std::int64_t first, std::int64_t tokens, const at::Tensor& keys,
                    const at::Tensor& values, const Observed& observed, const at::Tensor& attended) const;
-  void check_cache(const LayerCache& cache, std::int64_t batch) const;
   void attend_sequences(const at::Tensor& x, std::int64_t first, std::int64_t count, std::int64_t tokens,
                         LayerCache* cache, const Observed& observed, const at::Tensor& out) const;
   void feed_forward(const at::Tensor& x, const at::Tensor& observed_inner, const at::Tensor& out) const;
 
-  /// Rows of the key projection.
-  std::int64_t key_rows() const {
-    return (config_.layout == KvLayout::projected ? source_heads_ : shape_.kv_heads) * shape_.key_width;
-  }
   /// Heads and channels of the keys that an observer of attention sees.
   std::pair<std::int64_t, std::int64_t> seen_keys() const {
     const bool rebuilt = config_.layout == KvLayout::latent && inverse_frequencies_.defined();
-    return rebuilt ? std::pair(source_heads_, config_.head_dim) : std::pair(shape_.kv_heads, shape_.key_width);
+    return rebuilt ? std::pair(widths_.source_heads, config_.head_dim)
+                   : std::pair(widths_.shape.kv_heads, widths_.shape.key_width);
   }
 
   ModelConfig config_;
-  checkpoint::LayerShape shape_;
-  std::int64_t source_heads_ = 0;    // heads whose keys are rebuilt or projected; kv_heads otherwise
-  std::int64_t query_width_ = 0;     // channels of a query head as it leaves the projection
-  std::int64_t attended_width_ = 0;  // channels of a head as it enters the output projection
+  LayerWidths widths_;
   at::ScalarType dtype_;
   at::Tensor norm1_weight_, norm1_bias_, norm2_weight_, norm2_bias_;
   ProductPtr qkv_, output_, gate_, up_, down_;  // BLOOM: up_ and down_ are dense_h_to_4h and dense_4h_to_h
@@ -243,11 +202,13 @@ std::vector<DecoderLayer::ProductPtr> DecoderLayer::load_folds(const std::string
 
 void DecoderLayer::load_latent_decoders(const std::string& attention, const Source& source) {
   const bool rotates = config_.family == Family::llama;
-  if (rotates || shape_.key_width > config_.head_dim)
-    key_up_ = load_folds(attention + "key_up.weight", source_heads_, config_.head_dim, shape_.key_width, source,
-                         /*transposed=*/!rotates);
-  if (shape_.value_width > config_.head_dim)
-    value_up_ = load_folds(attention + "value_up.weight", source_heads_, config_.head_dim, shape_.value_width, source);
+  if (rotates || widths_.shape.key_width > config_.head_dim)
+    key_up_ =
+        load_folds(attention + "key_up.weight", widths_.source_heads, config_.head_dim, widths_.shape.key_width, source,
+                   /*transposed=*/!rotates);
+  if (widths_.shape.value_width > config_.head_dim)
+    value_up_ = load_folds(attention + "value_up.weight", widths_.source_heads, config_.head_dim,
+                           widths_.shape.value_width, source);
 }
 
 void DecoderLayer::load_llama(const std::string& prefix, const Source& source) {
@@ -255,15 +216,16 @@ void DecoderLayer::load_llama(const std::string& prefix, const Source& source) {
   norm1_weight_ = source.vector(prefix + "input_layernorm.weight", config_.hidden, dtype_);
   norm2_weight_ = source.vector(prefix + "post_attention_layernorm.weight", config_.hidden, dtype_);
   const std::string attention = prefix + "self_attn.";
-  qkv_ = load_stacked({attention + "q_proj", attention + "k_proj", attention + "v_proj"},
-                      {config_.heads * query_width_, key_rows(), shape_.kv_heads * shape_.value_width}, config_.hidden,
-                      config_.attention_bias, source);
-  output_ = load_product(attention + "o_proj", config_.hidden, config_.heads * attended_width_, config_.attention_bias,
-                         source);
+  qkv_ = load_stacked(
+      {attention + "q_proj", attention + "k_proj", attention + "v_proj"},
+      {config_.heads * widths_.query_width, widths_.key_rows, widths_.shape.kv_heads * widths_.shape.value_width},
+      config_.hidden, config_.attention_bias, source);
+  output_ = load_product(attention + "o_proj", config_.hidden, config_.heads * widths_.attended_width,
+                         config_.attention_bias, source);
   if (config_.layout == KvLayout::projected) {
-    const std::int64_t members = source_heads_ / shape_.kv_heads;
-    key_folds_ = load_folds(attention + "key_fold.weight", shape_.kv_heads, d, members * d, source);
-    query_folds_ = load_folds(attention + "query_fold.weight", source_heads_, d, d, source);
+    const std::int64_t members = widths_.source_heads / widths_.shape.kv_heads;
+    key_folds_ = load_folds(attention + "key_fold.weight", widths_.shape.kv_heads, d, members * d, source);
+    query_folds_ = load_folds(attention + "query_fold.weight", widths_.source_heads, d, d, source);
   }
   if (config_.layout == KvLayout::latent) load_latent_decoders(attention, source);
   gate_ = load_product(prefix + "mlp.gate_proj", config_.ffn, config_.hidden, config_.mlp_bias, source);
@@ -282,9 +244,10 @@ void DecoderLayer::load_bloom(const std::string& prefix, const Source& source) {
   norm2_bias_ = source.vector(prefix + "post_attention_layernorm.bias", hidden, dtype_);
   const std::string attention = prefix + "self_attention.";
   if (config_.split_qkv) {
-    qkv_ = load_stacked({attention + "query", attention + "key", attention + "value"},
-                        {config_.heads * query_width_, key_rows(), shape_.kv_heads * shape_.value_width}, hidden, true,
-                        source);
+    qkv_ = load_stacked(
+        {attention + "query", attention + "key", attention + "value"},
+        {config_.heads * widths_.query_width, widths_.key_rows, widths_.shape.kv_heads * widths_.shape.value_width},
+        hidden, true, source);
   } else {
     // Stored as [heads, 3, head_dim, hidden]; wanted are all of Q, then K, then V.
     const std::string name = attention + "query_key_value";
@@ -296,7 +259,7 @@ void DecoderLayer::load_bloom(const std::string& prefix, const Source& source) {
         source.vector(name + ".bias", 3 * heads * d, dtype_).view({heads, 3, d}).transpose(0, 1).contiguous();
     qkv_ = std::make_unique<const Product>(weight.view({3 * heads * d, hidden}), bias.view({3 * heads * d}), dtype_);
   }
-  output_ = load_product(attention + "dense", hidden, config_.heads * attended_width_, true, source);
+  output_ = load_product(attention + "dense", hidden, config_.heads * widths_.attended_width, true, source);
   if (config_.layout == KvLayout::latent) load_latent_decoders(attention, source);
   up_ = load_product(prefix + "mlp.dense_h_to_4h", config_.ffn, hidden, true, source);
   down_ = load_product(prefix + "mlp.dense_4h_to_h", hidden, config_.ffn, true, source);
@@ -352,7 +315,7 @@ at::Tensor DecoderLayer::rebuild_keys(const at::Tensor& latents, std::int64_t fi
   const auto& kernel = kernels::table(dtype_);
   const std::int64_t d = config_.head_dim;
   const std::int64_t tokens = latents.size(1);
-  const std::int64_t members = source_heads_ / shape_.kv_heads;
+  const std::int64_t members = widths_.source_heads / widths_.shape.kv_heads;
   const std::int64_t blocks = (tokens + kBlock - 1) / kBlock;
   at::Tensor keys = scratch(slot_rebuilt_keys, {count, tokens, d}, dtype_);
   const auto row_bytes = d * static_cast<std::int64_t>(keys.element_size());
@@ -384,18 +347,19 @@ void DecoderLayer::attend_latents(Attention attention, const at::Tensor& queries
                                   const Observed& observed) const {
   const std::int64_t tokens = attention.tokens;
   const std::int64_t total = attention.start + tokens;
-  const std::int64_t repeat = config_.heads / source_heads_;
-  const std::int64_t members = source_heads_ / shape_.kv_heads;
-  const std::int64_t value_width = shape_.value_width;
+  const std::int64_t repeat = config_.heads / widths_.source_heads;
+  const std::int64_t members = widths_.source_heads / widths_.shape.kv_heads;
+  const std::int64_t value_width = widths_.shape.value_width;
   const bool rebuilds = table != nullptr;
   const bool turns_queries = !rebuilds && !key_up_.empty();
   const bool rebuilds_values = !value_up_.empty();
   const std::int64_t per_head = (rebuilds ? total * config_.head_dim : 0) +
-                                (turns_queries ? repeat * tokens * shape_.key_width : 0) +
+                                (turns_queries ? repeat * tokens * widths_.shape.key_width : 0) +
                                 (rebuilds_values ? repeat * tokens * value_width : 0);
   const std::int64_t bytes = per_head * static_cast<std::int64_t>(c10::elementSize(dtype_));
   const std::int64_t together =
-      bytes == 0 ? source_heads_ : std::clamp<std::int64_t>(attention_block_bytes() / bytes, 1, source_heads_);
+      bytes == 0 ? widths_.source_heads
+                 : std::clamp<std::int64_t>(attention_block_bytes() / bytes, 1, widths_.source_heads);
   const auto each_head = [&](std::int64_t first, std::int64_t count, const auto& work) {
     at::parallel_for(0, count * repeat, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i)
@@ -405,14 +369,14 @@ void DecoderLayer::attend_latents(Attention attention, const at::Tensor& queries
   attention.key_readers = rebuilds ? repeat : repeat * members;
   attention.value_readers = repeat * members;
   attention.value_width = value_width;
-  for (std::int64_t first = 0; first < source_heads_; first += together) {
-    const std::int64_t count = std::min(together, source_heads_ - first);
+  for (std::int64_t first = 0; first < widths_.source_heads; first += together) {
+    const std::int64_t count = std::min(together, widths_.source_heads - first);
     attention.head_begin = first * repeat;
     attention.head_end = (first + count) * repeat;
     attention.values = heads_of(values.slice(0, first / members));
     attention.queries = heads_of(queries.slice(0, first * repeat));
     attention.keys = heads_of(keys.slice(0, first / members));
-    attention.key_width = shape_.key_width;
+    attention.key_width = widths_.shape.key_width;
     if (rebuilds) {
       const at::Tensor rebuilt = rebuild_keys(keys, first, count, *table);
       attention.keys = heads_of(rebuilt);
@@ -421,7 +385,7 @@ void DecoderLayer::attend_latents(Attention attention, const at::Tensor& queries
       if (observed.rotated_keys.defined())
         observed.rotated_keys.slice(1, first, first + count).copy_(rebuilt.slice(1, total - tokens).transpose(0, 1));
     } else if (turns_queries) {
-      const at::Tensor turned = scratch(slot_folded_queries, {count * repeat, tokens, shape_.key_width}, dtype_);
+      const at::Tensor turned = scratch(slot_folded_queries, {count * repeat, tokens, widths_.shape.key_width}, dtype_);
       each_head(first, count, [&](std::int64_t own, std::int64_t head, std::size_t source) {
         key_up_[source]->apply(queries.select(0, head), turned.select(0, own));
       });
@@ -449,8 +413,7 @@ void DecoderLayer::attend_latents(Attention attention, const at::Tensor& queries
 
 /// Queries, keys and values of rows of x, side by side; valid until the next call on this thread.
 at::Tensor DecoderLayer::project_inputs(const at::Tensor& x) const {
-  const std::int64_t columns = config_.heads * query_width_ + key_rows() + shape_.kv_heads * shape_.value_width;
-  at::Tensor qkv = scratch(slot_qkv, {x.size(0), columns}, dtype_);
+  at::Tensor qkv = scratch(slot_qkv, {x.size(0), widths_.columns(config_)}, dtype_);
   qkv_->apply(x, qkv);
   return qkv;
 }
@@ -463,19 +426,19 @@ void DecoderLayer::attend_rows(const at::Tensor& qkv, std::int64_t first, std::i
   const at::Tensor& observed_keys = observed.rotated_keys;
   const std::int64_t d = config_.head_dim;
   const std::int64_t heads = config_.heads;
-  const std::int64_t kv_heads = shape_.kv_heads;
-  const std::int64_t source_heads = source_heads_;
+  const std::int64_t kv_heads = widths_.shape.kv_heads;
+  const std::int64_t source_heads = widths_.source_heads;
   const std::int64_t count = keys.size(0);
   const std::int64_t start = keys.size(2) - tokens;
   const bool projected = config_.layout == KvLayout::projected;
   const bool latent = config_.layout == KvLayout::latent;
   const std::shared_ptr<const RopeTable> table =
       inverse_frequencies_.defined() ? rope_table(inverse_frequencies_, dtype_, start + tokens) : nullptr;
-  const std::int64_t key_column = heads * query_width_;
-  const std::int64_t value_column = key_column + key_rows();
+  const std::int64_t key_column = heads * widths_.query_width;
+  const std::int64_t value_column = key_column + widths_.key_rows;
 
   // All as [sequences, heads, tokens, channels].
-  at::Tensor queries = scratch(slot_queries, {count, heads, tokens, query_width_}, dtype_);
+  at::Tensor queries = scratch(slot_queries, {count, heads, tokens, widths_.query_width}, dtype_);
   const at::Tensor new_keys = keys.slice(2, start, start + tokens);
   std::vector<HeadMove> moves = {{0, queries, table.get()},
                                  {value_column, values.slice(2, start, start + tokens), nullptr}};
@@ -551,7 +514,7 @@ void DecoderLayer::attend_rows(const at::Tensor& qkv, std::int64_t first, std::i
   if (!latent || key_up_.empty() || table != nullptr) keep(observed.queries, queries.transpose(1, 2));
   if (keys_as_cached || projected) keep(observed.keys, keys.transpose(1, 2));
   keep(observed.values, values.transpose(1, 2));
-  keep(observed.attended, attended.view({count, tokens, heads * attended_width_}));
+  keep(observed.attended, attended.view({count, tokens, heads * widths_.attended_width}));
 }
 
 /// Attention of sequences first .. first + count: `out` [count * tokens, hidden] += output projection.
@@ -568,10 +531,10 @@ void DecoderLayer::attend_sequences(const at::Tensor& x, std::int64_t first, std
     // they are.
     keys = observed.rotated_keys.defined() && config_.layout == KvLayout::gqa
                ? observed.rotated_keys.slice(0, first, first + count).transpose(1, 2)
-               : scratch(slot_keys, {count, shape_.kv_heads, tokens, shape_.key_width}, dtype_);
-    values = scratch(slot_values, {count, shape_.kv_heads, tokens, shape_.value_width}, dtype_);
+               : scratch(slot_keys, {count, widths_.shape.kv_heads, tokens, widths_.shape.key_width}, dtype_);
+    values = scratch(slot_values, {count, widths_.shape.kv_heads, tokens, widths_.shape.value_width}, dtype_);
   }
-  const at::Tensor attended = scratch(slot_attention, {count * tokens, config_.heads * attended_width_}, dtype_);
+  const at::Tensor attended = scratch(slot_attention, {count * tokens, config_.heads * widths_.attended_width}, dtype_);
   attend_rows(qkv, first, tokens, keys, values, observed, attended);
   output_->apply(attended, out, /*accumulate=*/true);
 }
@@ -603,30 +566,10 @@ void DecoderLayer::feed_forward(const at::Tensor& x, const at::Tensor& observed_
   }
 }
 
-/// InternalError unless keys and values are [batch, capacity, kv_heads, width] of the compute dtype.
-void DecoderLayer::check_cache(const LayerCache& cache, std::int64_t batch) const {
-  for (const auto& [tensor, width] :
-       {std::pair(&cache.keys, shape_.key_width), std::pair(&cache.values, shape_.value_width)})
-    if (!tensor->defined() || tensor->dim() != 4 || tensor->size(0) != batch || tensor->size(2) != shape_.kv_heads ||
-        tensor->size(3) != width || tensor->scalar_type() != dtype_ || !tensor->is_contiguous())
-      throw InternalError(fmt::format("KV cache {} for a batch of {}, expected [{}, capacity, {}, {}]",
-                                      tensor->defined() ? shape_text(tensor->sizes()) : "none", batch, batch,
-                                      shape_.kv_heads, width));
-}
-
 at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* cache, LayerObserver* observer) const {
-  if (hidden_states.dim() != 3 || hidden_states.size(2) != config_.hidden || hidden_states.scalar_type() != dtype_)
-    throw InternalError(fmt::format("layer input {} {}, expected [batch, tokens, {}] {}",
-                                    shape_text(hidden_states.sizes()), c10::toString(hidden_states.scalar_type()),
-                                    config_.hidden, c10::toString(dtype_)));
+  check_forward(config_, widths_.shape, dtype_, hidden_states, cache);
   const std::int64_t batch = hidden_states.size(0);
   const std::int64_t tokens = hidden_states.size(1);
-  if (cache != nullptr) {
-    check_cache(*cache, batch);
-    if (cache->length + tokens > std::min(cache->keys.size(1), cache->values.size(1)))
-      throw InputError(fmt::format("the KV cache has room for {} tokens: {} are in it and {} more do not fit",
-                                   cache->keys.size(1), cache->length, tokens));
-  }
   const at::Tensor hidden = hidden_states.contiguous();
   const std::int64_t rows = batch * tokens;
   const at::Tensor flat = hidden.view({rows, config_.hidden});
@@ -638,7 +581,7 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
   const bool projected = config_.layout == KvLayout::projected;
   const auto [key_heads, key_width] = seen_keys();
   if (observer != nullptr && observer->wants_rotated_keys())
-    observed.rotated_keys = at::empty({batch, tokens, projected ? source_heads_ : key_heads, key_width}, dtype_);
+    observed.rotated_keys = at::empty({batch, tokens, projected ? widths_.source_heads : key_heads, key_width}, dtype_);
   if (observer != nullptr && observer->wants_attention()) {
     const std::int64_t seen = (cache != nullptr ? cache->length : 0) + tokens;
     observed.queries = large_empty({batch, tokens, config_.heads, key_width}, dtype_);
@@ -646,11 +589,11 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
   }
   if (observer != nullptr && (observer->wants_attention() || observer->wants_values())) {
     const std::int64_t seen = (cache != nullptr ? cache->length : 0) + tokens;
-    observed.values = large_empty({batch, seen, shape_.kv_heads, shape_.value_width}, dtype_);
+    observed.values = large_empty({batch, seen, widths_.shape.kv_heads, widths_.shape.value_width}, dtype_);
   }
   if (observer != nullptr && observer->wants_activated()) observed.inner = large_empty({rows, config_.ffn}, dtype_);
   if (observer != nullptr && observer->wants_attended())
-    observed.attended = large_empty({batch, tokens, config_.heads * attended_width_}, dtype_);
+    observed.attended = large_empty({batch, tokens, config_.heads * widths_.attended_width}, dtype_);
 
   at::Tensor result = large_empty({batch, tokens, config_.hidden}, dtype_);
   const at::Tensor out = result.view({rows, config_.hidden});
@@ -680,36 +623,21 @@ at::Tensor DecoderLayer::forward(const at::Tensor& hidden_states, LayerCache* ca
 
 at::Tensor DecoderLayer::forward_packed(const at::Tensor& hidden_states, const std::vector<Segment>& segments,
                                         LayerCache* cache) const {
-  std::int64_t rows = 0;
-  std::int64_t capacity = 0;
-  for (const Segment& segment : segments) {
-    if (segment.start < 0 || segment.tokens < 1)
-      throw InternalError(fmt::format("a segment of {} tokens at {}", segment.tokens, segment.start));
-    rows += segment.tokens;
-    capacity = std::max(capacity, segment.start + segment.tokens);
-  }
-  if (hidden_states.dim() != 2 || hidden_states.size(0) != rows || hidden_states.size(1) != config_.hidden ||
-      hidden_states.scalar_type() != dtype_)
-    throw InternalError(fmt::format("packed layer input {} {}, expected [{}, {}] {}", shape_text(hidden_states.sizes()),
-                                    c10::toString(hidden_states.scalar_type()), rows, config_.hidden,
-                                    c10::toString(dtype_)));
+  const auto [rows, capacity] = check_packed(config_, dtype_, hidden_states, segments);
   // [slots, kv_heads, capacity, width]; head by head when it is our own, as attention likes it.
   at::Tensor keys, values;
   if (cache != nullptr) {
-    if (cache->keys.defined()) check_cache(*cache, cache->keys.size(0));
+    if (cache->keys.defined()) check_cache(widths_.shape, dtype_, *cache, cache->keys.size(0));
     keys = cache->keys.transpose(1, 2);
     values = cache->values.transpose(1, 2);
     if (capacity > std::min(keys.size(2), values.size(2)))
       throw InputError(
           fmt::format("the KV cache has room for {} tokens, and a sequence has {}", keys.size(2), capacity));
   } else {
-    keys = scratch(slot_keys, {1, shape_.kv_heads, capacity, shape_.key_width}, dtype_);
-    values = scratch(slot_values, {1, shape_.kv_heads, capacity, shape_.value_width}, dtype_);
+    keys = scratch(slot_keys, {1, widths_.shape.kv_heads, capacity, widths_.shape.key_width}, dtype_);
+    values = scratch(slot_values, {1, widths_.shape.kv_heads, capacity, widths_.shape.value_width}, dtype_);
   }
-  for (const Segment& segment : segments)
-    if (segment.slot < 0 || segment.slot >= keys.size(0) || segment.copied_from >= keys.size(0))
-      throw InternalError(
-          fmt::format("a segment in slot {} from {} of {}", segment.slot, segment.copied_from, keys.size(0)));
+  check_slots(segments, keys.size(0));
 
   const at::Tensor hidden = hidden_states.contiguous();
   const at::Tensor x = scratch(slot_norm, {rows, config_.hidden}, dtype_);
@@ -724,7 +652,7 @@ at::Tensor DecoderLayer::forward_packed(const at::Tensor& hidden_states, const s
     while (end < segments.size() && (together == 0 || together + segments[end].tokens <= kRows))
       together += segments[end++].tokens;
     const at::Tensor qkv = project_inputs(x.slice(0, row, row + together));
-    const at::Tensor attended = scratch(slot_attention, {together, config_.heads * attended_width_}, dtype_);
+    const at::Tensor attended = scratch(slot_attention, {together, config_.heads * widths_.attended_width}, dtype_);
     for (std::int64_t own = 0; next < end; own += segments[next++].tokens) {
       const Segment& segment = segments[next];
       const auto in_slot = [&](const at::Tensor& all, std::int64_t slot, std::int64_t tokens) {
@@ -748,6 +676,12 @@ at::Tensor DecoderLayer::forward_packed(const at::Tensor& hidden_states, const s
   return out;
 }
 
+std::unique_ptr<Layer> make_layer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype,
+                                  const Source& source) {
+  if (compute().engine == Engine::tensors) return make_tensor_layer(config, layer, dtype, source);
+  return std::make_unique<DecoderLayer>(config, layer, dtype, source);
+}
+
 }  // namespace
 
 TensorGetter replaced_tensors(const checkpoint::Reader& reader, const std::map<std::string, at::Tensor>& replaced) {
@@ -762,12 +696,12 @@ TensorGetter replaced_tensors(const checkpoint::Reader& reader, const std::map<s
 }
 
 std::unique_ptr<Layer> load_layer(const checkpoint::Reader& reader, std::int64_t layer, at::ScalarType dtype) {
-  return std::make_unique<DecoderLayer>(reader.config(), layer, dtype, source_of(reader));
+  return make_layer(reader.config(), layer, dtype, source_of(reader));
 }
 
 std::unique_ptr<Layer> load_layer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype,
                                   const TensorGetter& getter) {
-  return std::make_unique<DecoderLayer>(config, layer, dtype, Source{getter});
+  return make_layer(config, layer, dtype, Source{getter});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -795,19 +729,27 @@ bool bloom(const ModelConfig& config) {
 
 at::Tensor load_table(const checkpoint::Reader& reader, const std::string& name, at::ScalarType dtype) {
   require_dtype(dtype);
-  at::Tensor table = reader.load(name, {reader.config().vocab, reader.config().hidden}, dtype);
+  at::Tensor table = to_device(source_of(reader).checked(name, {reader.config().vocab, reader.config().hidden}), dtype);
   reader.done_with(name);
   return table;
 }
 
+/// norm1 of embedding and head: the engine's.
+at::Tensor load_vector(const Source& source, const std::string& name, const ModelConfig& config, at::ScalarType dtype) {
+  at::Tensor copy = to_device(source.checked(name, {config.hidden}), dtype);
+  source.done(name);
+  return copy;
+}
+
 }  // namespace
 
-Embedding::Embedding(const checkpoint::Reader& reader, at::ScalarType dtype) : config_(reader.config()) {
+Embedding::Embedding(const checkpoint::Reader& reader, at::ScalarType dtype)
+    : config_(reader.config()), engine_(compute().engine) {
   const Source source = source_of(reader);
   if (bloom(config_)) {
     table_ = load_table(reader, "transformer.word_embeddings.weight", dtype);
-    norm_weight_ = source.vector("transformer.word_embeddings_layernorm.weight", config_.hidden, dtype);
-    norm_bias_ = source.vector("transformer.word_embeddings_layernorm.bias", config_.hidden, dtype);
+    norm_weight_ = load_vector(source, "transformer.word_embeddings_layernorm.weight", config_, dtype);
+    norm_bias_ = load_vector(source, "transformer.word_embeddings_layernorm.bias", config_, dtype);
   } else {
     table_ = load_table(reader, "model.embed_tokens.weight", dtype);
   }
@@ -815,20 +757,27 @@ Embedding::Embedding(const checkpoint::Reader& reader, at::ScalarType dtype) : c
 
 at::Tensor Embedding::forward(const at::Tensor& ids) const {
   check_ids(ids, config_);
-  const at::Tensor rows = at::index_select(table_, 0, ids.reshape({-1}));
-  if (norm_weight_.defined()) normalise(rows, norm_weight_, norm_bias_, config_.norm_eps, rows);
+  at::Tensor rows = at::index_select(table_, 0, ids.reshape({-1}).to(table_.device()));
+  if (norm_weight_.defined() && engine_ == Engine::tensors)
+    rows = normalise_tensor(rows, norm_weight_, norm_bias_, config_.norm_eps);
+  else if (norm_weight_.defined())
+    normalise(rows, norm_weight_, norm_bias_, config_.norm_eps, rows);
   return rows.view({ids.size(0), ids.size(1), config_.hidden});
 }
 
-Head::Head(const checkpoint::Reader& reader, at::ScalarType dtype) : config_(reader.config()), dtype_(dtype) {
+Head::Head(const checkpoint::Reader& reader, at::ScalarType dtype)
+    : config_(reader.config()), engine_(compute().engine), dtype_(dtype) {
   require_dtype(dtype);
   const Source source = source_of(reader);
   const std::string table = bloom(config_) ? "transformer.word_embeddings.weight" : "model.embed_tokens.weight";
-  norm_weight_ = source.vector(bloom(config_) ? "transformer.ln_f.weight" : "model.norm.weight", config_.hidden, dtype);
-  if (bloom(config_)) norm_bias_ = source.vector("transformer.ln_f.bias", config_.hidden, dtype);
+  norm_weight_ = load_vector(source, bloom(config_) ? "transformer.ln_f.weight" : "model.norm.weight", config_, dtype);
+  if (bloom(config_)) norm_bias_ = load_vector(source, "transformer.ln_f.bias", config_, dtype);
   const std::string name = config_.tied_embeddings ? table : "lm_head.weight";
-  projection_ =
-      std::make_shared<const Product>(source.checked(name, {config_.vocab, config_.hidden}), at::Tensor(), dtype);
+  const at::Tensor projection = source.checked(name, {config_.vocab, config_.hidden});
+  if (engine_ == Engine::tensors)
+    device_projection_ = to_device(projection, dtype);
+  else
+    projection_ = std::make_shared<const Product>(projection, at::Tensor(), dtype);
   source.done(name);
 }
 
@@ -836,6 +785,8 @@ at::Tensor Head::logits(const at::Tensor& hidden) const {
   if (hidden.dim() < 1 || hidden.size(-1) != config_.hidden || hidden.scalar_type() != dtype_)
     throw InternalError(fmt::format("head input {} {}, expected [..., {}] {}", shape_text(hidden.sizes()),
                                     c10::toString(hidden.scalar_type()), config_.hidden, c10::toString(dtype_)));
+  if (engine_ == Engine::tensors)
+    return at::linear(normalise_tensor(hidden, norm_weight_, norm_bias_, config_.norm_eps), device_projection_);
   const at::Tensor flat = hidden.contiguous().view({-1, config_.hidden});
   const at::Tensor x = scratch(slot_norm, flat.sizes(), dtype_);
   normalise(flat, norm_weight_, norm_bias_, config_.norm_eps, x);
@@ -854,6 +805,13 @@ Decoder::Decoder(const checkpoint::Reader& reader, at::ScalarType dtype)
   for (std::int64_t layer = 0; layer < config_.layers; ++layer) layers_.push_back(load_layer(reader, layer, dtype));
 }
 
+LayerCache empty_cache(const checkpoint::LayerShape& shape, std::int64_t slots, std::int64_t capacity,
+                       at::ScalarType dtype) {
+  const auto options = at::TensorOptions().dtype(dtype).device(compute().device);
+  return {at::empty({slots, capacity, shape.kv_heads, shape.key_width}, options),
+          at::empty({slots, capacity, shape.kv_heads, shape.value_width}, options)};
+}
+
 at::Tensor Decoder::logits(const at::Tensor& ids) const {
   at::Tensor hidden = embedding_.forward(ids);
   for (const auto& layer : layers_) hidden = layer->forward(hidden);
@@ -864,8 +822,7 @@ std::vector<LayerCache> Decoder::make_cache(std::int64_t batch, std::int64_t cap
   std::vector<LayerCache> caches(layers_.size());
   for (std::size_t i = 0; i < caches.size(); ++i) {
     const checkpoint::LayerShape shape = config_.shape_of(static_cast<std::int64_t>(i));
-    caches[i].keys = at::empty({batch, capacity, shape.kv_heads, shape.key_width}, dtype_);
-    caches[i].values = at::empty({batch, capacity, shape.kv_heads, shape.value_width}, dtype_);
+    caches[i] = empty_cache(shape, batch, capacity, dtype_);
   }
   return caches;
 }

@@ -1,6 +1,7 @@
 #include "hidden_states.h"
 
 #include <headfold/base/error.h>
+#include <headfold/model/compute.h>
 
 #include <numeric>
 
@@ -25,18 +26,18 @@ void HiddenStates::put(std::size_t index, const at::Tensor& states) {
   if (states.sizes() != at::IntArrayRef(shapes_.at(index)) || states.scalar_type() != dtype_)
     throw InternalError("hidden states of another shape or type than announced");
   if (!file_) {
-    memory_[index] = states;
+    memory_[index] = to_host(states);
     return;
   }
-  const at::Tensor whole = states.contiguous();
+  const at::Tensor whole = to_host(states.contiguous());
   file_->write(whole.data_ptr(), whole.nbytes(), offsets_[index]);
 }
 
 at::Tensor HiddenStates::take(std::size_t index) {
-  if (!file_) return std::move(memory_.at(index));
+  if (!file_) return std::exchange(memory_.at(index), {}).to(compute().device);
   at::Tensor states = at::empty(shapes_.at(index), dtype_);
   file_->read(states.data_ptr(), states.nbytes(), offsets_[index]);
-  return states;
+  return states.to(compute().device);
 }
 
 }  // namespace headfold::model

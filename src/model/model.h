@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <headfold/checkpoint/layout.h>
 #include <headfold/checkpoint/reader.h>
+#include <headfold/model/compute.h>
 
 #include <cstdint>
 #include <functional>
@@ -55,6 +56,10 @@ struct LayerCache {
   std::int64_t length = 0;
 };
 
+/// An empty cache of a layer of this shape, on the device of compute().
+LayerCache empty_cache(const checkpoint::LayerShape& shape, std::int64_t slots, std::int64_t capacity,
+                       at::ScalarType dtype);
+
 /// Consecutive rows of a packed pass: tokens of one sequence at positions start .. start + tokens - 1.
 struct Segment {
   std::int64_t start = 0;         ///< tokens of the sequence before these, whose keys and values are in the slot
@@ -63,7 +68,8 @@ struct Segment {
   std::int64_t copied_from = -1;  ///< slot whose first `start` tokens are copied to this one beforehand; -1: none
 };
 
-/// One decoder layer with its weights in the compute dtype.
+/// One decoder layer with its weights in the compute dtype, on the device that compute() named when it was made: hidden
+/// states, caches, and what observers see are there too.
 class Layer {
  public:
   virtual ~Layer() = default;
@@ -113,11 +119,13 @@ void check_ids(const at::Tensor& ids, const ModelConfig& config);
 class Embedding {
  public:
   Embedding(const checkpoint::Reader& reader, at::ScalarType dtype);
-  /// ids [batch, tokens] int64 -> [batch, tokens, hidden]. InputError for ids outside the vocabulary.
+  /// ids [batch, tokens] int64, on the host -> [batch, tokens, hidden], on the device. InputError for ids outside the
+  /// vocabulary.
   at::Tensor forward(const at::Tensor& ids) const;
 
  private:
   ModelConfig config_;
+  Engine engine_;
   at::Tensor table_, norm_weight_, norm_bias_;
 };
 
@@ -131,9 +139,11 @@ class Head {
 
  private:
   ModelConfig config_;
+  Engine engine_;
   at::ScalarType dtype_;
   at::Tensor norm_weight_, norm_bias_;
   std::shared_ptr<const Product> projection_;
+  at::Tensor device_projection_;
 };
 
 /// RoPE inverse frequencies [head_dim / 2], float64, with rope_scaling applied (docs/formats.md).

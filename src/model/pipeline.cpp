@@ -51,7 +51,7 @@ class Sender {
   Sender(const comm::Communicator& pipeline, int to, std::size_t limit) : pipeline_(pipeline), to_(to), limit_(limit) {}
   void send(at::Tensor tensor) {
     while (flights_.size() >= limit_) settle();
-    tensor = tensor.contiguous();
+    tensor = to_host(tensor.contiguous());
     comm::Request request = pipeline_.isend(bytes_of(tensor), to_, kTag);
     flights_.push_back({std::move(tensor), std::move(request)});
   }
@@ -87,7 +87,7 @@ class Receiver {
     at::Tensor tensor = std::move(posted_.front().tensor);
     posted_.pop_front();
     if (next_ < shapes_.size()) post();
-    return tensor;
+    return tensor.to(compute().device);
   }
 
  private:
@@ -185,8 +185,7 @@ std::vector<LayerCache> Pipeline::make_cache(std::int64_t slots, std::int64_t ca
   std::vector<LayerCache> caches;
   for (std::int64_t layer = range_.begin; layer < range_.end; ++layer) {
     const checkpoint::LayerShape shape = config().shape_of(layer);
-    caches.push_back({at::empty({slots, capacity, shape.kv_heads, shape.key_width}, state_->options.dtype),
-                      at::empty({slots, capacity, shape.kv_heads, shape.value_width}, state_->options.dtype)});
+    caches.push_back(empty_cache(shape, slots, capacity, state_->options.dtype));
   }
   return caches;
 }

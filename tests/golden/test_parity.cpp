@@ -77,6 +77,21 @@ TEST_P(Parity, bfloat16_within_its_rounding) {
   }
 }
 
+// The code that GPUs run, on the CPU.
+TEST_P(Parity, tensor_engine) {
+  set_compute({Engine::tensors, at::kCPU});
+  const double resident = pipeline_difference(at::kFloat, Residency::resident);
+  const double streamed = pipeline_difference(at::kFloat, Residency::streamed);
+  const double rounded = pipeline_difference(at::kBFloat16, Residency::resident);
+  set_compute({});
+  EXPECT_LE(resident, 1e-4);
+  EXPECT_LE(streamed, 1e-4);
+  EXPECT_LE(rounded, 6e-2);
+  if (world().rank() == world().size() - 1) {
+    EXPECT_GT(rounded, 1e-5);
+  }
+}
+
 TEST_P(Parity, decoder_and_its_cache) {
   const Decoder decoder(reader_, at::kFloat);
   EXPECT_LE(relative_difference(decoder.logits(ids_), logits_), 1e-4);
