@@ -37,8 +37,8 @@ at::Tensor aligned_turns(const at::Tensor& sigma, std::int64_t heads, std::int64
         next.push_back(turns.slice(0, k * d, (k + 1) * d));
         continue;
       }
-      const auto [u, s, vh] = at::linalg_svd(block, /*full_matrices=*/false);
-      next.push_back(at::matmul(u, vh));
+      const linalg::ThinSvd parts = linalg::thin_svd(block);
+      next.push_back(at::matmul(parts.u, parts.vh));
     }
     const at::Tensor stacked = at::cat(next, 0);
     const double change = (stacked - turns).abs().max().item<double>();

@@ -1,5 +1,6 @@
 #include <headfold/base/error.h>
 #include <headfold/folding/folds.h>
+#include <headfold/linalg/linalg.h>
 
 #include "meanpool.h"
 
@@ -12,8 +13,8 @@ constexpr double kConverged = 1e-9;  // of the energy that the mean keeps
 
 /// Orthogonal factor U V^T of the polar decomposition.
 at::Tensor polar(const at::Tensor& m) {
-  const auto [u, s, vh] = at::linalg_svd(m, true);
-  return at::matmul(u, vh);
+  const linalg::ThinSvd parts = linalg::thin_svd(m);
+  return at::matmul(parts.u, parts.vh);
 }
 
 }  // namespace

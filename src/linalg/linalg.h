@@ -9,12 +9,16 @@
 
 namespace headfold::linalg {
 
-/// Which library factorises. `cusolver` falls back to LAPACK, with one warning, where no device is usable or its
-/// residual is too large.
+/// Which library factorises. `cusolver` takes matrices that are on a GPU, and those of the host from gpu_threshold()
+/// on; it falls back to LAPACK, with one warning, where no device is usable or its residual is too large.
 enum class Backend { lapack, cusolver };
 /// Process-wide choice; the default is LAPACK. Throws NotCompiled for `cusolver` in a build without CUDA.
 void set_backend(Backend backend);
 Backend backend();
+/// Rows of the smallest matrix of the host that `cusolver` sends to the GPU; a batch of b matrices goes when b n^3 is
+/// as large. 512 by default, which nobody has measured on a GPU yet: `bench_gpu eigen` prints both times by size.
+void set_gpu_threshold(std::int64_t rows);
+std::int64_t gpu_threshold();
 
 /// Conjugate transpose of the last two dimensions.
 inline at::Tensor conjugate_transpose(const at::Tensor& x) {
@@ -49,6 +53,18 @@ struct Eigen {
 /// depend on rank or thread count. A zero matrix gives the identity. NaN or Inf input: NumericalError. Another dtype or
 /// shape: InternalError.
 Eigen eigh(const at::Tensor& matrix);
+/// The same of many matrices [batch, n, n]: values [batch, n], vectors [batch, n, n]; on the CPU with the bits of
+/// eigh() of each. Tensors on a GPU are factorised there by either function, and the results stay there.
+Eigen eigh_batched(const at::Tensor& matrices);
+
+/// Thin singular value decomposition A = U diag(s) V^H of [m, n]: u [m, k], s [k] descending float64, vh [k, n], k =
+/// min(m, n). Signs are the library's.
+struct ThinSvd {
+  at::Tensor u, s, vh;
+};
+/// `matrix` float64 or complex128; the results are where it is. Its residual ||A - U S V^H|| <= 1e-10 ||A|| (Frobenius)
+/// is checked (NumericalError). NaN or Inf: NumericalError. Another dtype or shape: InternalError.
+ThinSvd thin_svd(const at::Tensor& matrix);
 
 /// Symmetric root L (L^H L = M) of a PSD matrix and its pseudo-inverse; eigenvalues <= tau * max are dropped
 /// (methods.md 3, 12.1).

@@ -1,6 +1,7 @@
 #include <ATen/Parallel.h>
 #include <gmock/gmock.h>
 #include <headfold/base/error.h>
+#include <headfold/linalg/eigen_batch.h>
 #include <headfold/linalg/linalg.h>
 
 #include <limits>
@@ -121,12 +122,91 @@ TEST(BackendTest, falls_back_to_lapack_or_names_the_option) {
   const Eigen expected = eigh(m);
   try {
     set_backend(Backend::cusolver);
-    EXPECT_LT(relative(eigh(m).vectors, expected.vectors), 1e-9);
+    // Below the threshold, then above it.
+    for (const std::int64_t rows : {gpu_threshold(), std::int64_t{1}}) {
+      set_gpu_threshold(rows);
+      EXPECT_LT(relative(eigh(m).vectors, expected.vectors), 1e-9);
+      EXPECT_LT(relative(eigh_batched(m.unsqueeze(0)).vectors[0], expected.vectors), 1e-9);
+      const ThinSvd parts = thin_svd(m);
+      EXPECT_LT(relative(at::matmul(parts.u * parts.s, parts.vh), m), 1e-12);
+    }
+    set_gpu_threshold(512);
   } catch (const NotCompiled& error) {
     EXPECT_THAT(error.hint(), testing::HasSubstr("HEADFOLD_CUDA=ON"));
   }
   set_backend(Backend::lapack);
   EXPECT_EQ(backend(), Backend::lapack);
+}
+
+TEST_P(EighTest, a_batch_has_the_bits_of_each_matrix) {
+  std::vector<at::Tensor> list = {random_psd(9, 12, GetParam(), 41), at::zeros({9, 9}, GetParam()),
+                                  random_psd(9, 4, GetParam(), 42) * 1e150};
+  const Eigen all = eigh_batched(at::stack(list));
+  for (std::int64_t i = 0; i < 3; ++i) {
+    const Eigen one = eigh(list[static_cast<std::size_t>(i)]);
+    EXPECT_TRUE(at::equal(all.values[i], one.values));
+    EXPECT_TRUE(at::equal(all.vectors[i], one.vectors));
+  }
+  EXPECT_EQ(eigh_batched(at::zeros({0, 4, 4}, GetParam())).vectors.numel(), 0);
+  EXPECT_THROW(eigh_batched(at::zeros({3, 3}, GetParam())), InternalError);
+  EXPECT_THROW(eigh_batched(at::zeros({1, 3, 4}, GetParam())), InternalError);
+  EXPECT_THROW(eigh_batched(at::zeros({1, 3, 3}, at::kFloat)), InternalError);
+  list[1].fill_(std::nan(""));
+  EXPECT_THROW(eigh_batched(at::stack(list)), NumericalError);
+}
+
+TEST_P(EighTest, another_library_is_held_to_the_same_contract) {
+  const at::Tensor batch = at::stack({random_psd(10, 20, GetParam(), 43), at::zeros({10, 10}, GetParam()),
+                                      random_psd(10, 10, GetParam(), 44) * 1e-90});
+  const Eigen expected = eigh_batched(batch);
+  const auto expect_same = [&](const Eigen& found) {
+    for (std::int64_t i = 0; i < 3; ++i) {
+      EXPECT_LT(largest(found.values[i] - expected.values[i]), 1e-13 * largest(batch[i]) + 1e-300);
+      EXPECT_LT(largest(found.vectors[i] - expected.vectors[i]), 1e-9);
+    }
+  };
+  // One that chooses other phases; its second matrix, which is zero, comes back as nonsense.
+  int called = 0;
+  const BatchSolver other = [&](const at::Tensor& a) {
+    ++called;
+    EXPECT_LE(largest(a), 1.5);
+    auto [values, vectors] = at::linalg_eigh(a, "L");
+    vectors = vectors.resolve_conj() * -1.0;
+    vectors[1].fill_(7.0);
+    return std::make_optional(std::make_pair(values, vectors));
+  };
+  expect_same(eigh_batched_by(batch, other));
+  EXPECT_EQ(called, 1);
+  // One whose vectors of the last matrix are not good enough: LAPACK takes that one over.
+  expect_same(eigh_batched_by(batch, [](const at::Tensor& a) {
+    auto [values, vectors] = at::linalg_eigh(a, "L");
+    vectors = vectors.resolve_conj().clone();
+    vectors[2].add_(1e-6);
+    return std::make_optional(std::make_pair(values, vectors));
+  }));
+  // One that gives up.
+  expect_same(eigh_batched_by(batch, [](const at::Tensor&) { return std::nullopt; }));
+}
+
+TEST_P(EighTest, singular_values_rebuild_the_matrix) {
+  for (const auto& [m, n] : {std::pair{7, 12}, {12, 7}, {9, 9}, {1, 5}}) {
+    for (const double scale : {1.0, 1e-140, 0.0}) {
+      const at::Tensor a = random_matrix(m, n, GetParam(), 45) * scale;
+      const ThinSvd parts = thin_svd(a);
+      const std::int64_t k = std::min(m, n);
+      ASSERT_EQ(parts.u.sizes(), at::IntArrayRef({m, k}));
+      ASSERT_EQ(parts.vh.sizes(), at::IntArrayRef({k, n}));
+      EXPECT_LE(largest(at::matmul(parts.u * parts.s, parts.vh) - a), 1e-13 * scale);
+      EXPECT_LT(largest(at::matmul(hermitian(parts.u), parts.u) - at::eye(k, a.options())), 1e-13);
+      EXPECT_LT(largest(at::matmul(parts.vh, hermitian(parts.vh)) - at::eye(k, a.options())), 1e-13);
+      for (std::int64_t i = 1; i < k; ++i) EXPECT_GE(parts.s[i - 1].item<double>(), parts.s[i].item<double>());
+    }
+  }
+  at::Tensor bad = random_matrix(4, 5, GetParam(), 46);
+  bad[1][2].fill_(std::numeric_limits<double>::infinity());
+  EXPECT_THROW(thin_svd(bad), NumericalError);
+  EXPECT_THROW(thin_svd(at::zeros({3, 3, 3}, GetParam())), InternalError);
+  EXPECT_THROW(thin_svd(at::zeros({3, 3}, at::kFloat)), InternalError);
 }
 
 TEST(PsdRootTest, squares_to_the_matrix_and_drops_small_directions) {
