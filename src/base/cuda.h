@@ -36,8 +36,10 @@ class UseDevice {
     check(cudaSetDevice(device), "cudaSetDevice");
     changed_ = true;
   }
-  ~UseDevice() {
-    if (changed_) cudaSetDevice(before_);
+  ~UseDevice() { end(); }
+  /// Ends it before the scope does.
+  void end() {
+    if (std::exchange(changed_, false)) cudaSetDevice(before_);
   }
   UseDevice(const UseDevice&) = delete;
   UseDevice& operator=(const UseDevice&) = delete;
@@ -99,7 +101,11 @@ using PinnedMemory = Memory<OnHost>;
 /// A stream that does not wait for the legacy default stream by itself.
 class Stream {
  public:
-  Stream() { check(cudaStreamCreateWithFlags(&value_, cudaStreamNonBlocking), "cudaStreamCreate"); }
+  /// Of GPU `device`; -1: the current one.
+  explicit Stream(int device = -1) {
+    const UseDevice use(device);
+    check(cudaStreamCreateWithFlags(&value_, cudaStreamNonBlocking), "cudaStreamCreate");
+  }
   ~Stream() { cudaStreamDestroy(value_); }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;

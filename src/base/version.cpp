@@ -40,6 +40,11 @@ int find_build_id(dl_phdr_info* info, std::size_t, void* result) {
   return 1;  // the program only, not its libraries
 }
 
+/// "13.0.88", or "OFF".
+std::string compiled_in(const std::string& state, const std::string& version) {
+  return state == "ON" ? version : "OFF";
+}
+
 }  // namespace
 
 std::string build_id() {
@@ -49,9 +54,10 @@ std::string build_id() {
 }
 
 std::string build_identity() {
-  return fmt::format("{} {} ({}, {}, libtorch {}, MPI {}, HDF5 {}, oneDNN {}, CUDA {}{})", HEADFOLD_VERSION, build_id(),
-                     HEADFOLD_BUILD_TYPE, HEADFOLD_COMPILER, HEADFOLD_TORCH_VERSION, HEADFOLD_MPI_VERSION,
-                     HEADFOLD_HDF5_VERSION, HEADFOLD_ONEDNN, HEADFOLD_CUDA_STATE, HEADFOLD_SANITIZERS);
+  return fmt::format("{} {} ({}, {}, libtorch {}, MPI {}, HDF5 {}, oneDNN {}, CUDA {}, NCCL {}{})", HEADFOLD_VERSION,
+                     build_id(), HEADFOLD_BUILD_TYPE, HEADFOLD_COMPILER, HEADFOLD_TORCH_VERSION, HEADFOLD_MPI_VERSION,
+                     HEADFOLD_HDF5_VERSION, HEADFOLD_ONEDNN, compiled_in(HEADFOLD_CUDA_STATE, HEADFOLD_CUDA_VERSION),
+                     compiled_in(HEADFOLD_NCCL_STATE, HEADFOLD_NCCL_VERSION), HEADFOLD_SANITIZERS);
 }
 
 std::string build_description() {
@@ -62,11 +68,13 @@ std::string build_description() {
       "  MPI       {}\n"
       "  HDF5      {} (parallel)\n"
       "  oneDNN    {}\n"
-      "  CUDA      {} (runtime, cuSOLVER, cuBLAS, NCCL)\n",
+      "  CUDA      {} (runtime, cuSOLVER, cuBLAS)\n"
+      "  NCCL      {}\n",
       HEADFOLD_VERSION, HEADFOLD_BUILD_TYPE, HEADFOLD_COMPILER,
       std::string(HEADFOLD_SANITIZERS).empty() ? "" : ", sanitizers " HEADFOLD_SANITIZERS,
       build_id().empty() ? "" : ", ID " + build_id(), HEADFOLD_TORCH_VERSION, HEADFOLD_MPI_VERSION,
-      HEADFOLD_HDF5_VERSION, HEADFOLD_ONEDNN, HEADFOLD_CUDA_STATE);
+      HEADFOLD_HDF5_VERSION, HEADFOLD_ONEDNN, compiled_in(HEADFOLD_CUDA_STATE, HEADFOLD_CUDA_VERSION),
+      compiled_in(HEADFOLD_NCCL_STATE, HEADFOLD_NCCL_VERSION));
 }
 
 }  // namespace headfold

@@ -118,6 +118,19 @@ Place collective_place(const std::shared_ptr<Group>& group, std::string_view wha
   return place;
 }
 
+Place message_place(const std::shared_ptr<Group>& group, Wait kind, int peer, int tag) {
+  const bool send = kind == Wait::send;
+  Place place;
+  place.kind = kind;
+  place.what = send ? "send" : "receive";
+  if (has_test_points()) test_point(place.what);
+  place.group = group;
+  place.number = Board::instance().begin_message(*group, send, peer, tag);
+  place.peer = peer;
+  place.tag = tag;
+  return place;
+}
+
 bool watched() {
   return board_watched.load();
 }

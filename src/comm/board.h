@@ -102,6 +102,9 @@ class Waiting {
 /// A collective of `group` that begins now: the test point, then the count.
 Place collective_place(const std::shared_ptr<Group>& group, std::string_view what);
 
+/// A message to (`kind` send) or from (receive) rank `peer` of `group` that begins now: the test point, then the count.
+Place message_place(const std::shared_ptr<Group>& group, Wait kind, int peer, int tag);
+
 /// Whether a watchdog of this process looks at the board; otherwise operations watch their time themselves.
 bool watched();
 void set_watched(bool watched);

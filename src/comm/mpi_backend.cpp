@@ -1,15 +1,13 @@
 #include "mpi_backend.h"
 
 #include <headfold/base/error.h>
-#include <headfold/base/test_point.h>
 #include <mpi.h>
 
-#include <chrono>
 #include <cstdlib>
 #include <numeric>
 
-#include <thread>
 #include "board.h"
+#include "polling.h"
 
 namespace headfold::comm {
 namespace {
@@ -119,7 +117,7 @@ class MpiBackend : public Backend {
     return all;
   }
   std::unique_ptr<Request::State> isend(std::span<const std::byte> bytes, int to, int tag) override {
-    auto state = std::make_unique<Pending>(message_place(Wait::send, to, tag));
+    auto state = std::make_unique<Pending>(message_place(group_, Wait::send, to, tag));
     for (std::size_t at = 0; at < bytes.size() || at == 0; at += kByteChunk) {
       const std::size_t n = std::min(kByteChunk, bytes.size() - at);
       state->requests.emplace_back(MPI_REQUEST_NULL);
@@ -129,7 +127,7 @@ class MpiBackend : public Backend {
     return state;
   }
   std::unique_ptr<Request::State> irecv(std::span<std::byte> bytes, int from, int tag) override {
-    auto state = std::make_unique<Pending>(message_place(Wait::receive, from, tag));
+    auto state = std::make_unique<Pending>(message_place(group_, Wait::receive, from, tag));
     for (std::size_t at = 0; at < bytes.size() || at == 0; at += kByteChunk) {
       const std::size_t n = std::min(kByteChunk, bytes.size() - at);
       state->requests.emplace_back(MPI_REQUEST_NULL);
@@ -204,37 +202,14 @@ class MpiBackend : public Backend {
     return here;
   }
 
-  Place message_place(Wait kind, int peer, int tag) const {
-    const bool send = kind == Wait::send;
-    Place place;
-    place.kind = kind;
-    place.what = send ? "send" : "receive";
-    if (has_test_points()) test_point(place.what);
-    place.group = group_;
-    place.number = Board::instance().begin_message(*group_, send, peer, tag);
-    place.peer = peer;
-    place.tag = tag;
-    return place;
-  }
-
-  /// Polls with growing sleeps: a blocking MPI call would spin at full load beside the ranks that still compute.
   static void poll(MPI_Request& request, std::string_view operation) {
-    using Clock = std::chrono::steady_clock;
-    const auto start = Clock::now();
-    for (int turn = 0;; ++turn) {
-      int done = 0;
-      check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), operation);
-      if (done != 0) return;
-      if (turn < 200) continue;
-      std::this_thread::sleep_for(std::chrono::microseconds(turn < 2000 ? 20 : 200));
-      if (watched()) continue;  // the watchdog knows more
-      const double waited = std::chrono::duration<double>(Clock::now() - start).count();
-      if (timeout_seconds() <= 0 || waited <= timeout_seconds()) continue;
-      const std::optional<Place> place = Board::instance().innermost();
-      throw MpiFailure(fmt::format("{} waited {:.0f} s in {}: another rank died or hangs", Environment::host(), waited,
-                                   place ? place->text() : std::string(operation)),
-                       "look at the logs of the other ranks; --comm-timeout sets the limit in seconds");
-    }
+    poll_until(
+        [&] {
+          int done = 0;
+          check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), operation);
+          return done != 0;
+        },
+        operation);
   }
 
   template <class T>
