@@ -2,8 +2,7 @@
 #include <headfold/base/error.h>
 #include <headfold/comm/device_link.h>
 
-#include <numeric>
-
+#include "link_cases.h"
 #include "world.h"
 
 namespace headfold::comm {
@@ -15,14 +14,6 @@ using testing_support::world;
 DeviceLink host_link() {
   return DeviceLink(world(), -1);
 }
-at::Tensor ramp(std::int64_t n, at::ScalarType dtype) {
-  return at::arange(n, at::kDouble).remainder(97).add_(world().rank()).to(dtype);
-}
-/// The sum over ranks of ramp().
-at::Tensor ramp_sum(std::int64_t n, at::ScalarType dtype) {
-  const double ranks = world().size();
-  return at::arange(n, at::kDouble).remainder(97).mul_(ranks).add_(ranks * (ranks - 1) / 2).to(dtype);
-}
 
 TEST(DeviceLinkTest, host_memory_travels_by_mpi) {
   const DeviceLink link = host_link();
@@ -32,64 +23,16 @@ TEST(DeviceLinkTest, host_memory_travels_by_mpi) {
 }
 
 TEST(DeviceLinkTest, sums_of_both_dtypes_under_way_at_once) {
-  const DeviceLink link = host_link();
-  std::vector<at::Tensor> tensors;
-  std::vector<Request> requests;
-  for (const std::int64_t n : {1, 0, 70001, 333})
-    for (const auto dtype : {at::kFloat, at::kDouble}) tensors.push_back(ramp(n, dtype));
-  tensors.push_back(ramp(60, at::kFloat).view({3, 4, 5}));
-  for (const at::Tensor& values : tensors) requests.push_back(link.all_reduce(values));
-  for (Request& request : requests) request.test();
-  for (Request& request : requests) request.wait();
-  for (const at::Tensor& values : tensors)
-    EXPECT_TRUE(at::equal(values.reshape({-1}), ramp_sum(values.numel(), values.scalar_type())));
+  link_cases::check_sums(host_link());
 }
-
 TEST(DeviceLinkTest, parts_of_any_size_are_scattered_and_gathered) {
-  const DeviceLink link = host_link();
-  const int ranks = world().size();
-  for (const bool equal : {true, false}) {
-    std::vector<std::int64_t> counts(static_cast<std::size_t>(ranks), 11);
-    for (std::size_t r = 0; !equal && r < counts.size(); ++r) counts[r] = r == 1 ? 0 : 5 + 3 * static_cast<int>(r);
-    const std::int64_t n = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-    const std::int64_t begin = std::accumulate(counts.begin(), counts.begin() + world().rank(), std::int64_t{0});
-    const std::int64_t count = counts[static_cast<std::size_t>(world().rank())];
-    const at::Tensor values = ramp(n, at::kFloat), own = at::full({count}, -1.0F);
-    link.reduce_scatter(values, own, counts).wait();
-    EXPECT_TRUE(at::equal(own, ramp_sum(n, at::kFloat).narrow(0, begin, count)));
-    const at::Tensor all = at::full({n}, -1.0F);
-    all.narrow(0, begin, count).copy_(own);
-    link.all_gather(all, counts).wait();
-    EXPECT_TRUE(at::equal(all, ramp_sum(n, at::kFloat)));
-  }
+  link_cases::check_parts(host_link());
 }
-
 TEST(DeviceLinkTest, broadcasts_any_dtype_from_any_rank) {
-  const DeviceLink link = host_link();
-  for (int root = 0; root < world().size(); ++root)
-    for (const auto dtype : {at::kBFloat16, at::kLong, at::kDouble}) {
-      const at::Tensor values = at::full({3, 5}, world().rank() + 1).to(dtype);
-      link.broadcast(values, root);
-      EXPECT_TRUE(at::equal(values, at::full({3, 5}, root + 1).to(dtype)));
-    }
+  link_cases::check_broadcast(host_link());
 }
-
 TEST(DeviceLinkTest, tensors_go_both_ways_round_a_ring) {
-  const DeviceLink link = host_link();
-  const int ranks = world().size(), rank = world().rank();
-  const int next = (rank + 1) % ranks, previous = (rank + ranks - 1) % ranks;
-  using enum Transfer::Kind;
-  std::vector<Transfer> transfers;
-  const at::Tensor out = at::full({4097}, rank).to(at::kBFloat16), back = at::full({7}, 100.0 + rank);
-  const at::Tensor from_previous = at::zeros({4097}, at::kBFloat16), from_next = at::zeros({7});
-  // With two ranks both neighbours are the same one: tensors are matched in order.
-  if (ranks > 1)
-    transfers = {
-        {send, out, next}, {send, back, previous}, {receive, from_previous, previous}, {receive, from_next, next}};
-  link.exchange(transfers, 5).wait();
-  if (ranks == 1) return;
-  EXPECT_TRUE(at::equal(from_previous, at::full({4097}, previous).to(at::kBFloat16)));
-  EXPECT_TRUE(at::equal(from_next, at::full({7}, 100.0 + next)));
+  link_cases::check_exchange(host_link());
 }
 
 TEST(DeviceLinkTest, what_does_not_fit_is_refused_before_it_starts) {

@@ -1,0 +1,144 @@
+// Rates of what runs on a GPU, and the sizes from which it pays. Prints lines; without a GPU only the host's side.
+//   bench_gpu eigen           seconds of eigen-decompositions on the host and on the GPU (there and back), by size: the
+//                             smallest size from which the GPU is always faster is what set_gpu_threshold() wants
+//   bench_gpu gram [tokens]   Grams of bfloat16 rows on the GPU by width and block, beside the plain product
+//   bench_gpu link            bytes per second of an all-reduce between the ranks (mpirun), by size and transport
+// Wall clock, median of several runs after one that warms up.
+
+#include <fmt/format.h>
+#include <headfold/base/cuda.h>
+#include <headfold/comm/device_link.h>
+#include <headfold/device/device.h>
+#include <headfold/device/gpu.h>
+#include <headfold/linalg/cusolver.h>
+#include <headfold/linalg/linalg.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <functional>
+#include <iostream>
+#include <string>
+
+namespace {
+
+using namespace headfold;
+
+bool gpu_there() {
+  return !device::visible_gpus().empty();
+}
+
+void synchronize() {
+#ifdef HEADFOLD_WITH_CUDA
+  if (gpu_there()) cuda::check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+#endif
+}
+
+/// Median seconds of `work` and of the GPU work it starts.
+double measured(int repeat, const std::function<void()>& work) {
+  std::vector<double> seconds;
+  for (int i = -1; i < repeat; ++i) {
+    synchronize();
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    synchronize();
+    if (i >= 0) seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  std::nth_element(seconds.begin(), seconds.begin() + repeat / 2, seconds.end());
+  return seconds[static_cast<std::size_t>(repeat / 2)];
+}
+
+void say(const std::string& line) {
+  std::cout << line << std::endl;
+}
+
+at::Tensor random_gram(std::int64_t batch, std::int64_t n, at::ScalarType dtype) {
+  const at::Tensor x = at::randn({batch, n, n}, at::TensorOptions().dtype(dtype));
+  return at::matmul(x, linalg::conjugate_transpose(x));
+}
+
+/// Both through eigh_batched(), with its checks.
+void bench_eigen(std::int64_t largest) {
+  const auto row = [](std::int64_t batch, std::int64_t n, at::ScalarType dtype) {
+    const at::Tensor matrices = random_gram(batch, n, dtype);
+    const int repeat = n >= 1024 ? 1 : 5;
+    const double host = measured(repeat, [&] { linalg::eigh_batched(matrices); });
+    std::string line = fmt::format("eigen {:<13} {:>3} x {:<5} host {:.2e} s", c10::toString(dtype), batch, n, host);
+    if (gpu_there()) {
+      linalg::set_backend(linalg::Backend::cusolver);
+      linalg::set_gpu_threshold(1);
+      if (!linalg::cusolver_eigh(matrices.slice(0, 0, 1)))
+        line += ", the GPU cannot";
+      else
+        line += fmt::format(", GPU {:.2e} s", measured(repeat, [&] { linalg::eigh_batched(matrices); }));
+      linalg::set_backend(linalg::Backend::lapack);
+    }
+    say(line);
+  };
+  for (const auto dtype : {at::kDouble, at::kComplexDouble}) {
+    for (std::int64_t n = 32; n <= largest; n *= 2) row(1, n, dtype);
+    for (const std::int64_t n : {4, 8, 32}) row(64, n, dtype);
+    row(32, 128, dtype);
+  }
+}
+
+void bench_gram(std::int64_t tokens) {
+  if (!gpu_there() || !at::hasCUDA()) return say("gram: needs a GPU and a libtorch with CUDA");
+  for (const std::int64_t n : {4096, 5120, 8192}) {
+    const at::Tensor x = at::randn({tokens, n}).to(at::kBFloat16).to(at::kCUDA);
+    const double flops = static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(tokens);
+    at::Tensor out = at::empty({n, n}, x.options());
+    const double plain = measured(20, [&] { at::mm_out(out, x.t(), x); });
+    say(fmt::format("gram n {} tokens {}: plain bfloat16 product {:.3f} ms, {:.0f} TFLOP/s", n, tokens, 1e3 * plain,
+                    2 * flops / plain / 1e12));
+    for (const std::int64_t block : {std::int64_t{512}, std::int64_t{1024}, std::int64_t{2048}, n}) {
+      linalg::GramAccumulator gram(n, at::kCUDA, linalg::GramEngine::automatic, block);
+      const double own = measured(20, [&] { gram.add(x); });
+      say(fmt::format("  block {:<5} {:.3f} ms, {:.0f} TFLOP/s of 2 n^2 t: {:.2f} of the plain product's rate", block,
+                      1e3 * own, 2 * flops / own / 1e12, plain / own));
+    }
+  }
+}
+
+void bench_link(const comm::Communicator& world) {
+  const auto gpus = static_cast<int>(device::visible_gpus().size());
+  const bool tensors = gpus > 0 && at::hasCUDA();
+  const int own = tensors ? world.rank() % gpus : -1;
+  device::use_gpu(own);
+  std::vector<comm::Transport> transports = {comm::Transport::mpi};
+  {
+    const comm::DeviceLink best(world, own);
+    if (best.transport() == comm::Transport::nccl) transports.push_back(comm::Transport::nccl);
+  }
+  for (const comm::Transport transport : transports) {
+    const comm::DeviceLink link(world, own, transport);
+    for (std::int64_t count = 1 << 14; count <= 1 << 24; count <<= 5) {
+      const at::Tensor values = at::zeros({count}, at::TensorOptions().device(own < 0 ? at::kCPU : at::kCUDA));
+      const double seconds = measured(5, [&] { link.all_reduce(values).wait(); });
+      if (world.root())
+        say(fmt::format("all-reduce {:<4} {} ranks, {}: {:>9} bytes {:.2e} s, {:.2f} GB/s", name_of(transport),
+                        world.size(), own < 0 ? "host" : "GPU", 4 * count, seconds,
+                        4e-9 * static_cast<double>(count) / seconds));
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  device::restart_with_fast_blas(argv);
+  const comm::Environment environment(&argc, &argv);
+  const std::string what = argc > 1 ? argv[1] : "";
+  const std::int64_t size = argc > 2 ? std::atoll(argv[2]) : 0;
+  at::manual_seed(1);
+  if (what == "eigen")
+    bench_eigen(size > 0 ? size : 4096);
+  else if (what == "gram")
+    bench_gram(size > 0 ? size : 2048);
+  else if (what == "link")
+    bench_link(environment.world());
+  else
+    say("usage: bench_gpu eigen [largest] | gram [tokens] | link");
+  return what == "eigen" || what == "gram" || what == "link" ? 0 : 64;
+}
