@@ -97,8 +97,8 @@ std::vector<Generated> generate_texts(const model::Pipeline& pipeline, const com
       last.reserve(segments.size());
       std::int64_t row = 0;
       for (const model::Segment& segment : segments) last.push_back((row += segment.tokens) - 1);
-      const at::Tensor logits =
-          pipeline.head().logits(hidden.index_select(0, at::tensor(last, at::kLong))).to(at::kFloat).contiguous();
+      const at::Tensor rows = hidden.index_select(0, at::tensor(last, at::kLong).to(hidden.device()));
+      const at::Tensor logits = model::to_host(pipeline.head().logits(rows)).to(at::kFloat).contiguous();
       const std::int64_t vocabulary = logits.size(1);
       const auto* values = logits.data_ptr<float>();
       for (std::size_t i = 0; i < segments.size(); ++i) {

@@ -103,17 +103,21 @@ struct Responder::State {
         row_of.push_back(std::ssize(rows) - 1);
         targets.push_back(token.token);
       }
+      const auto on_device = [&](const std::vector<std::int64_t>& list) {
+        return at::tensor(list, at::kLong).to(hidden.device());
+      };
       const at::Tensor log_probabilities =
-          at::log_softmax(head.logits(hidden.index_select(0, at::tensor(rows, at::kLong))), -1, at::kFloat);
-      const at::Tensor likeliest = log_probabilities.argmax(-1).contiguous();
-      const std::int64_t vocabulary = head.vocabulary();
-      const auto* values = log_probabilities.data_ptr<float>();
+          at::log_softmax(head.logits(hidden.index_select(0, on_device(rows))), -1, at::kFloat);
+      const at::Tensor likeliest = model::to_host(log_probabilities.argmax(-1)).contiguous();
+      // Of a vocabulary's numbers one per prediction is wanted: what is computed on a device is picked there.
+      const at::Tensor picked = model::to_host(log_probabilities.index({on_device(row_of), on_device(targets)}));
+      const auto* values = picked.data_ptr<float>();
       for (std::size_t i = begin; i < end; ++i) {
         const std::int64_t row = row_of[i - begin];
         const std::int64_t target = targets[i - begin];
         Answer& answer = answers[batch.tokens[i].sequence];
         if (answer.scored_tokens == 0) answer.greedy = true;
-        answer.log_likelihood += static_cast<double>(values[row * vocabulary + target]);
+        answer.log_likelihood += static_cast<double>(values[i - begin]);
         answer.greedy = answer.greedy && likeliest.data_ptr<std::int64_t>()[row] == target;
         answer.context_tokens = sequences[batch.tokens[i].sequence].context_tokens();
         ++answer.scored_tokens;

@@ -4,6 +4,7 @@
 #include <headfold/base/version.h>
 #include <headfold/calibration/text.h>
 #include <headfold/evaluation/results.h>
+#include <headfold/model/compute.h>
 
 #include <chrono>
 #include <cmath>
@@ -361,7 +362,7 @@ OrderedJson harness_results(const RunInfo& run, const Results& all) {
   config["model_sha"] = model["fingerprint"];
   config["batch_size"] = std::to_string(run.micro_batch);
   config["batch_sizes"] = OrderedJson::array();
-  config["device"] = "cpu";
+  config["device"] = model::device_text(model::compute());
   config["use_cache"] = nullptr;
   config["limit"] = run.limit > 0 ? OrderedJson(run.limit) : OrderedJson(nullptr);
   // Perplexities draw nothing at random and have no bootstrapped error bar.

@@ -56,10 +56,11 @@ WindowScore score_window(const Window& window, const at::Tensor& hidden, const m
   for (std::int64_t begin = first; begin < inputs; begin += block) {
     const std::int64_t end = std::min(inputs, begin + block);
     const at::Tensor targets =
-        at::from_blob(const_cast<std::int64_t*>(window.targets.data()) + (begin - first), {end - begin, 1}, at::kLong);
+        at::from_blob(const_cast<std::int64_t*>(window.targets.data()) + (begin - first), {end - begin, 1}, at::kLong)
+            .to(hidden.device());
     const at::Tensor log_q = at::log_softmax(head.logits(hidden.slice(0, begin, end)), -1, at::kFloat);
     const auto add = [&](double& sum, const at::Tensor& log_probabilities) {
-      const at::Tensor picked = log_probabilities.gather(1, targets).contiguous();
+      const at::Tensor picked = model::to_host(log_probabilities.gather(1, targets)).contiguous();
       const auto* values = picked.data_ptr<float>();
       for (std::int64_t i = 0; i < end - begin; ++i) sum -= static_cast<double>(values[i]);
     };
@@ -69,7 +70,7 @@ WindowScore score_window(const Window& window, const at::Tensor& hidden, const m
     add(result.reference_loss, log_p);
     // KL(p || q) = sum p (log p - log q)
     const at::Tensor divergence =
-        at::sum(at::exp(log_p).mul_(at::sub(log_p, log_q)), {-1}, false, at::kDouble).contiguous();
+        model::to_host(at::sum(at::exp(log_p).mul_(at::sub(log_p, log_q)), {-1}, false, at::kDouble)).contiguous();
     const auto* values = divergence.data_ptr<double>();
     for (std::int64_t i = 0; i < end - begin; ++i) result.divergence += values[i];
     result.agreements += log_p.argmax(-1).eq(log_q.argmax(-1)).sum().item<std::int64_t>();

@@ -274,6 +274,7 @@ OrderedJson answer_identity(const Context& context, const EvaluateOptions& optio
   identity["bos"] = evaluation::name_of(options.harness_bos());
   identity["max_length"] = work.question_length;
   identity["dtype"] = dtype_name(work.scoring.dtype);
+  identity["device"] = device_kind();
   return identity;
 }
 
@@ -298,6 +299,7 @@ OrderedJson score_identity(const Context& context, const Work& work) {
   identity["model"] = hashes.substr(0, space);
   identity["reference"] = hashes.substr(space + 1);
   identity["dtype"] = dtype_name(work.scoring.dtype);
+  identity["device"] = device_kind();
   identity["reference_dtype"] = dtype_name(work.scoring.reference_dtype);
   identity["micro_batch"] = work.scoring.micro_batch;
   return identity;
@@ -469,7 +471,7 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
   if (work.reference) models.emplace_back(work.reference.get(), work.scoring.reference_dtype);
   const comm::Communicator host = context.world.split_by_host();
   const std::int64_t memory = context.world.all_reduce(
-      static_cast<std::int64_t>(available_memory_bytes()) / host.size() / 10 * 8, comm::Reduce::min);
+      memory_for_model(static_cast<std::int64_t>(available_memory_bytes()) / host.size()) / 10 * 8, comm::Reduce::min);
   const comm::Grid grid =
       comm::make_grid(context.world, choose_stages(context, options, models, memory, work.scoring.residency));
   log_grid(grid, model::stage_layers(work.model->config(), grid.stages));

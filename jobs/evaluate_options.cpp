@@ -61,6 +61,7 @@ po::options_description evaluate_job_options() {
       "windows of a text per forward pass; 0 = 4096 tokens' worth");
   add("streamed", po::bool_switch(), "keep one layer in memory at a time");
   add("dry-run", po::bool_switch(), "say what would be done and stop");
+  add_device_option(own);
   return own;
 }
 

@@ -20,7 +20,7 @@ struct Sampling {
 };
 
 std::int64_t choose(const at::Tensor& logits, Sampling& sampling) {
-  const at::Tensor row = logits.to(at::kFloat).contiguous();
+  const at::Tensor row = model::to_host(logits).to(at::kFloat).contiguous();
   const float* data = row.data_ptr<float>();
   const std::int64_t count = row.numel();
   if (sampling.temperature == 0) return std::max_element(data, data + count) - data;
@@ -53,6 +53,7 @@ void generate(const Context& context, const std::vector<std::string>& arguments)
       "seed", po::value<std::uint64_t>()->default_value(0), "of the sampling")(
       "dtype", po::value<std::string>()->default_value("auto"), "compute dtype: float32, bfloat16 or auto")(
       "dry-run", po::bool_switch(), "print what would be done, and stop");
+  add_device_option(own);
   const auto options =
       parse(context, "generate", "headfold generate --model DIR --prompt TEXT [options]", own, arguments);
   if (context.world.size() > 1)

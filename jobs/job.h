@@ -27,6 +27,7 @@ struct Job {
   void (*run)(const Context& context, const std::vector<std::string>& arguments);
 };
 
+void bench_machine(const Context& context, const std::vector<std::string>& arguments);
 void calibrate(const Context& context, const std::vector<std::string>& arguments);
 void convert(const Context& context, const std::vector<std::string>& arguments);
 void evaluate(const Context& context, const std::vector<std::string>& arguments);
@@ -62,9 +63,20 @@ po::variables_map parse(const Context& context, const std::string& job, const st
                         const po::options_description& own, const std::vector<std::string>& arguments,
                         const std::string& positional = {});
 
-/// float32 / bfloat16 from a --dtype value; "auto" gives bfloat16 for 16-bit checkpoints on CPUs with AMX, else
-/// float32. UsageError otherwise.
+/// float32 / bfloat16 from a --dtype value; "auto" gives bfloat16 for 16-bit checkpoints on GPUs and on CPUs with AMX,
+/// else float32. UsageError otherwise.
 at::ScalarType parse_dtype(const std::string& text, const std::string& checkpoint_dtype);
+
+/// Adds --device to a job's own options: parse() then sets model::compute() accordingly. Jobs without it compute on the
+/// CPU.
+void add_device_option(po::options_description& options);
+
+/// What a rank may fill with a model and what goes through it, bytes: `host_share` of its host's memory, or what is
+/// free on its GPU where it computes there.
+std::int64_t memory_for_model(std::int64_t host_share);
+
+/// "cpu", "cpu:tensors" or "cuda": devices of a kind give the same numbers.
+std::string device_kind();
 
 /// The name of what parse_dtype() gives.
 const char* dtype_name(at::ScalarType dtype);

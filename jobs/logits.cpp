@@ -54,6 +54,7 @@ void logits(const Context& context, const std::vector<std::string>& arguments) {
       "streamed", po::bool_switch(), "keep one layer at a time in memory")(
       "micro-batch", po::value<std::int64_t>()->default_value(1), "sequences that pass through the layers together")(
       "dry-run", po::bool_switch(), "print what would be done, and stop");
+  add_device_option(own);
   const auto options =
       parse(context, "logits", "headfold logits --model DIR --ids IN.safetensors --out OUT.safetensors [options]", own,
             arguments);
@@ -110,7 +111,7 @@ void logits(const Context& context, const std::vector<std::string>& arguments) {
   Progress progress("logits", "sequences", static_cast<double>(ids.size(0)), world.root());
   model::PipelineHooks hooks;
   hooks.output = [&](std::int64_t, const at::Tensor& hidden) {
-    own_logits.push_back(pipeline.head().logits(hidden).to(at::kFloat).contiguous());
+    own_logits.push_back(model::to_host(pipeline.head().logits(hidden)).to(at::kFloat).contiguous());
   };
   hooks.progress = [&](double done) { progress.advance(done * static_cast<double>(micro_batch) * grid.replicas); };
   pipeline.run(own_batches, hooks);

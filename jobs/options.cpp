@@ -3,6 +3,8 @@
 #include <headfold/base/version.h>
 #include <headfold/checkpoint/writer.h>
 #include <headfold/device/device.h>
+#include <headfold/device/gpu.h>
+#include <headfold/model/compute.h>
 
 #include <algorithm>
 #include <chrono>
@@ -28,6 +30,22 @@ po::options_description common_options() {
       "seconds an operation may wait for other ranks before the job ends with an error that names them; 0 = for ever")(
       "share-gpus", po::bool_switch(), "let several ranks use the same GPU");
   return options;
+}
+
+void add_device_option(po::options_description& options) {
+  options.add_options()("device", po::value<std::string>()->default_value("auto"),
+                        "where a rank computes: cpu, cuda (its own GPU), cuda:N, auto (its GPU where there is one), or "
+                        "cpu:tensors (the code of GPUs on the CPU, slower)");
+}
+
+std::int64_t memory_for_model(std::int64_t host_share) {
+  const model::Compute& compute = model::compute();
+  return compute.on_host() ? host_share : static_cast<std::int64_t>(device::gpu_memory(compute.device.index()).free);
+}
+
+std::string device_kind() {
+  const std::string text = model::device_text(model::compute());
+  return model::compute().on_host() ? text : text.substr(0, text.find(':'));
 }
 
 po::variables_map parse(const Context& context, const std::string& job, const std::string& usage,
@@ -69,7 +87,9 @@ const char* dtype_name(at::ScalarType dtype) {
 at::ScalarType parse_dtype(const std::string& text, const std::string& checkpoint_dtype) {
   if (text == "float32") return at::kFloat;
   if (text == "bfloat16") return at::kBFloat16;
-  if (text == "auto") return checkpoint_dtype != "float32" && device::fast_bfloat16() ? at::kBFloat16 : at::kFloat;
+  if (text == "auto")
+    return checkpoint_dtype != "float32" && (!model::compute().on_host() || device::fast_bfloat16()) ? at::kBFloat16
+                                                                                                     : at::kFloat;
   throw UsageError(fmt::format("--dtype {}: choose float32, bfloat16 or auto", text));
 }
 
@@ -117,6 +137,7 @@ OrderedJson run_record(const Context& context, const std::string& job, const std
   record["ranks"] = context.world.size();
   record["hosts"] = std::set<std::string>(hosts.begin(), hosts.end()).size();
   record["threads_per_rank"] = at::get_num_threads();
+  record["device"] = model::device_text(model::compute());
   record["peak_resident_bytes"] = peak;
   record["headfold_version"] = version();
   return record;

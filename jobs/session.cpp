@@ -10,6 +10,7 @@
 #include <headfold/comm/checks.h>
 #include <headfold/device/device.h>
 #include <headfold/device/gpu.h>
+#include <headfold/model/compute.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -67,6 +68,8 @@ void summarise(const Context& context, const Session& session, ExitCode code) {
   own["rank"] = world.rank();
   own["host"] = host_name();
   own["peak_resident_bytes"] = peak_resident_bytes();
+  // libtorch keeps what it once took, so that what is in use at the end is the most there was.
+  if (!model::compute().on_host()) own["device_bytes"] = device::gpu_memory(model::compute().device.index()).used();
   own["read_bytes"] = moved.read - session.moved.read;
   own["written_bytes"] = moved.written - session.moved.written;
   own["storage_read_bytes"] = moved.storage_read - session.moved.storage_read;
@@ -91,6 +94,7 @@ void summarise(const Context& context, const Session& session, ExitCode code) {
     event["per_rank"].push_back(std::move(one));
   }
   event["peak_resident_bytes"] = most["peak_resident_bytes"];
+  if (most.contains("device_bytes")) event["device_bytes"] = most["device_bytes"];
   emit_event("end", event);
   const auto bytes = [](std::uint64_t count) { return human_bytes(static_cast<double>(count)); };
   spdlog::info("{}: {} on {} rank(s) of {} host(s), {:.3g} node hours; at most {} per rank; {} read, {} written",
@@ -171,10 +175,21 @@ void open_session(const Context& context, const std::string& job, const po::vari
   if (!world.root()) set_event_stream(session.events);
   session.open = true;
   require_same_files(world, shared_inputs(values));
+  // Looking for GPUs starts the driver: not for nothing.
+  const std::string wanted = text("device");
+  const bool chooses = values.count("device") > 0;
+  const bool may_use_gpu = wanted.rfind("cpu", 0) != 0;
+  if (world.size() == 1 && chooses && may_use_gpu && rank_facts[0].gpus.empty())
+    rank_facts[0].gpus = device::visible_gpus();
   std::vector<device::RankGpus> seen;
-  for (const RankFacts& facts : rank_facts) seen.push_back({facts.machine, facts.gpus});
-  const std::vector<int> gpus = device::choose_gpus(seen, may_share_gpus(values));
-  device::use_gpu(gpus.at(static_cast<std::size_t>(world.rank())));
+  for (const RankFacts& facts : rank_facts)
+    seen.push_back({facts.machine, may_use_gpu ? facts.gpus : std::vector<std::string>()});
+  // A GPU named by its number is everybody's own choice.
+  const std::vector<int> gpus = device::choose_gpus(seen, may_share_gpus(values) || wanted.rfind("cuda:", 0) == 0);
+  const int own_gpu = gpus.at(static_cast<std::size_t>(world.rank()));
+  const model::Compute compute = chooses ? model::parse_device(wanted, own_gpu) : model::Compute();
+  model::set_compute(compute);
+  device::use_gpu(!chooses ? own_gpu : compute.on_host() ? -1 : compute.device.index());
   device::use_threads(world, values["threads"].as<int>());
   if (world.root() && session.outer == nullptr) device::warn_about_slow_blas();
   if (world.root() && session.outer == nullptr && world.size() > 1) spdlog::info("ranks:\n{}", rank_map(gpus));
@@ -183,6 +198,7 @@ void open_session(const Context& context, const std::string& job, const po::vari
   start["ranks"] = world.size();
   start["hosts"] = host_count();
   start["threads_per_rank"] = at::get_num_threads();
+  start["device"] = model::device_text(compute);
   start["headfold_version"] = version();
   if (const char* id = std::getenv("SLURM_JOB_ID")) start["slurm_job"] = id;
   if (const char* restarts = std::getenv("SLURM_RESTART_COUNT")) start["restarts"] = std::atoi(restarts);

@@ -5,6 +5,7 @@
 #include <headfold/model/kernels.h>
 #include <headfold/model/model.h>
 #include <headfold/model/product.h>
+#include <headfold/model/tensor_math.h>
 
 #include <bit>
 
@@ -72,12 +73,14 @@ void add_sums(const SumTensors& into, const SumTensors& sums) {
       throw InputError(fmt::format("{} is missing or of another shape", name));
   }
   if (sums.size() != into.size()) throw InputError(fmt::format("{} sums, expected {}", sums.size(), into.size()));
-  for (const auto& [name, tensor] : into) at::Tensor(tensor).add_(sums.at(name));
+  for (const auto& [name, tensor] : into) at::Tensor(tensor).add_(sums.at(name).to(tensor.device()));
 }
 
 void add_column_sums(at::Tensor& sum, const at::Tensor& rows) {
   const at::Tensor x = rows.contiguous();
-  if (x.scalar_type() == at::kFloat)
+  if (!x.is_cpu())
+    sum.add_(x.sum({0}, false, at::kDouble));
+  else if (x.scalar_type() == at::kFloat)
     add_column_sums(sum.data_ptr<double>(), x.data_ptr<float>(), x.size(0), x.size(1));
   else if (x.scalar_type() == at::kBFloat16)
     add_column_sums(sum.data_ptr<double>(), x.data_ptr<at::BFloat16>(), x.size(0), x.size(1));
@@ -122,6 +125,11 @@ void AttentionAccumulator::add(const at::Tensor& queries, const at::Tensor& keys
                     fmt::join(queries.sizes(), ", "), fmt::join(keys.sizes(), ", "), fmt::join(values.sizes(), ", "),
                     heads, kv_heads, d, shape_.sequence_length));
   if (tokens == 0) return;
+  count_.add_(static_cast<double>(tokens));
+  if (model::compute().engine == model::Engine::tensors) {
+    add_tensors(queries, keys, values);
+    return;
+  }
   const auto& kernel = kernels::table(dtype);
   const auto size = static_cast<std::int64_t>(queries.element_size());
   // Every head's (block's) tokens one after the other: what products read fastest.
@@ -175,10 +183,73 @@ void AttentionAccumulator::add(const at::Tensor& queries, const at::Tensor& keys
       add_column_sums(sum, y);
     }
   });
-  count_.add_(static_cast<double>(tokens));
 }
 
-SumTensors AttentionAccumulator::sums() const {
+void AttentionAccumulator::add_tensors(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values) {
+  const std::int64_t tokens = queries.size(0), heads = shape_.heads, kv_heads = shape_.kv_heads, block = shape_.block();
+  const std::int64_t blocks = kv_heads / shape_.attended_heads;
+  const at::ScalarType dtype = queries.scalar_type();
+  const at::Device device = queries.device();
+  const auto zeros = [&](at::IntArrayRef sizes) {
+    return at::zeros(sizes, at::TensorOptions().dtype(at::kDouble).device(device));
+  };
+  if (!device_.queries.defined())
+    device_ = {zeros({heads, shape_.head_dim, shape_.head_dim}), zeros({heads, block, block}),
+               zeros({heads, shape_.sequence_length}), zeros({heads, block})};
+  const auto gram = [](const at::Tensor& x) { return model::wide_matmul(x.transpose(1, 2), x); };
+  const at::Tensor q = queries.transpose(0, 1).contiguous();
+  const at::Tensor k = keys.transpose(0, 1).contiguous();
+  const at::Tensor v = values.reshape({tokens, blocks, block}).transpose(0, 1).contiguous();
+  device_.queries.add_(gram(q));
+  const at::Tensor positions = at::arange(tokens, at::TensorOptions().dtype(at::kLong).device(device));
+  at::Tensor alibi;
+  if (slopes_.defined())
+    alibi = (slopes_.to(device).view({heads, 1}) * positions.to(at::kFloat)).to(dtype).to(at::kFloat).unsqueeze(1);
+  // Per element: scores, probabilities, their copy by distance, and an index of 8 bytes.
+  const std::int64_t rows = std::clamp<std::int64_t>(model::attention_block_bytes() / (heads * tokens * 24), 1,
+                                                     std::max<std::int64_t>(1, tokens));
+  std::vector<at::Tensor> outputs;
+  for (std::int64_t first = 0; first < tokens; first += rows) {
+    const std::int64_t count = std::min(rows, tokens - first), visible = first + count;
+    at::Tensor scores =
+        model::wide_matmul(q.slice(1, first, visible).reshape({kv_heads, heads / kv_heads * count, q.size(2)}),
+                           k.slice(1, 0, visible).transpose(1, 2))
+            .reshape({heads, count, visible})
+            .mul_(1.0 / std::sqrt(static_cast<double>(shape_.head_dim)));
+    if (alibi.defined()) scores.add_(alibi.slice(2, 0, visible));
+    const at::Tensor own = positions.slice(0, first, visible).view({count, 1});
+    const at::Tensor seen = positions.slice(0, 0, visible).view({1, visible});
+    scores.masked_fill_(seen.gt(own), -std::numeric_limits<float>::infinity());
+    const at::Tensor probabilities = at::softmax(scores, -1).to(dtype);
+    outputs.push_back(
+        model::narrow_matmul(probabilities.reshape({blocks, heads / blocks * count, visible}), v.slice(1, 0, visible))
+            .reshape({heads, count, block}));
+    // Entry [head, row, distance] is the probability of the key so far back; nothing is farther back than the first.
+    const at::Tensor back = own - seen;
+    const at::Tensor by_distance =
+        probabilities.gather(2, back.clamp_min(0).unsqueeze(0).expand({heads, count, visible}))
+            .masked_fill_(back.lt(0), 0.0);
+    device_.distance_mass.slice(1, 0, visible).add_(by_distance.sum({1}, false, at::kDouble));
+  }
+  const at::Tensor y = at::cat(outputs, 1);
+  device_.attended.add_(gram(y));
+  device_.attended_sum.add_(y.sum({1}, false, at::kDouble));
+}
+
+void AttentionAccumulator::collect_device() {
+  if (!device_.queries.defined()) return;
+  const DeviceSums found = std::exchange(device_, {});
+  const at::Tensor queries = found.queries.cpu(), attended = found.attended.cpu();
+  for (std::int64_t head = 0; head < shape_.heads; ++head) {
+    queries_[static_cast<std::size_t>(head)].packed().add_(linalg::pack_lower(queries.select(0, head)));
+    attended_[static_cast<std::size_t>(head)].packed().add_(linalg::pack_lower(attended.select(0, head)));
+  }
+  distance_mass_.add_(found.distance_mass.cpu());
+  attended_sum_.add_(found.attended_sum.cpu());
+}
+
+SumTensors AttentionAccumulator::sums() {
+  collect_device();
   SumTensors all = {{"count", count_}, {"distance_mass", distance_mass_}, {"attended_sum", attended_sum_}};
   for (std::size_t head = 0; head < queries_.size(); ++head) {
     all[fmt::format("queries.{}", head)] = queries_[head].packed();
@@ -192,6 +263,7 @@ void AttentionAccumulator::add(const SumTensors& sums) {
 }
 
 void AttentionAccumulator::take(PackedStatistics& into) {
+  collect_device();
   into.attention_count = count_.item<double>();
   into.rotated_queries = joined(queries_);
   into.attended = joined(attended_);

@@ -25,7 +25,8 @@ void add_column_sums(at::Tensor& sum, const at::Tensor& rows);
 /// definitions), sequence by sequence. Probabilities and attended values are those of the model: scores in float32 from
 /// the compute dtype's queries and keys, softmax in float32, both results rounded to the compute dtype. Products are
 /// accumulated in float32 within a sequence, sums over sequences in float64 in the order of the calls; heads run in
-/// parallel.
+/// parallel. Where model::compute() is the engine `tensors`, sequences are tensors on its device, all heads are worked
+/// on together and the sums wait there until they are asked for: the same sums up to rounding.
 class AttentionAccumulator {
  public:
   /// `slopes` [heads] float32 for ALiBi, or undefined. InternalError for a shape that makes no sense.
@@ -34,8 +35,8 @@ class AttentionAccumulator {
   /// One sequence from its first token: queries [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim]
   /// as they enter the scores, float32 or bfloat16.
   void add(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values);
-  /// The sums so far, sharing memory.
-  SumTensors sums() const;
+  /// The sums so far on the host, sharing memory; those on a device move here.
+  SumTensors sums();
   /// Adds what sums() of an accumulator of the same shape gave; to nothing: the same bits. InputError when `sums` is
   /// something else.
   void add(const SumTensors& sums);
@@ -43,12 +44,19 @@ class AttentionAccumulator {
   void take(PackedStatistics& into);
 
  private:
+  void add_tensors(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values);
+  /// Moves the sums on the device to those on the host.
+  void collect_device();
+
   StatisticsShape shape_;
   at::Tensor slopes_;
   std::vector<linalg::GramAccumulator> queries_, attended_;  // one per query head
   at::Tensor distance_mass_;                                 // [heads, sequence length]
   at::Tensor attended_sum_;                                  // [heads, block]
   at::Tensor count_;                                         // [1] tokens
+  struct DeviceSums {
+    at::Tensor queries, attended, distance_mass, attended_sum;  // [heads, ..], dense Grams, float64; undefined: zero
+  } device_;
 };
 
 /// Largest attended_heads that are kept whole: all KV heads when heads * (kv_heads * head_dim)^2 * 8 bytes are at most

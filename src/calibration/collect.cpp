@@ -4,6 +4,7 @@
 #include <headfold/base/log.h>
 #include <headfold/calibration/collect.h>
 #include <headfold/calibration/partial.h>
+#include <headfold/model/compute.h>
 #include <headfold/model/rounds.h>
 
 #include <algorithm>
@@ -20,6 +21,18 @@ namespace {
 
 constexpr std::int64_t kFirstRows = 64;
 
+/// A Gram where the model computes. On the CPU the engine `tensors` has the products that a GPU's blocks have.
+linalg::GramAccumulator make_gram(std::int64_t n) {
+  const model::Compute& compute = model::compute();
+  const bool plain = compute.engine == model::Engine::native || !compute.on_host();
+  return linalg::GramAccumulator(n, compute.device,
+                                 plain ? linalg::GramEngine::automatic : linalg::GramEngine::tensors);
+}
+
+at::Tensor zeros_there(at::IntArrayRef sizes) {
+  return at::zeros(sizes, at::TensorOptions().dtype(at::kDouble).device(model::compute().device));
+}
+
 std::span<double> span_of(at::Tensor& tensor) {
   return {tensor.data_ptr<double>(), static_cast<std::size_t>(tensor.numel())};
 }
@@ -27,12 +40,12 @@ std::span<double> span_of(at::Tensor& tensor) {
 }  // namespace
 
 LayerAccumulator::Sums::Sums(const StatisticsShape& shape)
-    : moment(shape.hidden),
-      moment_0(shape.hidden),
-      keys(shape.key_width > 0 ? std::make_unique<linalg::GramAccumulator>(shape.key_width) : nullptr),
-      values(shape.value_width > 0 ? std::make_unique<linalg::GramAccumulator>(shape.value_width) : nullptr),
-      sum(at::zeros({shape.hidden}, at::kDouble)),
-      sum_0(at::zeros({shape.hidden}, at::kDouble)) {}
+    : moment(make_gram(shape.hidden)),
+      moment_0(make_gram(shape.hidden)),
+      keys(shape.key_width > 0 ? std::make_unique<linalg::GramAccumulator>(make_gram(shape.key_width)) : nullptr),
+      values(shape.value_width > 0 ? std::make_unique<linalg::GramAccumulator>(make_gram(shape.value_width)) : nullptr),
+      sum(zeros_there({shape.hidden})),
+      sum_0(zeros_there({shape.hidden})) {}
 
 void LayerAccumulator::Sums::flush() {
   if (first_count == 0) return;
@@ -66,7 +79,7 @@ void LayerAccumulator::attention_input(const at::Tensor& x) {
   for (std::int64_t b = 0; b < x.size(0); ++b) {
     Sums& sums = sums_of(first_ + b);
     const at::Tensor sequence = x.select(0, b);
-    if (!sums.first_rows.defined()) sums.first_rows = at::empty({kFirstRows, hidden}, at::kDouble);
+    if (!sums.first_rows.defined()) sums.first_rows = zeros_there({kFirstRows, hidden});
     sums.first_rows.select(0, sums.first_count++).copy_(sequence.select(0, 0));
     if (sums.first_count == kFirstRows) sums.flush();
     const at::Tensor rest = sequence.narrow(0, 1, x.size(1) - 1);
@@ -114,13 +127,13 @@ SumTensors LayerAccumulator::sums() const {
     const auto put = [&](const char* name, const at::Tensor& tensor) { all[fmt::format("{}.{}", i, name)] = tensor; };
     put("moment", part.moment.packed());
     put("moment_0", part.moment_0.packed());
-    put("sum", part.sum);
-    put("sum_0", part.sum_0);
+    put("sum", model::to_host(part.sum));
+    put("sum_0", model::to_host(part.sum_0));
     put("counts", at::tensor({part.count, part.count_0}, at::kDouble));
     if (part.keys != nullptr) put("keys", part.keys->packed());
     if (part.values != nullptr) put("values", part.values->packed());
     // As they stand: flushed early, their products would be rounded otherwise.
-    if (part.first_count > 0) put("first_rows", part.first_rows.narrow(0, 0, part.first_count));
+    if (part.first_count > 0) put("first_rows", model::to_host(part.first_rows.narrow(0, 0, part.first_count)));
   }
   if (attention_ != nullptr)
     for (const auto& [name, tensor] : attention_->sums()) all["attention." + name] = tensor;
@@ -161,7 +174,7 @@ void LayerAccumulator::add(const SumTensors& sums) {
     part.count_0 += into["counts"].data_ptr<double>()[1];
     if (!rows.defined()) continue;
     part.flush();
-    if (!part.first_rows.defined()) part.first_rows = at::empty({kFirstRows, rows.size(1)}, at::kDouble);
+    if (!part.first_rows.defined()) part.first_rows = zeros_there({kFirstRows, rows.size(1)});
     part.first_rows.narrow(0, 0, rows.size(0)).copy_(rows);
     part.first_count = rows.size(0);
   }
@@ -178,6 +191,16 @@ void LayerAccumulator::clear() {
   }
   if (attention_ != nullptr)
     for (auto& [name, tensor] : attention_->sums()) at::Tensor(tensor).zero_();
+}
+
+void LayerAccumulator::leave_device() {
+  for (Sums& part : parts_) {
+    part.moment.packed();
+    part.moment_0.packed();
+    if (part.keys != nullptr) part.keys->packed();
+    if (part.values != nullptr) part.values->packed();
+  }
+  if (attention_ != nullptr) attention_->sums();
 }
 
 void LayerAccumulator::finish(const comm::Communicator& peers, std::int64_t layer) {
@@ -198,8 +221,8 @@ void LayerAccumulator::finish(const comm::Communicator& peers, std::int64_t laye
     peers.all_reduce(counts);
     part.count = counts[0];
     part.count_0 = counts[1];
-    part.sum = sums.sum;
-    part.sum_0 = sums.sum_0;
+    part.sum = model::to_host(sums.sum);
+    part.sum_0 = model::to_host(sums.sum_0);
     part.moment = sums.moment.packed();
     part.moment_0 = sums.moment_0.packed();
     if (sums.keys != nullptr) part.rotated_keys = sums.keys->packed();
@@ -380,7 +403,12 @@ std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader&
   hooks.observer = [&](std::int64_t layer) -> model::LayerObserver* { return &of_layer(layer); };
   // Halves go by a sequence's place in the whole list, whoever runs it and together with which others.
   std::vector<std::int64_t> starts;  // first sequence of this replica's micro-batches of the current group
+  const bool leave = options.residency == model::Residency::streamed && !model::compute().on_host();
+  std::int64_t running = -1;
   hooks.before_layer = [&](std::int64_t layer, std::int64_t index) {
+    // Of the layers that are streamed through a device, one has its sums there.
+    if (leave && running >= 0 && running != layer) of_layer(running).leave_device();
+    running = layer;
     of_layer(layer).expect(starts[static_cast<std::size_t>(index)]);
   };
   hooks.progress = options.progress;

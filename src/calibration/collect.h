@@ -19,7 +19,7 @@ namespace headfold::calibration {
 /// summation order nor the length of a float32 accumulation depends on the micro-batch size. Position-0 rows are
 /// buffered and their products formed in float64, since how many share one product depends on the number of replicas.
 /// With half-sample sums, even and odd sequences go to Grams of their own and meet in finish(): the same arithmetic,
-/// twice the memory.
+/// twice the memory. Sums stand on the device of model::compute() while they grow.
 class LayerAccumulator : public model::LayerObserver {
  public:
   /// `key_width` = kv_heads * head_dim of the rotated keys, 0 to leave them out. Neither values, halves nor attention.
@@ -43,6 +43,8 @@ class LayerAccumulator : public model::LayerObserver {
   void add(const SumTensors& sums);
   /// Forgets everything that was added.
   void clear();
+  /// Moves the sums to the host; what is added next takes them back.
+  void leave_device();
   /// Adds what is still buffered, sums over `peers` (collective, in float64, in place) and checks that everything is
   /// finite. InputError naming `layer` otherwise. Once, after the last forward.
   void finish(const comm::Communicator& peers, std::int64_t layer);

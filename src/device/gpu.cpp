@@ -49,6 +49,24 @@ std::vector<int> choose_gpus(const std::vector<RankGpus>& ranks, bool share) {
   return chosen;
 }
 
+GpuMemory gpu_memory([[maybe_unused]] int index) {
+#ifdef HEADFOLD_WITH_CUDA
+  int before = 0;
+  std::size_t free = 0, total = 0;
+  cudaError_t status = cudaGetDevice(&before);
+  if (status == cudaSuccess) status = cudaSetDevice(index);
+  if (status == cudaSuccess) status = cudaMemGetInfo(&free, &total);
+  if (status == cudaSuccess) status = cudaSetDevice(before);
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // clears a sticky "no device"
+    throw Error(ExitCode::internal, fmt::format("memory of GPU {}: {}", index, cudaGetErrorString(status)));
+  }
+  return {total, free};
+#else
+  throw NotCompiled("CUDA", "HEADFOLD_CUDA=ON");
+#endif
+}
+
 void use_gpu(int index) {
   if (index < 0) return;
 #ifdef HEADFOLD_WITH_CUDA

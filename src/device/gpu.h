@@ -3,6 +3,7 @@
 
 #include <headfold/comm/communicator.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,15 @@ struct RankGpus {
 /// one, otherwise the GPU of its place among the machine's ranks. UsageError that names ranks, machine and GPU when two
 /// ranks would share one, unless `share`.
 std::vector<int> choose_gpus(const std::vector<RankGpus>& ranks, bool share);
+
+/// Memory of a GPU in bytes, whoever uses it.
+struct GpuMemory {
+  std::uint64_t total = 0;
+  std::uint64_t free = 0;
+  std::uint64_t used() const { return total - free; }
+};
+/// Of GPU `index`. Throws NotCompiled without CUDA, Error when the GPU cannot be asked.
+GpuMemory gpu_memory(int index);
 
 /// From here on CUDA calls of this thread are for device `index` (nothing for -1). Throws NotCompiled without CUDA.
 void use_gpu(int index);

@@ -93,7 +93,7 @@ Compute parse_device(const std::string& text, int own_gpu) {
     if (text.size() < 6 || text[4] != ':' || error != std::errc() || stop != end || index < 0)
       throw UsageError(fmt::format("--device {}: not a device", text), "write cuda:0 for the first GPU");
   }
-  if (!at::hasCUDA()) throw NotCompiled("CUDA in libtorch", "a libtorch with CUDA (Torch_DIR) and HEADFOLD_CUDA=ON");
+  if (!at::hasCUDA()) throw NotCompiled("CUDA in libtorch", "Torch_DIR=<cmake folder of a libtorch with CUDA>");
   if (index < 0 || index >= gpus)
     throw UsageError(
         fmt::format("--device {}: libtorch sees {} GPU(s) here", text, gpus),

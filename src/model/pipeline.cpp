@@ -4,6 +4,7 @@
 #include "hidden_states.h"
 
 #include <deque>
+#include <future>
 #include <optional>
 
 namespace headfold::model {
@@ -229,8 +230,14 @@ void Pipeline::run_batches(const std::vector<at::Tensor>& micro_batches, const F
       const Embedding embedding(*state.reader, state.options.dtype);
       for (std::size_t i = 0; i < count; ++i) states.put(i, embedding.forward(micro_batches[i]));
     }
+    // A device computes while the host reads the layer after; on the host itself that layer would take memory and
+    // cores.
+    const bool ahead = !compute().on_host();
+    std::future<std::unique_ptr<Layer>> coming;
+    const auto load = [&](std::int64_t layer) { return load_layer(*state.reader, layer, state.options.dtype); };
     for (std::int64_t layer = range_.begin; layer < range_.end && count > 0; ++layer) {
-      const auto loaded = load_layer(*state.reader, layer, state.options.dtype);
+      const auto loaded = coming.valid() ? coming.get() : load(layer);
+      if (ahead && layer + 1 < range_.end) coming = std::async(std::launch::async, load, layer + 1);
       LayerObserver* observer = observer_of(layer);
       for (std::size_t i = 0; i < count; ++i) {
         at::Tensor hidden = layer == range_.begin && receiver ? receiver->receive() : states.take(i);

@@ -5,10 +5,7 @@
 #include <mutex>
 
 #include "attention.h"
-
-#if __has_include(<torch/version.h>)
-#include <torch/version.h>
-#endif
+#include "tensor_math.h"
 
 namespace headfold::model {
 namespace {
@@ -65,7 +62,7 @@ at::Tensor repeated(const at::Tensor& heads, std::int64_t readers) {
   return heads.unsqueeze(2).expand({s[0], s[1], readers, s[2], s[3]}).reshape({s[0], s[1] * readers, s[2], s[3]});
 }
 
-#if defined(TORCH_VERSION_MAJOR) && TORCH_VERSION_MAJOR >= 2
+#ifdef HEADFOLD_TORCH_FUSED_ATTENTION
 /// Whether fused attention applies: bfloat16 on a GPU without ALiBi, where nothing (one new token) or the usual
 /// triangle is masked.
 bool fused_attention(const at::Tensor& queries, const at::Tensor& slopes, std::int64_t start) {
@@ -83,7 +80,7 @@ at::Tensor attend_tensors(const at::Tensor& queries, const at::Tensor& keys, con
   const std::int64_t batch = queries.size(0), heads = queries.size(1), tokens = queries.size(2);
   const std::int64_t key_heads = keys.size(1), value_heads = values.size(1), value_width = values.size(3);
   const auto joined = [&](const at::Tensor& y) { return y.transpose(1, 2).reshape({batch, -1, heads * value_width}); };
-#if defined(TORCH_VERSION_MAJOR) && TORCH_VERSION_MAJOR >= 2
+#ifdef HEADFOLD_TORCH_FUSED_ATTENTION
   // Its kernels want equally many heads, and values as wide as keys or less.
   if (fused_attention(queries, slopes, start))
     return joined(at::scaled_dot_product_attention(queries, repeated(keys, heads / key_heads),
@@ -93,9 +90,6 @@ at::Tensor attend_tensors(const at::Tensor& queries, const at::Tensor& keys, con
   const at::ScalarType dtype = queries.scalar_type();
   const std::int64_t per_row = std::max<std::int64_t>(1, batch * heads * (start + tokens) * 16);
   const std::int64_t rows = std::clamp<std::int64_t>(attention_block_bytes() / per_row, 1, tokens);
-  // Products of bfloat16 are exact in float32; a GPU has its own units for the second one.
-  const at::Tensor all_keys = keys.to(at::kFloat);
-  const at::Tensor all_values = queries.is_cuda() ? values : values.to(at::kFloat);
   const at::Tensor positions = at::arange(start + tokens, queries.options().dtype(at::kFloat));
   at::Tensor alibi;
   if (slopes.defined()) alibi = (slopes.view({heads, 1}) * positions).to(dtype).to(at::kFloat).unsqueeze(1);
@@ -103,20 +97,19 @@ at::Tensor attend_tensors(const at::Tensor& queries, const at::Tensor& keys, con
   for (std::int64_t first = 0; first < tokens; first += rows) {
     const std::int64_t count = std::min(rows, tokens - first);
     const std::int64_t visible = start + first + count;
-    const at::Tensor q = queries.slice(2, first, first + count).to(at::kFloat);
-    at::Tensor scores = at::matmul(q.reshape({batch, key_heads, heads / key_heads * count, q.size(3)}),
-                                   all_keys.slice(2, 0, visible).transpose(2, 3))
+    const at::Tensor q = queries.slice(2, first, first + count);
+    at::Tensor scores = wide_matmul(q.reshape({batch, key_heads, heads / key_heads * count, q.size(3)}),
+                                    keys.slice(2, 0, visible).transpose(2, 3))
                             .reshape({batch, heads, count, visible})
                             .mul_(scale);
     if (alibi.defined()) scores.add_(alibi.slice(2, 0, visible));
     const at::Tensor own = positions.slice(0, start + first, visible).view({count, 1});
     scores.masked_fill_(positions.slice(0, 0, visible).view({1, visible}).gt(own),
                         -std::numeric_limits<float>::infinity());
-    const at::Tensor probabilities = at::softmax(scores, -1).to(dtype).to(all_values.scalar_type());
-    outputs.push_back(at::matmul(probabilities.reshape({batch, value_heads, heads / value_heads * count, visible}),
-                                 all_values.slice(2, 0, visible))
-                          .reshape({batch, heads, count, value_width})
-                          .to(dtype));
+    const at::Tensor probabilities = at::softmax(scores, -1).to(dtype);
+    outputs.push_back(narrow_matmul(probabilities.reshape({batch, value_heads, heads / value_heads * count, visible}),
+                                    values.slice(2, 0, visible))
+                          .reshape({batch, heads, count, value_width}));
   }
   return joined(outputs.size() == 1 ? outputs[0] : at::cat(outputs, 2));
 }
@@ -416,7 +409,7 @@ at::Tensor TensorLayer::forward_packed(const at::Tensor& hidden, const std::vect
 
 at::Tensor normalise_tensor(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
   if (bias.defined()) return at::layer_norm(x, weight.sizes(), weight, bias, eps);
-  const at::Tensor wide = x.to(at::kFloat);
+  const at::Tensor wide = x.to(wide_type(x.scalar_type()));
   const at::Tensor factor = at::rsqrt(wide.square().mean(-1, true).add_(eps));
   return (wide * factor).to(x.scalar_type()).mul_(weight);
 }

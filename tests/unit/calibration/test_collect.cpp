@@ -6,6 +6,7 @@
 #include <headfold/base/log.h>
 #include <headfold/calibration/collect.h>
 #include <headfold/checkpoint/safetensors.h>
+#include <headfold/model/compute.h>
 
 #include <fstream>
 
@@ -199,6 +200,54 @@ TEST_P(CollectTest, micro_batch_size_changes_rounding_only) {
     for (std::size_t i = 0; i < one.size(); ++i)
       EXPECT_LT(difference(more[i]->statistics(), one[i]->statistics()), 1e-6);
   }
+}
+
+// The code that GPUs run, on the CPU: layers, Grams in column blocks, attention statistics of all heads at once.
+TEST_P(CollectTest, tensor_engine_gives_the_native_sums) {
+  const checkpoint::Reader reader(golden_folder() / GetParam());
+  for (const auto& [dtype, most] : {std::pair(at::kFloat, 2e-5), std::pair(at::kBFloat16, 5e-2)}) {
+    const Layers native = collect(reader, comm::Grid{}, sequences(), options_of(2, model::Residency::resident, dtype));
+    for (int stages = 1; stages <= std::min(3, world().size()); ++stages) {
+      if (world().size() % stages != 0) continue;
+      const comm::Grid grid = comm::make_grid(world(), stages);
+      const std::int64_t first =
+          model::stage_layers(reader.config(), stages)[static_cast<std::size_t>(grid.stage)].begin;
+      for (const auto residency : {model::Residency::resident, model::Residency::streamed}) {
+        model::set_compute({model::Engine::tensors, at::kCPU});
+        const Layers found = collect(reader, grid, sequences(), options_of(2, residency, dtype));
+        model::set_compute({});
+        for (std::size_t i = 0; i < found.size(); ++i)
+          EXPECT_LT(difference(found[i]->statistics(), native[static_cast<std::size_t>(first) + i]->statistics()), most)
+              << "layer " << first << " + " << i << ", " << stages << " stages";
+      }
+    }
+  }
+}
+
+TEST_P(CollectTest, tensor_engine_hands_its_sums_over_and_takes_them_back) {
+  const checkpoint::Reader reader(golden_folder() / GetParam());
+  const CollectOptions options = options_of(2);
+  StatisticsShape shape = collected_shape(reader.config(), options, 33);
+  const at::Tensor slopes =
+      reader.config().family == checkpoint::Family::bloom ? model::alibi_slopes(reader.config().heads) : at::Tensor();
+  model::set_compute({model::Engine::tensors, at::kCPU});
+  const model::Embedding embedding(reader, at::kFloat);
+  const auto layer = model::load_layer(reader, 0, at::kFloat);
+  LayerAccumulator straight(shape, slopes), moved(shape, slopes), resumed(shape, slopes);
+  const at::Tensor ids = sequences(6);
+  for (std::int64_t i = 0; i < 6; ++i) {
+    const at::Tensor hidden = embedding.forward(ids.slice(0, i, i + 1));
+    layer->forward(hidden, nullptr, &straight);
+    LayerAccumulator& other = i < 3 ? moved : resumed;
+    other.expect(i);
+    layer->forward(hidden, nullptr, &other);
+    if (i == 1) moved.leave_device();
+    if (i == 2) resumed.add(moved.sums());
+  }
+  model::set_compute({});
+  straight.finish(comm::Communicator::self(), 0);
+  resumed.finish(comm::Communicator::self(), 0);
+  EXPECT_LT(difference(resumed.statistics(), straight.statistics()), 1e-13);
 }
 
 TEST_P(CollectTest, first_layer_sums_are_those_of_the_layer_run_by_hand) {
