@@ -7,6 +7,7 @@
 #include <mpi.h>
 #include <nccl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -23,6 +24,7 @@ struct Recorded {
 struct Operation {
   cudaStream_t stream = nullptr;
   std::function<void()> work;
+  bool sends = false;
 };
 
 std::map<cudaStream_t, std::deque<Step>> streams;  // the default one too, which nobody makes
@@ -84,12 +86,12 @@ ncclComm* current = nullptr;  // of the open group
 int group_depth = 0;
 
 /// NCCL takes work only after some polls, and refuses more before that.
-ncclResult_t ask(ncclComm_t comm, cudaStream_t stream, std::function<void()> work) {
+ncclResult_t ask(ncclComm_t comm, cudaStream_t stream, std::function<void()> work, bool sends = false) {
   if (comm->polls > 0) {
     breach("NCCL was called before it had taken the call before");
     return ncclInvalidUsage;
   }
-  comm->asked.push_back({stream, std::move(work)});
+  comm->asked.push_back({stream, std::move(work), sends});
   current = comm;
   if (group_depth == 0) comm->polls = 3;
   return ncclInProgress;
@@ -437,7 +439,12 @@ ncclResult_t ncclGroupStart() {
 }
 ncclResult_t ncclGroupEnd() {
   if (--group_depth < 0) breach("a group ends that never began");
-  if (current != nullptr) current->polls = 3;
+  if (current != nullptr) {
+    current->polls = 3;
+    // A group's transfers depend on one another; here they come one by one.
+    std::stable_partition(current->asked.begin(), current->asked.end(),
+                          [](const Operation& operation) { return operation.sends; });
+  }
   return current == nullptr ? ncclSuccess : ncclInProgress;
 }
 ncclResult_t ncclAllReduce(const void* from, void* to, std::size_t count, ncclDataType_t type, ncclRedOp_t op,
@@ -487,8 +494,9 @@ ncclResult_t ncclSend(const void* from, std::size_t count, ncclDataType_t type, 
                       cudaStream_t stream) {
   if (group_depth == 0) breach("a send outside a group");
   // Blocks only where messages are long; ours are not.
-  return ask(comm, stream,
-             [=] { MPI_Send(from, static_cast<int>(count * width_of(type)), MPI_BYTE, peer, 0, comm->comm); });
+  return ask(
+      comm, stream, [=] { MPI_Send(from, static_cast<int>(count * width_of(type)), MPI_BYTE, peer, 0, comm->comm); },
+      true);
 }
 ncclResult_t ncclRecv(void* to, std::size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
                       cudaStream_t stream) {
