@@ -21,6 +21,10 @@ foreach(_entry IN LISTS _folders)
   install(DIRECTORY "${_folder}/" DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/headfold/${_name} FILES_MATCHING PATTERN "*.h")
 endforeach()
 
+set(_config_cuda ${HEADFOLD_WITH_CUDA})
+if(HEADFOLD_WITH_CUDA AND NOT HEADFOLD_WITH_NCCL)
+  set(_config_cuda AUTO)  # ON asks for NCCL as well
+endif()
 configure_package_config_file(cmake/headfoldConfig.cmake.in "${PROJECT_BINARY_DIR}/headfoldConfig.cmake" INSTALL_DESTINATION ${_config_dir})
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/headfoldConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
 install(FILES "${PROJECT_BINARY_DIR}/headfoldConfig.cmake" "${PROJECT_BINARY_DIR}/headfoldConfigVersion.cmake"

@@ -83,7 +83,7 @@ Transport transport_of(std::string_view name) {
 Transport choose_transport(Transport asked, const std::vector<LinkSeat>& seats, bool compiled) {
   if (asked == Transport::mpi) return asked;
   if (!compiled) {
-    if (asked == Transport::nccl) throw NotCompiled("NCCL", "HEADFOLD_CUDA=ON, with nccl.h and libnccl installed,");
+    if (asked == Transport::nccl) throw NotCompiled("NCCL", "HEADFOLD_CUDA=ON");
     return Transport::mpi;
   }
   const std::string why_not = obstacle(seats);

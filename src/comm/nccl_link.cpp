@@ -290,7 +290,7 @@ std::string nccl_version() {
 }
 #else
 std::unique_ptr<LinkBackend> make_nccl_link(const Communicator&, int) {
-  throw NotCompiled("NCCL", "HEADFOLD_CUDA=ON, with nccl.h and libnccl installed,");
+  throw NotCompiled("NCCL", "HEADFOLD_CUDA=ON");
 }
 bool nccl_compiled() {
   return false;
