@@ -114,6 +114,7 @@ po::options_description finetune_options() {
   add("dry-run", po::bool_switch(), "print the plan and the memory per rank, and stop");
   add("overwrite", po::bool_switch(), "begin anew where OUT holds another training");
   add("out", po::value<std::string>()->required(), "folder to write");
+  add_device_option(own);
   return own;
 }
 
@@ -468,7 +469,9 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   // What is free now is free beside what the process holds already.
   const double budget =
       static_cast<double>(memory.process) +
-      world.all_reduce(static_cast<double>(available_memory_bytes()) / world.split_by_host().size(), comm::Reduce::min);
+      world.all_reduce(static_cast<double>(memory_for_model(static_cast<std::int64_t>(available_memory_bytes()) /
+                                                            world.split_by_host().size())),
+                       comm::Reduce::min);
   if (world.root()) std::cout << plan_text(context, s, config);
   if (s.dry_run) {
     std::optional<finetune::Dataset> data;

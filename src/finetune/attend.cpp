@@ -6,6 +6,7 @@
 #include <headfold/model/product.h>
 
 #include "elementwise.h"
+#include "tensors.h"
 
 namespace headfold::finetune {
 namespace {
@@ -119,6 +120,10 @@ void attend(const AttentionPlan& plan, const at::Tensor& queries, const at::Tens
   require_channels(keys, rows_all, plan.heads / plan.key_readers);
   require_channels(values, rows_all, plan.heads / plan.value_readers);
   require_channels(output, rows_all, plan.heads);
+  if (tensors::in_use()) {
+    tensors::attend(plan, queries, keys, values, output);
+    return;
+  }
   const std::int64_t rows = block_rows(plan, dtype, 1);
   at::parallel_for(0, plan.batch * plan.heads, 1, [&](std::int64_t begin, std::int64_t end) {
     thread_local Buffer key_buffer, value_buffer, score_buffer, probability_buffer;
@@ -155,6 +160,10 @@ void attend_backward(const AttentionPlan& plan, const at::Tensor& queries, const
   const std::int64_t value_heads = plan.heads / plan.value_readers;
   require_channels(doutput, rows_all, plan.heads);
   require_channels(dqueries, rows_all, plan.heads);
+  if (tensors::in_use()) {
+    tensors::attend_backward(plan, queries, keys, values, doutput, dqueries, dkeys, dvalues);
+    return;
+  }
   const std::int64_t rows = block_rows(plan, dtype, 2);
 
   // A task holds the query heads of one value head, so that it alone adds to that head's gradients. Where these tasks

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <mutex>
 
+#include "tensors.h"
+
 namespace headfold::finetune {
 namespace {
 
@@ -75,6 +77,7 @@ void norm_row_backward(const double* x, const double* weight, bool centred, cons
 }  // namespace
 
 at::Tensor normalise(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  if (tensors::in_use()) return tensors::normalise(x, weight, bias, eps);
   require_dense(x);
   at::Tensor y = at::empty_like(x);
   const std::int64_t n = x.size(1);
@@ -98,6 +101,10 @@ at::Tensor normalise(const at::Tensor& x, const at::Tensor& weight, const at::Te
 void normalise_backward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps,
                         const at::Tensor& dy, const at::Tensor& dx, const at::Tensor& dweight,
                         const at::Tensor& dbias) {
+  if (tensors::in_use()) {
+    tensors::normalise_backward(x, weight, bias, eps, dy, dx, dweight, dbias);
+    return;
+  }
   for (const at::Tensor* each : {&x, &dy, &dx}) require_dense(*each);
   const std::int64_t n = x.size(1);
   const bool trains = dweight.defined();
@@ -144,6 +151,10 @@ void rotate(const at::Tensor& x, const Rotation& rotation, bool inverse) {
       static_cast<std::int64_t>(rotation.positions.size()) != x.size(0))
     throw InternalError(fmt::format("rotation of [{}] by {} frequencies at {} positions", fmt::join(x.sizes(), ", "),
                                     rotation.cosine.size(1), rotation.positions.size()));
+  if (tensors::in_use()) {
+    tensors::rotate(x, rotation, inverse);
+    return;
+  }
   const float* cosine = rotation.cosine.data_ptr<float>();
   const at::Tensor turned = inverse ? rotation.sine.neg() : rotation.sine;
   const float* sine = turned.data_ptr<float>();
@@ -171,6 +182,7 @@ void rotate(const at::Tensor& x, const Rotation& rotation, bool inverse) {
 }
 
 at::Tensor silu_times(const at::Tensor& gate, const at::Tensor& up) {
+  if (tensors::in_use()) return tensors::silu_times(gate, up);
   require_dense(up);
   at::Tensor y = gate.clone();
   for_elements(y, [&](std::int64_t offset, std::int64_t n) {
@@ -186,6 +198,10 @@ at::Tensor silu_times(const at::Tensor& gate, const at::Tensor& up) {
 }
 
 void silu_times_backward(const at::Tensor& gate, const at::Tensor& up, const at::Tensor& dy) {
+  if (tensors::in_use()) {
+    tensors::silu_times_backward(gate, up, dy);
+    return;
+  }
   for (const at::Tensor* each : {&gate, &up, &dy}) require_dense(*each);
   for_elements(gate, [&](std::int64_t offset, std::int64_t n) {
     if (is_double(gate)) {
@@ -206,6 +222,7 @@ void silu_times_backward(const at::Tensor& gate, const at::Tensor& up, const at:
 }
 
 at::Tensor gelu_of(const at::Tensor& x) {
+  if (tensors::in_use()) return tensors::gelu_of(x);
   at::Tensor y = x.clone();
   for_elements(y, [&](std::int64_t offset, std::int64_t n) {
     if (is_double(y)) {
@@ -220,6 +237,10 @@ at::Tensor gelu_of(const at::Tensor& x) {
 }
 
 void gelu_gradient(const at::Tensor& x, const at::Tensor& dy) {
+  if (tensors::in_use()) {
+    tensors::gelu_gradient(x, dy);
+    return;
+  }
   for (const at::Tensor* each : {&x, &dy}) require_dense(*each);
   for_elements(x, [&](std::int64_t offset, std::int64_t n) {
     if (is_double(x)) {
@@ -311,14 +332,19 @@ void apply_mask(const at::Tensor& x, const DropoutMask& mask) {
 }  // namespace
 
 at::Tensor drop(const at::Tensor& x, const DropoutMask& mask) {
+  if (tensors::in_use()) return tensors::drop(x, mask);
   at::Tensor y = x.clone();
   apply_mask(y, mask);
   return y;
 }
 
 void add_dropped(const at::Tensor& dx, const at::Tensor& dy, const DropoutMask& mask) {
-  apply_mask(dy, mask);
   const at::Tensor& sum = dx;
+  if (tensors::in_use()) {
+    sum.add_(tensors::drop(dy, mask));
+    return;
+  }
+  apply_mask(dy, mask);
   sum.add_(dy);
 }
 

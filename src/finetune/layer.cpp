@@ -2,8 +2,11 @@
 
 #include <ATen/Parallel.h>
 #include <headfold/base/error.h>
+#include <headfold/model/compute.h>
 #include <headfold/model/model.h>
 #include <headfold/model/product.h>
+
+#include "tensors.h"
 
 namespace headfold::finetune {
 namespace {
@@ -22,6 +25,10 @@ Matrix matrix(const at::Tensor& x) {
 
 /// c = op(a) op(b) or c += …; c may be wider than a and b (gradients of bfloat16 products).
 void product(const at::Tensor& a, const at::Tensor& b, const Operation& operation, const at::Tensor& c) {
+  if (tensors::in_use()) {
+    tensors::product(a, b, operation, c);
+    return;
+  }
   multiply(matrix(a), matrix(b), operation, a.scalar_type(), c.data_ptr(), c.stride(0), c.scalar_type());
 }
 
@@ -68,6 +75,11 @@ Weight Loader::weight(const std::string& name, const std::vector<std::int64_t>& 
     reader_.done_with(name);
     return weight;
   }
+  if (tensors::in_use()) {
+    weight.frozen = model::to_device(reader_.weight(name, shape), dtype_);
+    reader_.done_with(name);
+    return weight;
+  }
   // What is stored in the compute dtype is used where it is mapped: the ranks of a host then share it.
   const bool usable = reader_.has(name) && reader_.info(name).shape == shape &&
                       checkpoint::scalar_type(reader_.info(name).dtype) == dtype_;
@@ -103,7 +115,11 @@ Norm Loader::norm(const std::string& module, std::int64_t width, bool bias, std:
 // Weights during a pass
 
 at::Tensor Pass::value(std::ptrdiff_t parameter) const {
-  return (*parameters)[static_cast<std::size_t>(parameter)].value.to(dtype);
+  const auto i = static_cast<std::size_t>(parameter);
+  if (!tensors::in_use()) return (*parameters)[i].value.to(dtype);
+  at::Tensor& copy = on_device->values.at(i);
+  if (!copy.defined()) copy = model::to_device((*parameters)[i].value, dtype);
+  return copy;
 }
 
 at::Tensor Pass::value(const Weight& weight) const {
@@ -111,7 +127,27 @@ at::Tensor Pass::value(const Weight& weight) const {
 }
 
 at::Tensor Pass::gradient(const Weight& weight) const {
-  return weight.parameter < 0 ? at::Tensor() : (*parameters)[static_cast<std::size_t>(weight.parameter)].gradient;
+  return weight.parameter < 0 ? at::Tensor() : gradient(weight.parameter);
+}
+
+at::Tensor Pass::gradient(std::ptrdiff_t parameter) const {
+  const auto i = static_cast<std::size_t>(parameter);
+  const Parameter& own = (*parameters)[i];
+  if (!tensors::in_use()) return own.gradient;
+  at::Tensor& sum = on_device->gradients.at(i);
+  if (!sum.defined()) sum = at::zeros(own.gradient.sizes(), own.gradient.options().device(model::compute().device));
+  return sum;
+}
+
+void Pass::hand_over(std::int64_t layer) const {
+  if (!tensors::in_use()) return;
+  for (std::size_t i = 0; i < parameters->size(); ++i) {
+    Parameter& own = (*parameters)[i];
+    if (own.layer != layer) continue;
+    at::Tensor& sum = on_device->gradients.at(i);
+    if (sum.defined()) own.gradient.add_(model::to_host(sum));
+    sum.reset();
+  }
 }
 
 DropoutMask Pass::mask(const Linear& linear) const {
@@ -147,9 +183,7 @@ void project_backward(const Pass& pass, const Linear& linear, const LinearState&
     product(dy, x, {.transpose_a = true, .accumulate = true}, gradient);
   if (const at::Tensor gradient = pass.gradient(linear.bias); gradient.defined()) add_rows(gradient, dy);
   if (linear.a < 0) return;
-  const auto gradient = [&](std::ptrdiff_t index) {
-    return (*pass.parameters)[static_cast<std::size_t>(index)].gradient;
-  };
+  const auto gradient = [&](std::ptrdiff_t index) { return pass.gradient(index); };
   product(dy, state.low, {.transpose_a = true, .accumulate = true}, gradient(linear.b));
   const at::Tensor dlow = rows_like(dy, state.low.size(1));
   product(dy, pass.value(linear.b), {}, dlow);
@@ -201,7 +235,10 @@ struct HeadProducts {
     });
   }
 
+  tensors::HeadShape shape() const { return {items, inputs_shared, matrices_shared, transposed}; }
+
   at::Tensor forward(const at::Tensor& x) const {
+    if (tensors::in_use()) return tensors::head_products(x, matrices, shape());
     at::Tensor y = rows_like(x, items * width_out());
     each([&](std::int64_t item) {
       multiply(columns(x, item / inputs_shared, width_in()), factor(item), Operation{.transpose_b = !transposed},
@@ -212,6 +249,7 @@ struct HeadProducts {
   }
   /// Gradient with respect to x; adds that of the matrices to `dmatrices` if defined.
   at::Tensor backward(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& dmatrices) const {
+    if (tensors::in_use()) return tensors::head_products_backward(x, matrices, shape(), dy, dmatrices);
     at::Tensor dx = rows_like(dy, items / inputs_shared * width_in());
     each([&](std::int64_t item) {
       const Matrix d = columns(dy, item, width_out());

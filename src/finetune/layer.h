@@ -7,6 +7,7 @@
 #include <headfold/finetune/trainable.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -77,12 +78,21 @@ struct Pass {
   std::vector<std::int64_t> numbers;        ///< of every sequence
   std::vector<std::int64_t> segment_begin;  ///< see AttentionPlan
   Rotation rotation;                        ///< undefined tensors for ALiBi
+  /// Engine `tensors`: parameters and their gradients live on the host, where the optimiser is; these are their copies
+  /// on the device, made when first asked for.
+  struct OnDevice {
+    std::vector<at::Tensor> values, gradients;
+  };
+  std::shared_ptr<OnDevice> on_device;
 
   /// In the compute dtype.
   at::Tensor value(const Weight& weight) const;
   at::Tensor value(std::ptrdiff_t parameter) const;
   /// Where to add a gradient; undefined when frozen.
   at::Tensor gradient(const Weight& weight) const;
+  at::Tensor gradient(std::ptrdiff_t parameter) const;
+  /// Adds the gradients of a layer's parameters that wait on the device to Parameter::gradient.
+  void hand_over(std::int64_t layer) const;
   DropoutMask mask(const Linear& linear) const;
 };
 

@@ -4,6 +4,7 @@
 #include <headfold/base/error.h>
 
 #include "elementwise.h"
+#include "tensors.h"
 
 namespace headfold::finetune {
 namespace {
@@ -181,6 +182,7 @@ std::int64_t logit_chunk_rows(std::int64_t vocab, at::ScalarType compute, std::i
 
 LossSums loss_of_rows(const at::Tensor& logits, const at::Tensor& targets, const TeacherRows& teacher,
                       const LossOptions& options, double scale, bool gradient) {
+  if (tensors::in_use()) return tensors::loss_of_rows(logits, targets, teacher, options, scale, gradient);
   return logits.scalar_type() == at::kDouble ? all_rows<double>(logits, targets, teacher, options, scale, gradient)
                                              : all_rows<float>(logits, targets, teacher, options, scale, gradient);
 }

@@ -3,6 +3,7 @@
 #include <headfold/base/log.h>
 #include <headfold/comm/stopping.h>
 #include <headfold/finetune/teacher.h>
+#include <headfold/model/compute.h>
 #include <headfold/tokenizer/tokenizer.h>
 
 #include <fstream>
@@ -84,8 +85,8 @@ void write_teacher_cache(const comm::Communicator& world, const std::filesystem:
         const std::int64_t end = std::min(scored.numel(), begin + chunk);
         const auto [top, which] =
             at::topk(at::log_softmax(view.logits(begin, end).to(at::kFloat), -1), width, -1, true, true);
-        log_probs.index_copy_(0, scored.slice(0, begin, end), top);
-        tokens.index_copy_(0, scored.slice(0, begin, end), which.to(at::kInt));
+        log_probs.index_copy_(0, scored.slice(0, begin, end), model::to_host(top));
+        tokens.index_copy_(0, scored.slice(0, begin, end), model::to_host(which).to(at::kInt));
       }
       for (const auto& [tensor, which] : {std::pair{&log_probs, 0}, std::pair{&tokens, 1}}) {
         const std::uint64_t at =

@@ -1,11 +1,13 @@
 #include <ATen/Parallel.h>
 #include <headfold/base/error.h>
 #include <headfold/finetune/trainable.h>
+#include <headfold/model/compute.h>
 #include <headfold/model/model.h>
 #include <headfold/model/product.h>
 
 #include "layer.h"
 #include "loss.h"
+#include "tensors.h"
 
 namespace headfold::finetune {
 namespace {
@@ -101,8 +103,8 @@ struct TrainableModel::State {
     if (inverse_frequencies.defined()) {
       // As the decoder does: angles, cos and sin in float32, then the compute dtype's rounding.
       const at::Tensor angles = at::outer(at::arange(pass.tokens, at::kFloat), inverse_frequencies.to(at::kFloat));
-      pass.rotation.cosine = at::cos(angles).to(dtype).to(at::kFloat);
-      pass.rotation.sine = at::sin(angles).to(dtype).to(at::kFloat);
+      pass.rotation.cosine = at::cos(angles).to(dtype).to(at::kFloat).to(model::compute().device);
+      pass.rotation.sine = at::sin(angles).to(dtype).to(at::kFloat).to(model::compute().device);
       for (std::size_t i = 0; i < pass.segment_begin.size(); ++i)
         pass.rotation.positions.push_back(static_cast<std::int64_t>(i) % pass.tokens - pass.segment_begin[i]);
     }
@@ -114,14 +116,20 @@ struct TrainableModel::State {
     pass.parameters = &parameters;
     pass.dtype = dtype;
     pass.lora_scale = options.scale();
+    if (tensors::in_use()) {
+      pass.on_device = std::make_shared<Pass::OnDevice>();
+      pass.on_device->values.resize(parameters.size());
+      pass.on_device->gradients.resize(parameters.size());
+    }
     return pass;
   }
 
   at::Tensor embed_rows(const Pass& pass, const Batch& batch) const {
+    // A trained table is not rounded as a whole for the few rows of a batch.
     const at::Tensor table = embedding.parameter < 0
                                  ? embedding.frozen
                                  : (*pass.parameters)[static_cast<std::size_t>(embedding.parameter)].value;
-    return at::index_select(table, 0, batch.ids.reshape({-1})).to(dtype);
+    return at::index_select(table, 0, batch.ids.reshape({-1}).to(table.device())).to(dtype).to(model::compute().device);
   }
 
   at::Tensor embed(const Pass& pass, const Batch& batch) const {
@@ -140,7 +148,7 @@ struct TrainableModel::State {
                          pass.gradient(embedding_norm.bias));
       dx = drows;
     }
-    gradient.index_add_(0, batch.ids.reshape({-1}), dx.to(gradient.scalar_type()));
+    gradient.index_add_(0, batch.ids.reshape({-1}).to(gradient.device()), dx.to(gradient.scalar_type()));
   }
 
   at::Tensor final_norm(const Pass& pass, const at::Tensor& x) const {
@@ -150,6 +158,10 @@ struct TrainableModel::State {
 
   /// Logits [rows, vocab] of normed rows, float32 (float64), into `out`.
   void project_logits(const at::Tensor& normed, const at::Tensor& table, const at::Tensor& out) const {
+    if (tensors::in_use()) {
+      tensors::product(normed, table, model::Operation{.transpose_b = true}, out);
+      return;
+    }
     model::multiply({normed.data_ptr(), normed.size(0), normed.size(1), normed.size(1)},
                     {table.data_ptr(), table.size(0), table.size(1), table.size(1)},
                     model::Operation{.transpose_b = true}, dtype, out.data_ptr(), out.size(1), out.scalar_type());
@@ -214,24 +226,30 @@ struct TrainableModel::State {
     const at::Tensor norm_bias = norm.bias.defined() ? pass.value(norm.bias) : at::Tensor();
     for (std::int64_t begin = 0; begin < positions; begin += rows) {
       const std::int64_t end = std::min(positions, begin + rows);
-      const at::Tensor index = scored.slice(0, begin, end);
+      const at::Tensor index = scored.slice(0, begin, end).to(x.device());
       const at::Tensor own = x.index_select(0, index);
       const at::Tensor normed = normalise(own, norm_weight, norm_bias, config.norm_eps);
       const at::Tensor logits = buffer.slice(0, 0, end - begin);
       project_logits(normed, table, logits);
-      const LossSums part = loss_of_rows(logits, flat.index_select(0, index), teacher_rows(teacher, begin, end), loss,
-                                         scale, gradient != nullptr);
+      const LossSums part = loss_of_rows(logits, flat.index_select(0, scored.slice(0, begin, end)),
+                                         teacher_rows(teacher, begin, end), loss, scale, gradient != nullptr);
       sums += part;
       if (gradient == nullptr) continue;
       const at::Tensor dlogits = logits.to(dtype);
-      const model::Matrix d{dlogits.data_ptr(), end - begin, config.vocab, config.vocab};
       const at::Tensor dnormed = at::empty_like(normed);
-      model::multiply(d, {table.data_ptr(), config.vocab, config.hidden, config.hidden}, model::Operation{}, dtype,
-                      dnormed.data_ptr(), config.hidden, dtype);
-      if (const at::Tensor dtable = pass.gradient(head); dtable.defined())
-        model::multiply(d, {normed.data_ptr(), end - begin, config.hidden, config.hidden},
-                        model::Operation{.transpose_a = true, .accumulate = true}, dtype, dtable.data_ptr(),
-                        config.hidden, dtable.scalar_type());
+      const at::Tensor dtable = pass.gradient(head);
+      const model::Operation outer{.transpose_a = true, .accumulate = true};
+      if (tensors::in_use()) {
+        tensors::product(dlogits, table, {}, dnormed);
+        if (dtable.defined()) tensors::product(dlogits, normed, outer, dtable);
+      } else {
+        const model::Matrix d{dlogits.data_ptr(), end - begin, config.vocab, config.vocab};
+        model::multiply(d, {table.data_ptr(), config.vocab, config.hidden, config.hidden}, model::Operation{}, dtype,
+                        dnormed.data_ptr(), config.hidden, dtype);
+        if (dtable.defined())
+          model::multiply(d, {normed.data_ptr(), end - begin, config.hidden, config.hidden}, outer, dtype,
+                          dtable.data_ptr(), config.hidden, dtable.scalar_type());
+      }
       const at::Tensor dx = at::zeros_like(own);
       normalise_backward(own, norm_weight, norm_bias, config.norm_eps, dnormed, dx, pass.gradient(norm.weight),
                          pass.gradient(norm.bias));
@@ -264,11 +282,12 @@ LossSums TrainableModel::forward_backward(const Batch& batch, const TeacherView*
   State& state = *state_;
   check_batch(batch, state.config);
   if (state.parameters.empty()) throw InternalError("a backward pass through a model of which nothing trains");
-  const auto done = [&](std::int64_t layer) {
-    if (layer_done) layer_done(layer);
-  };
   const std::int64_t layers = state.config.layers;
   const Pass pass = state.pass_of(batch, true, dropout_seed);
+  const auto done = [&](std::int64_t layer) {
+    pass.hand_over(layer);
+    if (layer_done) layer_done(layer);
+  };
   std::vector<at::Tensor> inputs(static_cast<std::size_t>(layers));
   std::vector<std::optional<LayerState>> kept(static_cast<std::size_t>(layers));
   at::Tensor x = state.embed(pass, batch);
@@ -314,7 +333,7 @@ at::Tensor TrainableModel::hidden(const Batch& batch) const {
   const Pass pass = state.pass_of(batch, false, 0);
   at::Tensor x = state.embed(pass, batch);
   for (const TrainableLayer& layer : state.layers) x = layer.forward(pass, x, nullptr);
-  return x.index_select(0, at::nonzero(batch.targets.reshape({-1}).ge(0)).view({-1}));
+  return x.index_select(0, at::nonzero(batch.targets.reshape({-1}).ge(0)).view({-1}).to(x.device()));
 }
 
 at::Tensor TrainableModel::logits(const at::Tensor& hidden) const {

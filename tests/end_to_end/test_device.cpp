@@ -87,6 +87,31 @@ TEST_F(DeviceTest, greedy_text_is_the_same) {
   EXPECT_EQ(texts[0], texts[1]);
 }
 
+TEST_F(DeviceTest, healing_begins_with_the_same_losses) {
+  std::vector<std::vector<double>> losses;
+  for (const char* device : kDevices) {
+    const std::filesystem::path out = scratch_ / ("healed-" + std::to_string(losses.size()));
+    const std::string model = demo_model("prose-llama").string(), text = data("calibration.jsonl");
+    std::vector<std::string> arguments = {"finetune", "--model", model, "--device", device};
+    for (const char* more :
+         {"--teacher", model.c_str(), "--data",  text.c_str(),      "--seq-len", "64",        "--steps",
+          "4",         "--batch",     "4",       "--learning-rate", "1e-3",      "--warm-up", "0",
+          "--distill", "0.5",         "--dtype", "float32",         "--out",     out.c_str()})
+      arguments.push_back(more);
+    const Outcome outcome = run(2, arguments);
+    ASSERT_EQ(outcome.code, 0) << outcome.output;
+    losses.emplace_back();
+    std::ifstream lines(out / "train.jsonl");
+    for (std::string line; std::getline(lines, line);)
+      if (const Json step = Json::parse(line); step.contains("loss")) losses.back().push_back(step.at("loss"));
+  }
+  ASSERT_EQ(losses[0].size(), 4U);
+  ASSERT_EQ(losses[1].size(), 4U);
+  for (std::size_t i = 0; i < 4; ++i)
+    EXPECT_NEAR(losses[1][i], losses[0][i], 1e-4 * losses[0][i] + 1e-6) << "step " << i;
+  EXPECT_NE(losses[0][3], losses[0][0]) << "nothing was trained";
+}
+
 TEST_F(DeviceTest, nonsense_is_refused) {
   for (const auto& [device, what] :
        {std::pair("gpu", "--device gpu"), std::pair("cuda:", "--device cuda:"), std::pair("cuda:x", "--device cuda:x"),

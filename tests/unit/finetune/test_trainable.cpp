@@ -2,6 +2,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <gtest/gtest.h>
 #include <headfold/base/error.h>
+#include <headfold/model/compute.h>
 #include <headfold/model/product.h>
 
 #include <set>
@@ -40,8 +41,14 @@ std::int64_t scored(const Batch& batch) {
 // -----------------------------------------------------------------------------------------------------------------------------
 // Gradients
 
-class GradientTest : public testing::TestWithParam<Form> {
+/// Every form, by the native engine and by the one in libtorch's operations.
+class GradientTest : public testing::TestWithParam<std::tuple<Form, model::Engine>> {
  protected:
+  const Json& json() const { return form_.json; }
+
+  Form form_ = std::get<0>(GetParam());
+  model::Engine engine_ = std::get<1>(GetParam());
+
   /// Central differences along a random direction, for every parameter.
   static void check(TrainableModel& model, const Batch& batch, const TeacherView* teacher, const LossOptions& loss) {
     constexpr double kScale = 0.7;
@@ -77,14 +84,18 @@ class GradientTest : public testing::TestWithParam<Form> {
   }
 
   void SetUp() override {
+    model::set_compute({engine_, at::kCPU});
     model::set_attention_block_bytes(5 * 11 * 16 * at::get_num_threads());  // a few rows of scores at a time
   }
-  void TearDown() override { model::set_attention_block_bytes(std::int64_t{256} << 20); }
+  void TearDown() override {
+    model::set_attention_block_bytes(std::int64_t{256} << 20);
+    model::set_compute({});
+  }
 };
 
 TEST_P(GradientTest, of_adapters_are_finite_differences) {
   const ScratchFolder folder;
-  const checkpoint::Reader reader = write_model(folder / "model", GetParam().json);
+  const checkpoint::Reader reader = write_model(folder / "model", json());
   const Batch batch = segmented_batch(97);
   TrainableModel model(reader, adapt_all(3, 0.2), at::kDouble);
   fill_adapters(model);
@@ -95,7 +106,7 @@ TEST_P(GradientTest, of_adapters_are_finite_differences) {
 
 TEST_P(GradientTest, of_all_weights_are_finite_differences) {
   const ScratchFolder folder;
-  const checkpoint::Reader reader = write_model(folder / "model", GetParam().json);
+  const checkpoint::Reader reader = write_model(folder / "model", json());
   const Batch batch = segmented_batch(97);
   TrainableModel model(reader, train_all(), at::kDouble);
   std::set<std::string> names;
@@ -110,7 +121,7 @@ TEST_P(GradientTest, of_all_weights_are_finite_differences) {
 
 TEST_P(GradientTest, of_float32_and_bfloat16_follow_float64) {
   const ScratchFolder folder;
-  const checkpoint::Reader reader = write_model(folder / "model", GetParam().json);
+  const checkpoint::Reader reader = write_model(folder / "model", json());
   const Batch batch = segmented_batch(97);
   const TeacherView teacher = logits_teacher(scored(batch), 97);
   for (const LoraOptions& options : {adapt_all(4, 0.1), train_all()}) {
@@ -132,7 +143,7 @@ TEST_P(GradientTest, of_float32_and_bfloat16_follow_float64) {
 
 TEST_P(GradientTest, are_the_same_bits_with_and_without_kept_activations) {
   const ScratchFolder folder;
-  const checkpoint::Reader reader = write_model(folder / "model", GetParam().json);
+  const checkpoint::Reader reader = write_model(folder / "model", json());
   const Batch batch = segmented_batch(97);
   for (const LoraOptions& options : {adapt_all(4, 0.25), train_all()}) {
     TrainableModel model(reader, options, at::kFloat);
@@ -152,7 +163,7 @@ TEST_P(GradientTest, are_the_same_bits_with_and_without_kept_activations) {
 
 TEST_P(GradientTest, logits_are_those_of_the_decoder) {
   const ScratchFolder folder;
-  const checkpoint::Reader reader = write_model(folder / "model", GetParam().json);
+  const checkpoint::Reader reader = write_model(folder / "model", json());
   Batch batch = plain_batch(2, 40, 97);
   batch.targets = batch.ids;
   for (const auto& [dtype, bound] : {std::pair(at::kFloat, 1e-5), std::pair(at::kBFloat16, 5e-2)}) {
@@ -164,7 +175,53 @@ TEST_P(GradientTest, logits_are_those_of_the_decoder) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Forms, GradientTest, testing::ValuesIn(all_forms()),
+std::string form_name(const testing::TestParamInfo<std::tuple<Form, model::Engine>>& given) {
+  return std::get<0>(given.param).name;
+}
+INSTANTIATE_TEST_SUITE_P(Forms, GradientTest,
+                         testing::Combine(testing::ValuesIn(all_forms()), testing::Values(model::Engine::native)),
+                         form_name);
+
+/// One form of every path through a layer; EngineTest has all of them.
+std::vector<Form> some_forms() {
+  std::vector<Form> some;
+  for (const Form& form : all_forms())
+    for (const char* name : {"llama_gqa", "llama_projected", "llama_latent", "bloom_six_heads", "bloom_latent_wide"})
+      if (form.name == name) some.push_back(form);
+  return some;
+}
+INSTANTIATE_TEST_SUITE_P(Tensors, GradientTest,
+                         testing::Combine(testing::ValuesIn(some_forms()), testing::Values(model::Engine::tensors)),
+                         form_name);
+
+class EngineTest : public testing::TestWithParam<Form> {};
+
+TEST_P(EngineTest, gradients_of_both_agree) {
+  const ScratchFolder folder;
+  const checkpoint::Reader reader = write_model(folder / "model", GetParam().json);
+  const Batch batch = segmented_batch(97);
+  const TeacherView top = top_teacher(scored(batch), 97, 5);
+  for (const LoraOptions& options : {adapt_all(4, 0.3), train_all()}) {
+    std::vector<std::vector<at::Tensor>> found;
+    std::vector<LossSums> sums;
+    for (const model::Engine engine : {model::Engine::native, model::Engine::tensors}) {
+      model::set_compute({engine, at::kCPU});
+      TrainableModel model(reader, options, at::kDouble);
+      fill_adapters(model);
+      sums.push_back(model.forward_backward(batch, &top, {0.4, 1}, 1, 8));
+      found.push_back(gradients(model));
+    }
+    model::set_compute({});
+    EXPECT_EQ(sums[0].tokens, sums[1].tokens);
+    EXPECT_EQ(sums[0].agreements, sums[1].agreements);
+    EXPECT_NEAR(sums[1].cross_entropy, sums[0].cross_entropy, 1e-6 * sums[0].cross_entropy);
+    EXPECT_NEAR(sums[1].divergence, sums[0].divergence, 1e-6 * sums[0].divergence);
+    // Dropout takes the same elements; the constants of GELU differ in the eighth digit.
+    EXPECT_LE(difference(found[1], found[0]), 1e-6);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Forms, EngineTest, testing::ValuesIn(all_forms()),
                          [](const auto& given) { return given.param.name; });
 
 // -----------------------------------------------------------------------------------------------------------------------------
