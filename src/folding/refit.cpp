@@ -554,13 +554,23 @@ class Refitter {
   at::Tensor regressed(const at::Tensor& weight, const at::Tensor& gram, const at::Tensor& wanted) const {
     at::Tensor result = weight.clone();
     for_each_item(1, [&](std::int64_t) {
+      std::vector<std::int64_t> alive;
+      std::vector<double> means;
       for (std::int64_t h = 0; h < weight.size(0); ++h) {
         const double mean = gram[h].diagonal().mean().item<double>();
         if (!(mean > 0) || !std::isfinite(mean)) continue;
-        const linalg::Eigen eigen = linalg::eigh(gram[h]);
-        const at::Tensor values = eigen.values.clamp_min(0) + options_.score_ridge * mean;
+        alive.push_back(h);
+        means.push_back(mean);
+      }
+      if (alive.empty()) return;
+      const linalg::Eigen eigen = linalg::eigh_batched(gram.index_select(0, at::tensor(alive, at::kLong)));
+      for (std::size_t i = 0; i < alive.size(); ++i) {
+        const std::int64_t h = alive[i];
+        const at::Tensor vectors = eigen.vectors[static_cast<std::int64_t>(i)].clone();
+        const at::Tensor values =
+            eigen.values[static_cast<std::int64_t>(i)].clamp_min(0) + options_.score_ridge * means[i];
         const at::Tensor missing = wanted[h] - at::mm(gram[h], weight[h]);
-        result[h].add_(at::mm(eigen.vectors, at::mm(eigen.vectors.t(), missing) / values.unsqueeze(1)));
+        result[h].add_(at::mm(vectors, at::mm(vectors.t(), missing) / values.unsqueeze(1)));
       }
     });
     return rounded(result, stored_dtype());
