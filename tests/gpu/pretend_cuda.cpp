@@ -135,7 +135,9 @@ void set_address(const std::string& address) {
   gpu_address = address;
 }
 void in_default_stream(std::function<void()> work) {
-  streams[nullptr].push_back([work = std::move(work)] {
+  // Slower than anything that could overtake it.
+  streams[nullptr].push_back([work = std::move(work), polls = 50]() mutable {
+    if (--polls > 0) return false;
     work();
     return true;
   });

@@ -154,10 +154,14 @@ TEST(PretendCublas, columns_and_rows_are_where_they_belong) {
     const at::Tensor expected = at::matmul(wide.narrow(1, 4, 8).t(), wide.narrow(1, 2, 3));
     EXPECT_LT((seen(out).to(at::kDouble) - expected).abs().max().item<double>(), 1e-5);
     // One row, whose stride says nothing, and columns that are not next to each other.
-    const at::Tensor row = wide.narrow(0, 0, 1).to(dtype).t().contiguous().t();
-    ASSERT_EQ(row.stride(0), 1);
+    const std::vector<std::int64_t> one_row = {1, n}, any_stride = {1, 1};
+    const at::Tensor row = at::for_blob(x.data_ptr(), one_row)
+                               .strides(any_stride)
+                               .options(at::TensorOptions().dtype(dtype).device(at::Device(at::kCUDA, 0)))
+                               .target_device(at::Device(at::kCUDA, 0))
+                               .make_tensor();
     at::Tensor square = pretend::on_gpu(at::zeros({n, n}));
-    linalg::cublas_product(pretend::on_gpu(row), pretend::on_gpu(row), square);
+    linalg::cublas_product(row, row, square);
     const at::Tensor first = wide.narrow(0, 0, 1);
     EXPECT_LT((seen(square).to(at::kDouble) - at::matmul(first.t(), first)).abs().max().item<double>(), 1e-6);
     const at::Tensor turned = pretend::on_gpu(wide.to(dtype).t().contiguous().t());
