@@ -18,6 +18,9 @@
 namespace headfold {
 namespace {
 
+/// Opening a pipe would wait for a writer; that it is no regular file is found out right afterwards.
+constexpr int kToRead = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
+
 std::string reason() {
   return std::strerror(errno);
 }
@@ -69,7 +72,7 @@ std::uint64_t number_in(const char* file) {
 }  // namespace
 
 std::string read_file(const fs::path& path, std::uint64_t max_bytes) {
-  const Descriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  const Descriptor fd(::open(path.c_str(), kToRead));
   if (fd.get() < 0) throw IoError(path.string(), "cannot be read: " + reason());
   struct stat info {};
   if (::fstat(fd.get(), &info) != 0) throw IoError(path.string(), "cannot be read: " + reason());
@@ -189,7 +192,7 @@ struct MappedFile::State {
 MappedFile::MappedFile(const fs::path& path) {
   auto state = std::make_shared<State>();
   state->path = path;
-  const Descriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  const Descriptor fd(::open(path.c_str(), kToRead));
   if (fd.get() < 0) throw IoError(path.string(), "cannot be read: " + reason());
   struct stat info {};
   if (::fstat(fd.get(), &info) != 0) throw IoError(path.string(), "cannot be read: " + reason());

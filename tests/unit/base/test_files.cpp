@@ -1,3 +1,5 @@
+#include <sys/stat.h>
+
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
 #include <headfold/base/hash.h>
@@ -30,6 +32,14 @@ TEST(FilesTest, missing_file_and_folder_are_io_errors_that_name_them) {
   EXPECT_THROW(MappedFile(folder / "absent"), IoError);
   write_file(folder / "plain", "x");
   EXPECT_THROW(write_file(folder / "plain/below", "x"), IoError);
+}
+
+TEST(FilesTest, a_pipe_is_refused_without_waiting_for_a_writer) {
+  const ScratchFolder folder;
+  const fs::path pipe = folder / "pipe";
+  ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
+  EXPECT_THROW(read_file(pipe), IoError);
+  EXPECT_THROW(MappedFile{pipe}, IoError);
 }
 
 TEST(FilesTest, read_refuses_more_than_allowed) {
