@@ -23,6 +23,27 @@ namespace {
 
 std::atomic<double> timeout{1800.0};
 
+/// Throws what rank 0 threw: an error of the same class where it can be made from what what() and hint() say, else an
+/// Error of that code.
+[[noreturn]] void throw_of_kind(const std::string& kind, ExitCode code, const std::string& message,
+                                const std::string& hint) {
+  // Errors about a file begin with its name.
+  const std::size_t colon = message.find(": ");
+  if (colon != std::string::npos) {
+    const std::string file = message.substr(0, colon), rest = message.substr(colon + 2);
+    if (kind == "IoError") throw IoError(file, rest, hint);
+    if (kind == "CorruptFile") throw CorruptFile(file, rest, hint);
+  }
+  if (kind == "UsageError") throw UsageError(message, hint);
+  if (kind == "InputError") throw InputError(message, hint);
+  if (kind == "MpiFailure") throw MpiFailure(message, hint);
+  if (kind == "DeviceFailure") throw DeviceFailure(message, hint);
+  if (kind == "NumericalError") throw NumericalError(message, hint);
+  if (kind == "InternalError") throw InternalError(message, hint);
+  if (kind == "Stopped") throw Stopped(message);
+  throw Error(code, message, hint);
+}
+
 /// The group of one process. Messages to itself are queued by tag. Nothing waits, so nothing goes on the board; test
 /// points are where the other backend has them.
 class SelfBackend : public Backend, public std::enable_shared_from_this<SelfBackend> {
@@ -222,27 +243,28 @@ void Communicator::require_equal(std::string_view text, std::string_view what) c
 }
 
 void Communicator::on_root(const std::function<void()>& work) const {
-  // The failure travels as (code, message, hint): a typed error must stay typed on every rank.
+  // The failure travels as (code, kind, message, hint): a typed error must stay typed on every rank.
   std::string failure;
   std::exception_ptr own;
   if (root()) {
     try {
       work();
     } catch (const Error& error) {
-      failure = fmt::format("{}\n{}\x1f{}", static_cast<int>(error.code()), error.what(), error.hint());
+      failure =
+          fmt::format("{}\n{}\n{}\x1f{}", static_cast<int>(error.code()), error.kind(), error.what(), error.hint());
       own = std::current_exception();
     } catch (const std::exception& error) {
-      failure = fmt::format("{}\n{}\x1f", static_cast<int>(ExitCode::internal), error.what());
+      failure = fmt::format("{}\nInternalError\n{}\x1f", static_cast<int>(ExitCode::internal), error.what());
       own = std::current_exception();
     }
   }
   broadcast(failure);
   if (own) std::rethrow_exception(own);
   if (failure.empty()) return;
-  const std::size_t line = failure.find('\n');
+  const std::size_t line = failure.find('\n'), second = failure.find('\n', line + 1);
   const std::size_t mark = failure.rfind('\x1f');
-  throw Error(static_cast<ExitCode>(std::stoi(failure.substr(0, line))), failure.substr(line + 1, mark - line - 1),
-              failure.substr(mark + 1));
+  throw_of_kind(failure.substr(line + 1, second - line - 1), static_cast<ExitCode>(std::stoi(failure.substr(0, line))),
+                failure.substr(second + 1, mark - second - 1), failure.substr(mark + 1));
 }
 
 double timeout_seconds() {

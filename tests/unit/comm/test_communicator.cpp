@@ -122,6 +122,23 @@ TEST(CommunicatorTest, failure_on_root_reaches_every_rank_typed) {
     EXPECT_STREQ(error.what(), "no such thing");
     EXPECT_EQ(error.hint(), "try another");
   }
+  const auto fails = [](const auto& error) { world().on_root([&] { throw error; }); };
+  EXPECT_THROW(fails(UsageError("no such thing", "try another")), UsageError);
+  EXPECT_THROW(fails(InputError("nonsense: all of it")), InputError);
+  EXPECT_THROW(fails(Stopped("before the first step")), Stopped);
+  try {
+    fails(IoError("/a/file", "cannot be read: no", "look there"));
+    FAIL() << "no error";
+  } catch (const IoError& error) {
+    EXPECT_EQ(describe(error), "IoError: /a/file: cannot be read: no\n  hint: look there");
+    EXPECT_EQ(error.file(), "/a/file");
+  }
+  try {
+    fails(std::runtime_error("two\nlines"));
+    FAIL() << "no error";
+  } catch (const std::exception& error) {
+    EXPECT_EQ(describe(error), "InternalError: two\nlines");
+  }
   int ran = 0;
   world().on_root([&] { ran = 1; });
   EXPECT_EQ(ran, world().root() ? 1 : 0);
