@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 namespace headfold::checkpoint {
 namespace {
@@ -83,34 +84,61 @@ std::string read_dtype(const Json& json, const std::string& file) {
   return dtype;
 }
 
+/// The frequency rule that `json[key]` states; the default one when it is absent.
+RopeScaling read_scaling(const Json& json, const std::string& key, const std::string& file) {
+  RopeScaling scaling;
+  if (!present(json, key)) return scaling;
+  const Json& rope = json[key];
+  if (!rope.is_object())
+    throw InputError(fmt::format("{}: key \"{}\" must be an object, found {}", file, key, rope.dump().substr(0, 80)));
+  const std::string type = spelling(rope, {"rope_type", "type"});
+  scaling.type = optional<std::string>(rope, type, "default", file);
+  if (!present(rope, type) && positive(rope, "factor", 1.0, file) != 1.0)
+    throw InputError(fmt::format("{}: {} has factor {} but no type, so headfold does not apply it", file, key,
+                                 rope["factor"].get<double>()),
+                     "supported are default, linear and llama3");
+  if (scaling.type == "linear") {
+    scaling.factor = required_positive(rope, "factor", file);
+  } else if (scaling.type == "llama3") {
+    scaling.factor = required_positive(rope, "factor", file);
+    scaling.low_freq_factor = required_positive(rope, "low_freq_factor", file);
+    scaling.high_freq_factor = required_positive(rope, "high_freq_factor", file);
+    scaling.original_max_positions = bounded(rope, "original_max_position_embeddings", kMostPositions, file);
+    if (scaling.high_freq_factor <= scaling.low_freq_factor)
+      throw InputError(fmt::format("{}: {}: high_freq_factor {} must exceed low_freq_factor {}", file, key,
+                                   scaling.high_freq_factor, scaling.low_freq_factor));
+  } else if (scaling.type != "default") {
+    throw InputError(fmt::format("{}: {} has type \"{}\", which headfold does not apply", file, key, scaling.type),
+                     "supported are default, linear and llama3");
+  }
+  if (positive(rope, "partial_rotary_factor", 1.0, file) != 1.0)
+    throw InputError(fmt::format("{}: {}: partial_rotary_factor other than 1 is not supported", file, key));
+  return scaling;
+}
+
+bool same_scaling(const RopeScaling& a, const RopeScaling& b) {
+  const auto all = [](const RopeScaling& s) {
+    return std::tie(s.type, s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_positions);
+  };
+  return all(a) == all(b);
+}
+
 void read_rope(const Json& json, ModelConfig& config, const std::string& file) {
   // New transformers keep theta and scaling in one object; old ones apart.
   const bool modern = present(json, "rope_parameters");
-  const std::string key = modern ? "rope_parameters" : "rope_scaling";
   config.rope_theta = positive(json, "rope_theta", 10000.0, file);
-  RopeScaling& scaling = config.rope_scaling;
-  if (present(json, key)) {
-    const Json& rope = json[key];
-    if (!rope.is_object())
-      throw InputError(fmt::format("{}: key \"{}\" must be an object, found {}", file, key, rope.dump().substr(0, 80)));
-    if (modern) config.rope_theta = positive(rope, "rope_theta", config.rope_theta, file);
-    scaling.type = optional<std::string>(rope, spelling(rope, {"rope_type", "type"}), "default", file);
-    if (scaling.type == "linear") {
-      scaling.factor = required_positive(rope, "factor", file);
-    } else if (scaling.type == "llama3") {
-      scaling.factor = required_positive(rope, "factor", file);
-      scaling.low_freq_factor = required_positive(rope, "low_freq_factor", file);
-      scaling.high_freq_factor = required_positive(rope, "high_freq_factor", file);
-      scaling.original_max_positions = bounded(rope, "original_max_position_embeddings", kMostPositions, file);
-      if (scaling.high_freq_factor <= scaling.low_freq_factor)
-        throw InputError(fmt::format("{}: {}: high_freq_factor {} must exceed low_freq_factor {}", file, key,
-                                     scaling.high_freq_factor, scaling.low_freq_factor));
-    } else if (scaling.type != "default") {
-      throw InputError(fmt::format("{}: {} has type \"{}\", which headfold does not apply", file, key, scaling.type),
-                       "supported are default, linear and llama3");
-    }
-    if (positive(rope, "partial_rotary_factor", 1.0, file) != 1.0)
-      throw InputError(fmt::format("{}: {}: partial_rotary_factor other than 1 is not supported", file, key));
+  config.rope_scaling = read_scaling(json, "rope_scaling", file);
+  if (modern) {
+    const RopeScaling scaling = read_scaling(json, "rope_parameters", file);
+    // Which of the two counts depends on the version of the library.
+    if (present(json, "rope_scaling") && !same_scaling(scaling, config.rope_scaling))
+      throw InputError(
+          fmt::format("{}: rope_scaling (type \"{}\", factor {}) and rope_parameters (type \"{}\", factor "
+                      "{}) disagree",
+                      file, config.rope_scaling.type, config.rope_scaling.factor, scaling.type, scaling.factor),
+          "keep the one that the model was trained with");
+    config.rope_scaling = scaling;
+    config.rope_theta = positive(json["rope_parameters"], "rope_theta", config.rope_theta, file);
   }
   if (positive(json, "partial_rotary_factor", 1.0, file) != 1.0)
     throw InputError(fmt::format("{}: partial_rotary_factor other than 1 is not supported", file));

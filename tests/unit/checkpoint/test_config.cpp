@@ -155,6 +155,20 @@ TEST(ConfigTest, what_would_change_the_arithmetic_is_refused_with_the_reason) {
   refused(with(llama_json(), "rope_scaling", {{"rope_type", "linear"}, {"factor", 0}}), {"factor"});
   refused(with(llama_json(), "rope_scaling", {{"rope_type", "llama3"}, {"factor", 8.0}}), {"low_freq_factor"});
   refused(with(llama_json(), "rope_scaling", 3), {"rope_scaling"});
+  // A factor that no type tells how to apply.
+  for (const Json& untyped : {Json{{"factor", 8.0}}, Json{{"type", nullptr}, {"factor", 8.0}}}) {
+    refused(with(llama_json(), "rope_scaling", untyped), {"rope_scaling", "factor 8", "no type", "does not apply"});
+    refused(with(llama_json(), "rope_parameters", untyped), {"rope_parameters", "factor 8", "no type"});
+  }
+  for (const Json& nothing : {Json{{"factor", 1.0}}, Json{{"type", nullptr}}, Json::object()})
+    EXPECT_EQ(parse(with(llama_json(), "rope_scaling", nothing)).rope_scaling.type, "default") << nothing;
+  // Both spellings: what one of them says must not be lost.
+  const Json both = with(llama_json(), "rope_parameters", {{"rope_type", "default"}, {"rope_theta", 1e4}});
+  refused(with(both, "rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}), {"rope_scaling", "dynamic"});
+  refused(with(both, "rope_scaling", {{"type", "linear"}, {"factor", 2.0}}), {"rope_parameters", "disagree"});
+  Json same = with(both, "rope_scaling", {{"type", "linear"}, {"factor", 2.0}});
+  same["rope_parameters"] = {{"rope_type", "linear"}, {"factor", 2.0}};
+  EXPECT_EQ(parse(same).rope_scaling.type, "linear");
   refused(with(with(llama_json(), "model_type", "qwen3"), "architectures", {"Qwen3ForCausalLM"}), {"qwen3", "QK-norm"});
   refused(with(llama_json(), "use_qk_norm", true), {"use_qk_norm"});
   refused(with(llama_json(), "hidden_act", "gelu"), {"hidden_act", "gelu"});
