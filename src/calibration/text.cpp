@@ -121,6 +121,7 @@ std::string data_hash(const std::vector<std::filesystem::path>& files, const std
 
 std::vector<std::int64_t> token_stream(const tokenizer::Tokenizer& tokenizer, const std::vector<std::string>& documents,
                                        tokenizer::Bos bos) {
+  if (bos == tokenizer::Bos::always) tokenizer.encode({}, bos);  // refuses a tokenizer that has none
   const bool leads = bos != tokenizer::Bos::never && tokenizer.bos() >= 0;
   std::vector<std::int64_t> stream;
   for (const std::string& document : documents) {

@@ -16,7 +16,8 @@ using namespace testing_support;
 /// One token per byte, with BOS 256 and EOS 257 where asked for.
 class ByteTokenizer final : public tokenizer::Tokenizer {
  public:
-  ByteTokenizer(bool adds_bos, bool has_eos) : adds_bos_(adds_bos), has_eos_(has_eos) {}
+  ByteTokenizer(bool adds_bos, bool has_eos, bool has_bos = true)
+      : adds_bos_(adds_bos), has_eos_(has_eos), has_bos_(has_bos) {}
   using Tokenizer::encode;
   std::vector<std::int64_t> encode(std::string_view text) const override {
     std::vector<std::int64_t> ids;
@@ -26,13 +27,13 @@ class ByteTokenizer final : public tokenizer::Tokenizer {
   std::string decode(const std::vector<std::int64_t>&) const override { return {}; }
   std::string token_text(std::int64_t id) const override { return decode({id}); }
   std::int64_t vocab_size() const override { return 258; }
-  std::int64_t bos() const override { return 256; }
+  std::int64_t bos() const override { return has_bos_ ? 256 : -1; }
   std::int64_t eos() const override { return has_eos_ ? 257 : -1; }
   bool adds_bos() const override { return adds_bos_; }
   std::string kind() const override { return "bytes"; }
 
  private:
-  bool adds_bos_, has_eos_;
+  bool adds_bos_, has_eos_, has_bos_;
 };
 
 TEST(ReadDocumentsTest, text_files_are_one_document_and_lines_many) {
@@ -125,6 +126,9 @@ TEST(TokenStreamTest, one_token_marks_each_boundary) {
                 ElementsAre('a', 'b', 257, 257, 'c', 257));
     EXPECT_THAT(token_stream(ByteTokenizer(adds_bos, false), documents, Bos::never), ElementsAre('a', 'b', 'c'));
   }
+  const ByteTokenizer without_bos(false, true, false);
+  EXPECT_THAT(token_stream(without_bos, documents), ElementsAre('a', 'b', 257, 257, 'c', 257));
+  EXPECT_THROW(token_stream(without_bos, documents, Bos::always), InputError);
 }
 
 std::vector<std::int64_t> counting(std::int64_t tokens) {
