@@ -58,37 +58,6 @@ std::string layer_prefix(Family family, std::int64_t layer) {
                                  : fmt::format("transformer.h.{}.self_attention.", layer);
 }
 
-OrderedJson record_of(const Reader& reader, const ModelConfig& after, const std::string& dtype) {
-  const ModelConfig& before = reader.config();
-  const auto bytes = [](const ModelConfig& config) {
-    return config.cache_bytes_per_token(config.dtype == "float32" ? 4 : 2);
-  };
-  OrderedJson json;
-  json["format"] = "headfold-expanded";
-  json["format_version"] = 1;
-  json["headfold_version"] = version();
-  json["note"] =
-      "dense equivalent of a folded model, for scoring in runtimes that do not know its layout; the KV cache is not "
-      "smaller than that of the model that was folded";
-  json["source"] = {
-      {"folder",
-       std::filesystem::absolute(reader.folder() / "config.json").parent_path().lexically_normal().filename().string()},
-      {"fingerprint", reader.fingerprint()},
-      {"layout", name_of(before.layout)},
-      {"cache_bytes_per_token", bytes(before)}};
-  json["layout"] = name_of(after.layout);
-  json["kv_heads"] = after.kv_heads;
-  json["heads"] = after.heads;
-  json["dtype"] = dtype;
-  json["cache_bytes_per_token"] = bytes(after);
-  json["parameters"] = parameter_count(after);
-  std::error_code code;
-  const auto made = reader.folder() / "headfold.json";
-  if (std::filesystem::is_regular_file(made, code))
-    json["folded"] = OrderedJson::parse(read_json(made, std::uint64_t{256} << 20).dump());
-  return json;
-}
-
 }  // namespace
 
 ModelConfig expanded_config(const ModelConfig& config, const std::string& dtype) {
@@ -161,13 +130,49 @@ std::map<std::string, at::Tensor> expanded_layer(const Reader& reader, std::int6
   return made;
 }
 
+OrderedJson expanded_record(const Reader& reader, const ModelConfig& after, const std::string& dtype) {
+  const ModelConfig& before = reader.config();
+  const auto bytes = [](const ModelConfig& config) {
+    return config.cache_bytes_per_token(config.dtype == "float32" ? 4 : 2);
+  };
+  OrderedJson json;
+  json["format"] = "headfold-expanded";
+  json["format_version"] = 1;
+  json["headfold_version"] = version();
+  json["note"] =
+      "dense equivalent of a folded model, for scoring in runtimes that do not know its layout; the KV cache is not "
+      "smaller than that of the model that was folded";
+  json["source"] = {
+      {"folder",
+       std::filesystem::absolute(reader.folder() / "config.json").parent_path().lexically_normal().filename().string()},
+      {"fingerprint", reader.fingerprint()},
+      {"layout", name_of(before.layout)},
+      {"cache_bytes_per_token", bytes(before)}};
+  json["layout"] = name_of(after.layout);
+  json["kv_heads"] = after.kv_heads;
+  json["heads"] = after.heads;
+  json["dtype"] = dtype;
+  json["cache_bytes_per_token"] = bytes(after);
+  json["parameters"] = parameter_count(after);
+  std::error_code code;
+  const auto made = reader.folder() / "headfold.json";
+  if (std::filesystem::is_regular_file(made, code))
+    json["folded"] = OrderedJson::parse(read_json(made, std::uint64_t{256} << 20).dump());
+  return json;
+}
+
+std::vector<TensorSpec> expanded_specs(const ModelConfig& after, const std::string& dtype) {
+  std::vector<TensorSpec> specs;
+  for (const TensorShape& tensor : model_tensors(after))
+    specs.push_back({tensor.name, dtype_name(scalar_of(dtype)), tensor.shape});
+  return specs;
+}
+
 void write_expanded(const comm::Communicator& world, const Reader& reader, const std::filesystem::path& folder,
                     const std::string& dtype, std::uint64_t max_shard_bytes) {
   const ModelConfig after = expanded_config(reader.config(), dtype);
   const at::ScalarType type = scalar_of(dtype);
-  std::vector<TensorSpec> specs;
-  for (const TensorShape& tensor : model_tensors(after)) specs.push_back({tensor.name, dtype_name(type), tensor.shape});
-  ParallelWriter writer(world, folder, specs, max_shard_bytes);
+  ParallelWriter writer(world, folder, expanded_specs(after, dtype), max_shard_bytes);
   const auto write = [&](const std::string& name, const at::Tensor& tensor) {
     const at::Tensor rounded = tensor.to(type);
     if (!at::isfinite(rounded).all().item<bool>())
@@ -200,7 +205,7 @@ void write_expanded(const comm::Communicator& world, const Reader& reader, const
     }
     progress.advance(1);
   }
-  writer.finish(after.raw, record_of(reader, after, dtype), companion_files(reader.folder()));
+  writer.finish(after.raw, expanded_record(reader, after, dtype), companion_files(reader.folder()));
 }
 
 }  // namespace headfold::checkpoint

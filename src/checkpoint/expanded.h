@@ -19,8 +19,13 @@ ModelConfig expanded_config(const ModelConfig& config, const std::string& dtype)
 /// the family's naming: W_K,k = B_k A W_K (docs/methods.md, section "latent"), values likewise or padded with zeros.
 std::map<std::string, at::Tensor> expanded_layer(const Reader& reader, std::int64_t layer);
 
+/// headfold.json of the ordinary model `after` (format "headfold-expanded").
+OrderedJson expanded_record(const Reader& reader, const ModelConfig& after, const std::string& dtype);
+/// Its tensors.
+std::vector<TensorSpec> expanded_specs(const ModelConfig& after, const std::string& dtype);
+
 /// Writes the ordinary model into `folder` in `dtype`; layers and other tensors are spread over `world`. Collective.
-/// headfold.json says what it is (format "headfold-expanded"). InputError also when a value does not fit `dtype`.
+/// headfold.json is expanded_record(). InputError also when a value does not fit `dtype`.
 void write_expanded(const comm::Communicator& world, const Reader& reader, const std::filesystem::path& folder,
                     const std::string& dtype, std::uint64_t max_shard_bytes);
 

@@ -5,6 +5,8 @@
 #include <headfold/base/positioned_file.h>
 
 #include <algorithm>
+#include <array>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -25,26 +27,31 @@ bool is_shard_name(const std::string& name) {
   return true;
 }
 
-/// Removes shards, temporaries of shards and the index of an earlier run.
-void remove_old(const fs::path& folder, bool only_temporaries) {
+constexpr std::array kCompanions = {
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json",  "special_tokens_map.json", "added_tokens.json",
+    "vocab.json",      "merges.txt",     "generation_config.json", "chat_template.jinja",     "chat_template.json"};
+
+/// Removes the files of `folder` that `chosen` names, those without which the rest is no model first.
+void remove_files(const fs::path& folder, const std::function<bool(const std::string& name)>& chosen) {
   std::vector<fs::path> old;
   std::error_code listing;
-  for (fs::directory_iterator entry(folder, listing), end; !listing && entry != end; entry.increment(listing)) {
-    const std::string name = entry->path().filename().string();
-    const bool temporary = name.ends_with(".tmp") && is_shard_name(name.substr(0, name.size() - 4));
-    if (temporary ? only_temporaries : !only_temporaries && (is_shard_name(name) || name == kIndex))
-      old.push_back(entry->path());
-  }
+  for (fs::directory_iterator entry(folder, listing), end; !listing && entry != end; entry.increment(listing))
+    if (chosen(entry->path().filename().string())) old.push_back(entry->path());
   if (listing) throw IoError(folder.string(), "cannot be listed: " + listing.message());
-  // The index goes first: without it the rest is not a model.
-  std::stable_sort(old.begin(), old.end(), [](const fs::path& a, const fs::path& b) {
-    return (a.filename() == kIndex) > (b.filename() == kIndex);
-  });
+  const auto order = [](const fs::path& path) {
+    const std::string name = path.filename().string();
+    return name == kIndex ? 0 : is_shard_name(name) ? 1 : 2;
+  };
+  std::stable_sort(old.begin(), old.end(), [&](const fs::path& a, const fs::path& b) { return order(a) < order(b); });
   for (const fs::path& path : old) {
     std::error_code code;
     fs::remove(path, code);
     if (code) throw IoError(path.string(), "the file of an earlier run cannot be removed: " + code.message());
   }
+}
+
+bool is_temporary_shard(const std::string& name) {
+  return name.ends_with(".tmp") && is_shard_name(name.substr(0, name.size() - 4));
 }
 
 }  // namespace
@@ -105,7 +112,7 @@ struct ParallelWriter::State {
   /// Rank 0: reserves the files and writes their headers.
   void create(const std::vector<std::string>& headers) {
     make_folder(folder);
-    remove_old(folder, true);
+    remove_files(folder, is_temporary_shard);
     std::uint64_t need = 0;
     for (const std::uint64_t bytes : shard_bytes) need += bytes;
     const std::uint64_t free = free_bytes(folder);
@@ -185,11 +192,16 @@ struct ParallelWriter::State {
   }
 
   void put_in_place(const Json& config, const OrderedJson& headfold, const std::vector<fs::path>& copies) const {
-    remove_old(folder, false);
+    // Weights go in any case: without them what is replaced now is no model.
+    std::set<std::string> replaced = {"config.json"};
+    if (!headfold.is_null()) replaced.insert("headfold.json");
+    std::error_code code;
+    for (const fs::path& from : copies)
+      if (fs::is_regular_file(from, code)) replaced.insert(from.filename().string());
+    remove_files(folder, [&](const std::string& name) { return is_model_file(name) && !replaced.contains(name); });
     write_json(folder / "config.json", config);
     if (!headfold.is_null()) write_json(folder / "headfold.json", headfold);
     for (const fs::path& from : copies) {
-      std::error_code code;
       const fs::path to = folder / from.filename();
       if (fs::is_regular_file(from, code) && !fs::equivalent(from, to, code)) headfold::copy_file(from, to);
     }
@@ -287,15 +299,45 @@ void ParallelWriter::finish(const Json& config, const OrderedJson& headfold,
   state.finished = true;
 }
 
+bool is_model_file(const std::string& name) {
+  static const std::set<std::string> beside = {"config.json", "headfold.json", "convert.json", "plan.json",
+                                               "verification.json"};
+  return is_shard_name(name) || name == kIndex || beside.contains(name) ||
+         std::find(kCompanions.begin(), kCompanions.end(), name) != kCompanions.end();
+}
+
+bool holds_model(const std::filesystem::path& folder) {
+  std::error_code code;
+  return fs::exists(folder / "config.json", code) &&
+         (fs::exists(folder / kSingle, code) || fs::exists(folder / kIndex, code));
+}
+
 std::vector<std::filesystem::path> companion_files(const std::filesystem::path& folder) {
   std::vector<std::filesystem::path> found;
-  for (const char* name :
-       {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-        "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"}) {
+  for (const char* name : kCompanions) {
     std::error_code code;
     if (std::filesystem::is_regular_file(folder / name, code)) found.push_back(folder / name);
   }
   return found;
+}
+
+std::vector<std::string> companion_problems(const std::filesystem::path& folder,
+                                            const std::vector<std::filesystem::path>& sources) {
+  std::vector<std::string> problems;
+  std::set<std::string> expected;
+  for (const fs::path& source : sources) {
+    const fs::path copy = folder / source.filename();
+    expected.insert(source.filename().string());
+    std::error_code code;
+    if (!fs::is_regular_file(copy, code))
+      problems.push_back(fmt::format("{} is missing", copy.string()));
+    else if (read_file(copy) != read_file(source))
+      problems.push_back(fmt::format("{} differs from {}", copy.string(), source.string()));
+  }
+  for (const fs::path& file : companion_files(folder))
+    if (!expected.contains(file.filename().string()))
+      problems.push_back(fmt::format("{} is of another model", file.string()));
+  return problems;
 }
 
 }  // namespace headfold::checkpoint

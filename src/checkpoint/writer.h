@@ -35,9 +35,10 @@ class ParallelWriter {
   /// Bytes of all files, headers included.
   std::uint64_t total_bytes() const;
   /// Collective: checks that every tensor was written exactly once over all ranks, fsyncs, renames, then rank 0 writes
-  /// `config` as config.json, the files of `copies` (absolute source paths, same file name; missing ones are skipped),
-  /// `headfold.json` (unless null), and the index last. Stale shards and index of an earlier run in the folder are
-  /// removed first, so that the folder never holds a mixture that loads.
+  /// `config` as config.json, the files of `copies` (source paths, same file name; missing ones are skipped, those that
+  /// are in the folder already stay), `headfold.json` (unless null), and the index last. What an earlier result left in
+  /// the folder (is_model_file) and this one does not have is removed first, weights before all else, so that the
+  /// folder never holds a mixture that loads and in the end holds this model alone. Until then it is as it was.
   void finish(const Json& config, const OrderedJson& headfold, const std::vector<std::filesystem::path>& copies);
 
  private:
@@ -55,7 +56,19 @@ struct ShardPlan {
 };
 ShardPlan plan_shards(const std::vector<TensorSpec>& tensors, std::uint64_t max_shard_bytes);
 
+/// Whether a file of this name belongs to a model that headfold wrote: config.json, shards and index,
+/// companion_files(), and what its jobs put beside them (headfold.json, convert.json, plan.json, verification.json).
+bool is_model_file(const std::string& name);
+
+/// Whether a folder holds a model, whole as far as the presence of its files tells.
+bool holds_model(const std::filesystem::path& folder);
+
 /// Tokenizer and generation files that a model folder may hold, as paths in `folder`; only those that exist.
 std::vector<std::filesystem::path> companion_files(const std::filesystem::path& folder);
+
+/// What distinguishes the companion files of `folder` from `sources`, whose copies they should be: one sentence per
+/// file that is missing, differs or has no source. Empty when nothing does.
+std::vector<std::string> companion_problems(const std::filesystem::path& folder,
+                                            const std::vector<std::filesystem::path>& sources);
 
 }  // namespace headfold::checkpoint

@@ -487,7 +487,8 @@ NewTensors expanded_part(const Reader& reader, const calibration::StatisticsFile
 
 void apply_plan(const comm::Communicator& world, const Reader& reader, const calibration::StatisticsFile* statistics,
                 const Plan& plan, const std::filesystem::path& folder, std::uint64_t max_shard_bytes,
-                const Refit* refit, const KeptBases* kept) {
+                const Refit* refit, const KeptBases* kept, const OrderedJson& request,
+                const std::vector<std::filesystem::path>& keep) {
   const ModelConfig& config = reader.config();
   if (plan.options.refit != (refit != nullptr))
     throw InternalError("the plan and apply_plan's arguments disagree on the refit");
@@ -498,6 +499,7 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
       refit == nullptr ? std::vector<std::string>{} : refitted_tensors(folded, *refit->options);
   const Layout target = layout(reader, plan.options, targets, refitted);
   OrderedJson record = headfold_record(reader, statistics, plan);
+  if (!request.is_null()) record["request"] = request;
   std::map<std::string, std::string> dtypes;
   for (const TensorSpec& spec : target.tensors) dtypes[spec.name] = spec.dtype;
 
@@ -579,7 +581,9 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
   });
   comm::stop_if_requested(world, kStoppedWriting);
   const Timed timed(Work::sync);
-  writer.finish(folded_json, record, checkpoint::companion_files(reader.folder()));
+  std::vector<std::filesystem::path> copies = checkpoint::companion_files(reader.folder());
+  copies.insert(copies.end(), keep.begin(), keep.end());
+  writer.finish(folded_json, record, copies);
 }
 
 }  // namespace headfold::folding

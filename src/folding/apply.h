@@ -70,11 +70,13 @@ NewTensors expanded_part(const checkpoint::Reader& reader, const calibration::St
 /// rank and thread count. Collective. Throws IoError; NumericalError when a value does not fit the checkpoint's dtype.
 /// After an error the folder holds no part of the new model. `refit` is needed when plan.options.refit says so
 /// (InternalError otherwise). `kept`: bases of the make_plan() that made this very plan. headfold.json then says what
-/// it did.
+/// it did; `request`, unless null, is what decides the result, for recognising it. `keep`: files of the folder that
+/// stay although they are no part of the model.
 void apply_plan(const comm::Communicator& world, const checkpoint::Reader& reader,
                 const calibration::StatisticsFile* statistics, const Plan& plan, const std::filesystem::path& folder,
                 std::uint64_t max_shard_bytes = std::uint64_t{5} << 30, const Refit* refit = nullptr,
-                const KeptBases* kept = nullptr);
+                const KeptBases* kept = nullptr, const OrderedJson& request = {},
+                const std::vector<std::filesystem::path>& keep = {});
 
 /// Bytes per element of a config's dtype ("float32", "float16", "bfloat16").
 std::int64_t bytes_per_element(const std::string& dtype);

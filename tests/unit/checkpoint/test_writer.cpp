@@ -113,6 +113,64 @@ TEST(WriterTest, stale_files_of_an_earlier_run_disappear) {
   EXPECT_NO_THROW(Reader{target});
 }
 
+TEST(WriterTest, an_earlier_model_stays_whole_until_the_new_one_takes_all_of_its_place) {
+  const ScratchFolder folder;
+  const fs::path target = folder / "m";
+  if (world().root()) {
+    write_file(folder / "src" / "tokenizer.model", "old");
+    write_file(folder / "src" / "merges.txt", "old");
+    write_file(folder / "new" / "tokenizer.json", "new");
+  }
+  world().barrier("made");
+  write_all(world(), target, 1500, companion_files(folder / "src"));
+  world().barrier("first");
+  if (world().root()) {
+    for (const char* name : {"convert.json", "verification.json", "plan.json", "results_1.json", "notes.txt"})
+      write_file(target / name, "{}");
+  }
+  world().barrier("beside");
+  auto before = digest(target);
+  world().barrier("read");
+  {
+    const std::vector<TensorSpec> list = specs(llama_json());
+    ParallelWriter writer(world(), target, list);
+    if (world().root())
+      for (const TensorSpec& spec : list) writer.write(spec.name, content(spec));
+    world().barrier("written");
+    auto now = digest(target);
+    now.erase(kUnfinishedMarker);
+    now.erase("model.safetensors.tmp");
+    EXPECT_EQ(now, before) << "the earlier model was touched before the new one was whole";
+    EXPECT_TRUE(holds_model(target));
+    world().barrier("looked");
+    std::vector<fs::path> copies = companion_files(folder / "new");
+    copies.push_back(target / "plan.json");
+    writer.finish(llama_json(), OrderedJson(), copies);
+  }
+  std::set<std::string> names;
+  for (const auto& [name, hash] : digest(target)) names.insert(name);
+  EXPECT_EQ(names, (std::set<std::string>{"config.json", "model.safetensors", "notes.txt", "plan.json",
+                                          "results_1.json", "tokenizer.json"}));
+}
+
+TEST(WriterTest, companions_that_differ_are_told) {
+  const ScratchFolder folder;
+  if (!world().root()) return;
+  write_file(folder / "src" / "tokenizer.model", "one");
+  write_file(folder / "src" / "merges.txt", "two");
+  const std::vector<fs::path> sources = companion_files(folder / "src");
+  for (const fs::path& source : sources) headfold::copy_file(source, folder / "m" / source.filename());
+  EXPECT_EQ(companion_problems(folder / "m", sources), std::vector<std::string>{});
+  write_file(folder / "m" / "merges.txt", "twp");
+  fs::remove(folder / "m" / "tokenizer.model");
+  write_file(folder / "m" / "vocab.json", "{}");
+  const std::vector<std::string> problems = companion_problems(folder / "m", sources);
+  ASSERT_EQ(problems.size(), 3U);
+  EXPECT_THAT(problems[0], testing::HasSubstr("tokenizer.model is missing"));
+  EXPECT_THAT(problems[1], testing::HasSubstr("merges.txt differs"));
+  EXPECT_THAT(problems[2], testing::HasSubstr("vocab.json is of another model"));
+}
+
 TEST(WriterTest, companions_are_copied_byte_for_byte) {
   const ScratchFolder folder;
   if (world().root()) {
