@@ -1,4 +1,5 @@
 #include <headfold/base/error.h>
+#include <headfold/comm/device_link.h>
 #include <headfold/model/pipeline.h>
 
 #include "hidden_states.h"
@@ -46,14 +47,29 @@ Weights weights_of(const ModelConfig& config) {
   return weights;
 }
 
+/// How hidden states travel along the pipeline: through its communicator, or between GPUs.
+struct Route {
+  const comm::Communicator* pipeline = nullptr;
+  const comm::DeviceLink* link = nullptr;  ///< instead, where layers are on a device
+
+  comm::Request send(const at::Tensor& tensor, int to) const {
+    if (link != nullptr) return link->exchange({{comm::Transfer::Kind::send, tensor, to}}, kTag);
+    return pipeline->isend(bytes_of(tensor), to, kTag);
+  }
+  comm::Request receive(const at::Tensor& tensor, int from) const {
+    if (link != nullptr) return link->exchange({{comm::Transfer::Kind::receive, tensor, from}}, kTag);
+    return pipeline->irecv(bytes_of(tensor), from, kTag);
+  }
+};
+
 /// Sends with a bounded number in flight; keeps the tensors alive meanwhile.
 class Sender {
  public:
-  Sender(const comm::Communicator& pipeline, int to, std::size_t limit) : pipeline_(pipeline), to_(to), limit_(limit) {}
+  Sender(const Route& route, int to, std::size_t limit) : route_(route), to_(to), limit_(limit) {}
   void send(at::Tensor tensor) {
     while (flights_.size() >= limit_) settle();
-    tensor = to_host(tensor.contiguous());
-    comm::Request request = pipeline_.isend(bytes_of(tensor), to_, kTag);
+    tensor = tensor.contiguous();
+    comm::Request request = route_.send(tensor, to_);
     flights_.push_back({std::move(tensor), std::move(request)});
   }
   void finish() {
@@ -69,7 +85,7 @@ class Sender {
     flights_.front().request.wait();
     flights_.pop_front();
   }
-  const comm::Communicator& pipeline_;
+  Route route_;
   int to_;
   std::size_t limit_;
   std::deque<Flight> flights_;
@@ -78,9 +94,8 @@ class Sender {
 /// Receives of known shapes, posted ahead.
 class Receiver {
  public:
-  Receiver(const comm::Communicator& pipeline, int from, std::vector<std::vector<std::int64_t>> shapes,
-           at::ScalarType dtype)
-      : pipeline_(pipeline), from_(from), shapes_(std::move(shapes)), dtype_(dtype) {
+  Receiver(const Route& route, int from, std::vector<std::vector<std::int64_t>> shapes, at::ScalarType dtype)
+      : route_(route), from_(from), shapes_(std::move(shapes)), dtype_(dtype) {
     while (posted_.size() < kAhead && next_ < shapes_.size()) post();
   }
   at::Tensor receive() {
@@ -88,7 +103,7 @@ class Receiver {
     at::Tensor tensor = std::move(posted_.front().tensor);
     posted_.pop_front();
     if (next_ < shapes_.size()) post();
-    return tensor.to(compute().device);
+    return tensor;
   }
 
  private:
@@ -97,11 +112,11 @@ class Receiver {
     comm::Request request;
   };
   void post() {
-    at::Tensor tensor = at::empty(shapes_[next_++], dtype_);
-    comm::Request request = pipeline_.irecv(bytes_of(tensor), from_, kTag);
+    at::Tensor tensor = at::empty(shapes_[next_++], at::TensorOptions().dtype(dtype_).device(compute().device));
+    comm::Request request = route_.receive(tensor, from_);
     posted_.push_back({std::move(tensor), std::move(request)});
   }
-  const comm::Communicator& pipeline_;
+  Route route_;
   int from_;
   std::vector<std::vector<std::int64_t>> shapes_;
   at::ScalarType dtype_;
@@ -118,6 +133,10 @@ struct Pipeline::State {
   std::optional<Embedding> embedding;
   std::vector<std::unique_ptr<Layer>> layers;
   std::optional<Head> head;
+  /// Between stages s and s + 1 goes link s % 2: what a stage expects from before does not hold up what it sends on.
+  std::unique_ptr<comm::DeviceLink> links[2];
+
+  Route route(int first_stage) const { return {&grid.pipeline, links[first_stage % 2].get()}; }
 };
 
 Pipeline::Pipeline(const checkpoint::Reader& reader, const comm::Grid& grid, PipelineOptions options)
@@ -134,6 +153,9 @@ Pipeline::Pipeline(const checkpoint::Reader& reader, const comm::Grid& grid, Pip
       state_->layers.push_back(load_layer(reader, layer, options.dtype));
     if (grid.last_stage() && options.head) state_->head.emplace(reader, options.dtype);
   }
+  if (grid.stages > 1 && compute().engine == Engine::tensors)
+    for (auto& link : state_->links)
+      link = std::make_unique<comm::DeviceLink>(grid.pipeline, compute().on_host() ? -1 : compute().device.index());
   grid.world.barrier("loading the model");
 }
 
@@ -206,9 +228,9 @@ void Pipeline::run_batches(const std::vector<at::Tensor>& micro_batches, const F
   const bool streamed = state.options.residency == Residency::streamed;
 
   std::optional<Receiver> receiver;
-  if (!grid.first_stage()) receiver.emplace(grid.pipeline, grid.stage - 1, shapes, state.options.dtype);
+  if (!grid.first_stage()) receiver.emplace(state.route(grid.stage - 1), grid.stage - 1, shapes, state.options.dtype);
   std::optional<Sender> sender;
-  if (!grid.last_stage()) sender.emplace(grid.pipeline, grid.stage + 1, kAhead);
+  if (!grid.last_stage()) sender.emplace(state.route(grid.stage), grid.stage + 1, kAhead);
   const auto observer_of = [&](std::int64_t layer) { return hooks.observer ? hooks.observer(layer) : nullptr; };
   const auto enter = [&](std::int64_t layer, std::size_t index) {
     if (hooks.before_layer) hooks.before_layer(layer, static_cast<std::int64_t>(index));
