@@ -16,15 +16,13 @@
 #include <headfold/calibration/collect.h>
 #include <headfold/checkpoint/reader.h>
 #include <headfold/checkpoint/safetensors.h>
+#include <headfold/device/measure.h>
 #include <headfold/model/model.h>
 #include <time.h>
-#include <unistd.h>
 
 #include <iostream>
 
 #include "product.h"
-
-#include "timing.h"
 
 namespace {
 
@@ -32,24 +30,6 @@ namespace fs = std::filesystem;
 using namespace headfold;
 using bench::median;
 using bench::seconds;
-
-/// Removes the folder it made.
-class Temporary {
- public:
-  Temporary() : path_(fs::temp_directory_path() / fmt::format("headfold-bench-{}", ::getpid())) {
-    fs::create_directories(path_);
-  }
-  ~Temporary() {
-    std::error_code code;
-    fs::remove_all(path_, code);
-  }
-  Temporary(const Temporary&) = delete;
-  Temporary& operator=(const Temporary&) = delete;
-  const fs::path& path() const { return path_; }
-
- private:
-  fs::path path_;
-};
 
 void write_model(const fs::path& folder) {
   write_json(folder / "config.json", Json{{"architectures", {"LlamaForCausalLM"}},
@@ -229,7 +209,7 @@ int main(int argc, char** argv) {
     std::cout << at::get_num_threads() << " thread(s)\n";
     bench_gram(4096, tokens, repeat);
     if (gram_only) return 0;
-    std::optional<Temporary> made;
+    std::optional<bench::TemporaryFolder> made;
     if (folder.empty()) {
       made.emplace();
       write_model(made->path());

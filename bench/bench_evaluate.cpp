@@ -12,14 +12,13 @@
 #include <ATen/Parallel.h>
 #include <headfold/base/error.h>
 #include <headfold/calibration/text.h>
+#include <headfold/device/measure.h>
 #include <headfold/evaluation/responder.h>
 
 #include <time.h>
 
 #include <cstdlib>
 #include <iostream>
-
-#include "timing.h"
 
 namespace {
 

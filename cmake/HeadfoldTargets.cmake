@@ -4,7 +4,7 @@
 
 set(HEADFOLD_INCLUDE_ROOT "${PROJECT_BINARY_DIR}/include")
 file(MAKE_DIRECTORY "${HEADFOLD_INCLUDE_ROOT}/headfold")
-foreach(_folder base comm device linalg checkpoint tokenizer model calibration folding finetune report)
+foreach(_folder base comm device linalg checkpoint tokenizer model calibration folding finetune scale report)
   file(CREATE_LINK "${PROJECT_SOURCE_DIR}/src/${_folder}" "${HEADFOLD_INCLUDE_ROOT}/headfold/${_folder}" SYMBOLIC)
 endforeach()
 file(CREATE_LINK "${PROJECT_SOURCE_DIR}/evaluation" "${HEADFOLD_INCLUDE_ROOT}/headfold/evaluation" SYMBOLIC)

@@ -28,6 +28,7 @@ constexpr Job kJobs[] = {
     {"logits", "logits for given token ids, for parity with any other engine", logits},
     {"inspect", "say what a checkpoint, statistics file, plan or result is", inspect},
     {"synthesize", "write a checkpoint of random weights at real shapes", synthesize},
+    {"bench", "measure what predictions of run --dry-run --nodes need", bench_machine},
 };
 
 std::string help_text() {

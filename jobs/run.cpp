@@ -12,6 +12,7 @@
 #include <iostream>
 
 #include "run_flags.h"
+#include "scale.h"
 #include "session.h"
 
 namespace headfold::jobs {
@@ -20,14 +21,16 @@ namespace {
 
 po::options_description run_options() {
   po::options_description own("run options");
-  own.add_options()("config", po::value<std::string>()->required(), "configuration file (docs/user-guide.md)")(
+  own.add_options()("config", po::value<std::string>(), "configuration file (docs/user-guide.md)")(
       "stage", po::value<std::string>(), "run this stage alone: calibrate, convert, finetune, evaluate, report")(
       "element", po::value<std::int64_t>(), "run one element of --stage alone, from 0 (--list shows them)")(
-      "list", po::bool_switch(), "show stages and elements, and what is finished; then stop")("json", po::bool_switch(),
-                                                                                              "print the list as JSON")(
+      "list", po::bool_switch(), "show stages and elements, and what is finished; then stop")(
+      "json", po::value<std::string>()->implicit_value(""),
+      "print the list, or a prediction, as JSON; --json FILE writes it to a file")(
       "dry-run", po::bool_switch(),
       "check the configuration and say what would be done, as far as "
       "it can be known now; then stop");
+  own.add(scale_options());
   return own;
 }
 
@@ -212,20 +215,40 @@ void preview(const Context& context, const Task& task, const Standing& standing)
 }  // namespace
 
 void run_pipeline(const Context& context, const std::vector<std::string>& arguments) {
-  const po::variables_map values =
-      parse(context, "run",
-            "headfold run --config pipeline.ini [--stage STAGE [--element N]] [--dry-run]\n"
-            "       headfold run --config pipeline.ini --list [--json]",
-            run_options(), arguments);
+  const po::variables_map values = parse(
+      context, "run",
+      "headfold run --config pipeline.ini [--stage STAGE [--element N]] [--dry-run]\n"
+      "       headfold run --config pipeline.ini --list [--json]\n"
+      "       headfold run --dry-run --nodes N --gpu h100 [--gpus-per-node G] [--config pipeline.ini | --shape SHAPE]",
+      run_options(), arguments);
   const comm::Communicator& world = context.world;
+  const bool predicts = asks_for_prediction(values);
+  if (predicts && !values["dry-run"].as<bool>())
+    throw UsageError("--nodes, --gpu, --rates, --model and --shape predict a run", "add --dry-run");
+  if (values.count("config") == 0) {
+    if (!predicts) throw UsageError("the option '--config' is required but missing", "headfold run --help");
+    world.on_root([&] { predict_run(values, {}); });
+    return;
+  }
   const fs::path file = values["config"].as<std::string>();
   const RunPlan plan = read_run_plan(shared_text(world, file), file);
   const std::vector<Task> tasks = chosen_tasks(plan, values);
+  if (predicts) {
+    std::vector<PredictedElement> elements;
+    for (const Task& task : tasks)
+      elements.push_back({task.stage->name, task.element().name, task.element().arguments, task.element().output});
+    world.on_root([&] { predict_run(values, elements); });
+    return;
+  }
   std::unique_ptr<RunFlags> flags;
   world.on_root([&] { flags = std::make_unique<RunFlags>(plan); });
-  if (values["list"].as<bool>() || values["json"].as<bool>()) {
+  const bool as_json = values.count("json") > 0;
+  if (values["list"].as<bool>() || as_json) {
     if (!world.root()) return;
-    if (values["json"].as<bool>())
+    const auto target = as_json ? values["json"].as<std::string>() : std::string();
+    if (!target.empty())
+      write_json(fs::path(target), list_json(plan, *flags));
+    else if (as_json)
       std::cout << list_json(plan, *flags).dump(2) << "\n" << std::flush;
     else
       print_list(plan, *flags);

@@ -1,5 +1,9 @@
 #include "values.h"
 
+#include <headfold/checkpoint/synthetic.h>
+
+#include <algorithm>
+
 namespace headfold::jobs {
 
 std::int64_t at_least(const po::variables_map& values, const char* name, std::int64_t least,
@@ -16,6 +20,14 @@ std::vector<std::filesystem::path> paths(const po::variables_map& values, const 
   if (values.count(name) > 0)
     for (const std::string& file : values[name].as<std::vector<std::string>>()) files.emplace_back(file);
   return files;
+}
+
+Json read_shape(const std::string& shape) {
+  const std::vector<std::string> names = checkpoint::shape_names();
+  if (std::find(names.begin(), names.end(), shape) != names.end()) return checkpoint::shape_config(shape);
+  if (fs::is_directory(shape)) return read_json(fs::path(shape) / "config.json");
+  if (fs::exists(shape)) return read_json(shape);
+  return checkpoint::shape_config(shape);  // throws, listing the names
 }
 
 }  // namespace headfold::jobs

@@ -16,4 +16,8 @@ std::int64_t at_least(const po::variables_map& values, const char* name, std::in
 /// The files of an option that takes several; none when it was not given.
 std::vector<std::filesystem::path> paths(const po::variables_map& values, const char* name);
 
+/// The config.json that --shape means: a name of checkpoint::shape_names(), a config.json, or a folder that holds one.
+/// UsageError that lists the names otherwise.
+Json read_shape(const std::string& shape);
+
 }  // namespace headfold::jobs

@@ -63,6 +63,7 @@ TEST(SyntheticTest, weights_have_the_stated_distribution) {
 TEST(SyntheticTest, known_shapes_have_their_published_sizes) {
   EXPECT_EQ(parameter_count(parse_config(shape_config("llama2-7b"), "shape")), 6738415616);
   EXPECT_EQ(parameter_count(parse_config(shape_config("llama2-13b"), "shape")), 13015864320);
+  EXPECT_EQ(parameter_count(parse_config(shape_config("llama2-70b"), "shape")), 68976648192);
   EXPECT_EQ(parameter_count(parse_config(shape_config("bloomz-7b1"), "shape")), 7069016064);
   EXPECT_THROW(shape_config("gpt5"), UsageError);
 }

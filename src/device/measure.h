@@ -2,10 +2,14 @@
 // What benchmarks measure with.
 
 #include <ATen/Parallel.h>
+#include <headfold/base/error.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <ctime>
+#include <filesystem>
 #include <functional>
+#include <string>
 #include <vector>
 
 namespace headfold::bench {
@@ -26,5 +30,26 @@ inline double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   return values[values.size() / 2];
 }
+
+/// A folder of this process, removed with all in it.
+class TemporaryFolder {
+ public:
+  explicit TemporaryFolder(const std::filesystem::path& parent = std::filesystem::temp_directory_path())
+      : path_(parent / "headfold-bench-XXXXXX") {
+    std::string name = path_.string();
+    if (::mkdtemp(name.data()) == nullptr) throw IoError(path_.string(), "no folder can be made there");
+    path_ = name;
+  }
+  ~TemporaryFolder() {
+    std::error_code code;
+    std::filesystem::remove_all(path_, code);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
 
 }  // namespace headfold::bench
