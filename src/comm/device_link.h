@@ -70,7 +70,9 @@ class DeviceLink {
   void broadcast(const at::Tensor& values, int root) const;
   /// Tensors to and from other ranks (not to oneself) as one group, so that they may depend on one another. Not
   /// collective. Tensors between two ranks are matched in the order in which they are started; `tag`, the same on both
-  /// sides, names them for MPI and the watchdog.
+  /// sides, names them for MPI and the watchdog. With `nccl` the transfers of a link are done in the order in which
+  /// they were started, so that a receive holds up all that comes after it until its tensor is sent (use a link for
+  /// each direction), and the first exchange with a rank waits until that rank has started its part.
   [[nodiscard]] Request exchange(const std::vector<Transfer>& transfers, int tag) const;
 
  private:
