@@ -50,8 +50,14 @@ void remove_files(const fs::path& folder, const std::function<bool(const std::st
   }
 }
 
-bool is_temporary_shard(const std::string& name) {
-  return name.ends_with(".tmp") && is_shard_name(name.substr(0, name.size() - 4));
+/// What a writer that was killed leaves: NAME.tmp of shards, NAME.PROCESS.tmp (write_file) of other files.
+bool is_temporary(const std::string& name) {
+  if (!name.ends_with(".tmp")) return false;
+  const std::string base = name.substr(0, name.size() - 4);
+  const std::size_t dot = base.rfind('.');
+  return is_shard_name(base) ||
+         (dot != std::string::npos && dot + 1 < base.size() &&
+          base.find_first_not_of("0123456789", dot + 1) == std::string::npos && is_model_file(base.substr(0, dot)));
 }
 
 }  // namespace
@@ -112,7 +118,7 @@ struct ParallelWriter::State {
   /// Rank 0: reserves the files and writes their headers.
   void create(const std::vector<std::string>& headers) {
     make_folder(folder);
-    remove_files(folder, is_temporary_shard);
+    remove_files(folder, is_temporary);
     std::uint64_t need = 0;
     for (const std::uint64_t bytes : shard_bytes) need += bytes;
     const std::uint64_t free = free_bytes(folder);

@@ -100,13 +100,16 @@ TEST(WriterTest, stale_files_of_an_earlier_run_disappear) {
   world().barrier("first");
   if (world().root()) {
     write_file(target / "model-00007-of-00009.safetensors.tmp", "left by a crash");
+    write_file(target / "tokenizer.json.4711.tmp", "left by a crash");
+    write_file(target / "notes.4711.tmp", "the user's own");
     write_file(target / "notes.txt", "the user's own");
   }
   world().barrier("stale");
   write_all(world(), target, std::uint64_t{1} << 30);
   std::set<std::string> names;
   for (const auto& [name, hash] : digest(target)) names.insert(name);
-  EXPECT_EQ(names, (std::set<std::string>{"config.json", "headfold.json", "model.safetensors", "notes.txt"}));
+  EXPECT_EQ(names, (std::set<std::string>{"config.json", "headfold.json", "model.safetensors", "notes.4711.tmp",
+                                          "notes.txt"}));
   world().barrier("looked");
   write_all(world(), target, 1500);
   EXPECT_FALSE(fs::exists(target / "model.safetensors"));
