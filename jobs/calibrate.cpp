@@ -15,6 +15,8 @@
 #include <headfold/comm/stopping.h>
 #include <headfold/device/device.h>
 #include <headfold/evaluation/tasks.h>
+#include <headfold/model/compute.h>
+#include <headfold/scale/memory.h>
 #include <headfold/tokenizer/tokenizer.h>
 
 #include <iostream>
@@ -63,8 +65,8 @@ po::options_description calibrate_options() {
       "pipeline-ranks", po::value<int>()->default_value(0),
       "ranks that share the layers of one model copy; 0 = as few as memory allows")(
       "dtype", po::value<std::string>()->default_value("auto"),
-      "compute in float32 or bfloat16; auto = bfloat16 for 16-bit checkpoints where the CPU has fast bfloat16")(
-      "streamed", po::bool_switch(), "keep one layer in memory at a time (models larger than memory)")(
+      "compute in float32 or bfloat16; auto = bfloat16 for 16-bit checkpoints where the CPU has fast bfloat16, and on "
+      "GPUs")("streamed", po::bool_switch(), "keep one layer in memory at a time (models larger than memory)")(
       "rotated-keys", po::value<std::string>()->default_value("yes"),
       "collect the Gram of keys as they enter the scores, which post-rotation folds need: yes, no")(
       "value-gram", po::value<std::string>()->default_value("yes"),
@@ -83,6 +85,7 @@ po::options_description calibrate_options() {
       "few minutes, -1 = only when stopped")("dry-run", po::bool_switch(), "print the plan and stop")(
       "overwrite", po::bool_switch(), "replace an existing output made otherwise")(
       "out", po::value<std::string>()->required(), "statistics file to write (.h5)");
+  add_device_option(own);
   return own;
 }
 
@@ -134,11 +137,6 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   return settings;
 }
 
-/// The most that `auto` lets attention statistics take: this share of calibration's other arithmetic, and this memory
-/// per layer unless the other sums take more.
-constexpr double kMostShare = 1.0;
-constexpr std::uint64_t kMostBytes = std::uint64_t{64} << 20;
-
 /// What is collected. UsageError or InputError when the model does not allow what was asked for.
 calibration::CollectOptions collect_options(const Settings& settings, const checkpoint::ModelConfig& config) {
   calibration::CollectOptions options;
@@ -151,15 +149,8 @@ calibration::CollectOptions collect_options(const Settings& settings, const chec
   options.half_samples = settings.half_samples;
   options.attended_heads = settings.attended_heads;
   options.attention_statistics = settings.attention_statistics == "on";
-  if (settings.attention_statistics == "auto" && config.layout == checkpoint::KvLayout::gqa) {
-    const std::uint64_t without =
-        calibration::layer_statistics_bytes(calibration::collected_shape(config, options, settings.length));
-    options.attention_statistics = true;
-    const calibration::StatisticsShape shape = calibration::collected_shape(config, options, settings.length);
-    const double share = calibration::attention_statistics_share(config, shape);
-    options.attention_statistics =
-        share <= kMostShare && calibration::layer_statistics_bytes(shape) - without <= std::max(without, kMostBytes);
-  }
+  if (settings.attention_statistics == "auto")
+    options.attention_statistics = scale::collects_attention(config, options, settings.length);
   return options;
 }
 
@@ -176,6 +167,7 @@ calibration::StatisticsHeader make_header(const Settings& settings, const checkp
   json["seed"] = settings.seed;
   json["bos"] = settings.bos_name;
   json["dtype"] = header.dtype;
+  if (device_kind() != "cpu") json["device"] = device_kind();
   json["rotated_keys"] = header.has_rotated_keys;
   json["values"] = header.has_values;
   json["half_samples"] = header.has_halves;
@@ -189,71 +181,9 @@ std::int64_t element_size(at::ScalarType dtype) {
   return static_cast<std::int64_t>(c10::elementSize(dtype));
 }
 
-/// Memory of one rank in bytes.
-struct Memory {
-  double weights = 0, statistics = 0, activations = 0;
-  double total() const { return weights + statistics + activations; }
-};
-
-double weight_bytes(const checkpoint::ModelConfig& config, std::int64_t layer, at::ScalarType dtype) {
-  double elements = 0;
-  for (const checkpoint::TensorShape& tensor : checkpoint::layer_tensors(config, layer)) {
-    double count = 1;
-    for (const std::int64_t size : tensor.shape) count *= static_cast<double>(size);
-    elements += count;
-  }
-  return elements * static_cast<double>(element_size(dtype));
-}
-
-Memory stage_memory(const Settings& settings, const checkpoint::ModelConfig& config, const comm::LayerRange& range,
-                    bool first_stage) {
-  Memory memory;
-  const auto element = static_cast<double>(element_size(settings.dtype));
-  const auto hidden = static_cast<double>(config.hidden);
-  for (std::int64_t layer = range.begin; layer < range.end; ++layer) {
-    const double layer_bytes = weight_bytes(config, layer, settings.dtype);
-    memory.weights = settings.streamed ? std::max(memory.weights, layer_bytes) : memory.weights + layer_bytes;
-  }
-  if (first_stage) memory.weights += static_cast<double>(config.vocab) * hidden * element;
-  const std::int64_t key_width = config.source_kv_heads * config.head_dim;
-  const calibration::StatisticsShape shape =
-      calibration::collected_shape(config, collect_options(settings, config), settings.length);
-  // Per layer the packed sums and the buffers of position-0 rows; once, the float32 blocks of a Gram.
-  memory.statistics =
-      static_cast<double>(range.size()) *
-          (static_cast<double>(calibration::layer_statistics_bytes(shape)) + (shape.halves ? 2 : 1) * 64 * 8 * hidden) +
-      1024 * 4 * static_cast<double>(std::max(config.hidden, key_width));
-  const double tokens = static_cast<double>(settings.micro_batch * settings.length);
-  // Hidden states in, out, normalised, residual and two in flight; queries, keys, values and their attention; three MLP
-  // widths.
-  const double widths = 6 * hidden + 2 * static_cast<double>(config.heads * config.head_dim) +
-                        2 * static_cast<double>(key_width) + 3 * static_cast<double>(config.ffn);
-  // Attention scores are float32, in blocks of bounded size.
-  const double scores = 4 * tokens * static_cast<double>(settings.length) * static_cast<double>(config.heads);
-  memory.activations =
-      tokens * widths * element + std::min(scores, static_cast<double>(model::attention_block_bytes()));
-  // Values as the heads see them, for their Gram.
-  if (shape.value_width > 0 && !shape.attention)
-    memory.activations += tokens * static_cast<double>(shape.value_width) * element;
-  if (shape.attention) {
-    // Queries, keys and values as the heads see them, and once more for one sequence; attended values of every thread.
-    const auto length = static_cast<double>(settings.length);
-    memory.activations +=
-        (tokens + length) * static_cast<double>((config.heads + 2 * shape.kv_heads) * config.head_dim) * element +
-        at::get_num_threads() * length * static_cast<double>(shape.block()) * 4 +
-        std::min(scores, static_cast<double>(model::attention_block_bytes()));
-  }
-  return memory;
-}
-
-Memory widest_stage(const Settings& settings, const checkpoint::ModelConfig& config, int stages) {
-  Memory widest;
-  const auto ranges = model::stage_layers(config, stages);
-  for (std::size_t stage = 0; stage < ranges.size(); ++stage) {
-    const Memory memory = stage_memory(settings, config, ranges[stage], stage == 0);
-    if (memory.total() > widest.total()) widest = memory;
-  }
-  return widest;
+/// What the memory of a rank follows from.
+scale::CalibrationSettings memory_settings(const Settings& settings, const checkpoint::ModelConfig& config) {
+  return {collect_options(settings, config), settings.length, at::get_num_threads()};
 }
 
 /// What would make a rank need less, given what was chosen.
@@ -279,10 +209,10 @@ int choose_stages(const Settings& settings, const checkpoint::ModelConfig& confi
   for (int stages = 1; stages <= world.size() && stages <= config.layers; ++stages) {
     if (world.size() % stages != 0) continue;
     most = stages;
-    if (widest_stage(settings, config, stages).total() <= budget) return stages;
+    if (scale::widest_stage(config, memory_settings(settings, config), stages).total() <= budget) return stages;
   }
   if (settings.dry_run) return most;  // the plan says what is missing
-  const double needed = widest_stage(settings, config, most).total();
+  const double needed = scale::widest_stage(config, memory_settings(settings, config), most).total();
   throw UsageError(fmt::format("a rank would need {} even with {} pipeline rank(s), but only {} are available to it",
                                human_bytes(needed), most, human_bytes(budget)),
                    less_memory(settings) + "; --pipeline-ranks N overrides this estimate");
@@ -353,13 +283,15 @@ std::string plan_text(const Settings& settings, const checkpoint::ModelConfig& c
   Table table({"stage", "layers", "weights", "statistics", "activations", "memory per rank"});
   const auto ranges = model::stage_layers(config, stages);
   for (std::size_t stage = 0; stage < ranges.size(); ++stage) {
-    const Memory memory = stage_memory(settings, config, ranges[stage], stage == 0);
+    const scale::CalibrationMemory memory =
+        scale::calibration_memory(config, memory_settings(settings, config), ranges[stage], stage == 0);
     table.add({std::to_string(stage), fmt::format("{}-{}", ranges[stage].begin, ranges[stage].end - 1),
                human_bytes(memory.weights), human_bytes(memory.statistics), human_bytes(memory.activations),
                human_bytes(memory.total())});
   }
   text += table.text();
-  text += fmt::format("memory      {} available to each rank\n", human_bytes(budget));
+  text += fmt::format("memory      {} available to each rank{}\n", human_bytes(budget),
+                      model::compute().on_host() ? "" : " on its GPU");
   if (settings.streamed)
     text += fmt::format(
         "streamed    one layer in memory at a time; hidden states wait for the next layer in a temporary file beside "
@@ -412,12 +344,17 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
   world.broadcast(header.data_hash);
 
   std::int64_t finished = 0;
-  world.on_root([&] { finished = is_finished(settings, header) ? 1 : 0; });
+  world.on_root([&] {
+    check_output_file(values, settings.out.string() + ".json", "record of headfold calibrate",
+                      [](const fs::path& file) { return read_json(file).at("format") == "headfold-calibration"; });
+    finished = is_finished(settings, header) ? 1 : 0;
+  });
   finished = world.all_reduce(finished, comm::Reduce::max);
 
   const comm::Communicator host = world.split_by_host();
-  const double budget =
-      world.all_reduce(static_cast<double>(available_memory_bytes()) / host.size(), comm::Reduce::min);
+  const double budget = world.all_reduce(
+      static_cast<double>(memory_for_model(static_cast<std::int64_t>(available_memory_bytes()) / host.size())),
+      comm::Reduce::min);
   const int stages = choose_stages(settings, config, world, budget);
   const comm::Grid grid = comm::make_grid(world, stages);
   log_grid(grid, model::stage_layers(config, stages));
@@ -426,7 +363,7 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
     const std::int64_t batches = (settings.samples + settings.micro_batch - 1) / settings.micro_batch;
     if (batches < grid.replicas)
       spdlog::warn("{} micro-batches keep only that many of {} replicas busy", batches, grid.replicas);
-    const double needed = widest_stage(settings, config, stages).total();
+    const double needed = scale::widest_stage(config, memory_settings(settings, config), stages).total();
     if (needed > budget)
       spdlog::warn("a rank may need {}, but only {} are available to it: it may be killed; {}", human_bytes(needed),
                    human_bytes(budget), less_memory(settings));

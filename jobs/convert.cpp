@@ -6,9 +6,13 @@
 #include <headfold/base/table.h>
 #include <headfold/calibration/text.h>
 #include <headfold/checkpoint/layout.h>
+#include <headfold/checkpoint/writer.h>
 #include <headfold/comm/stopping.h>
 #include <headfold/device/device.h>
 #include <headfold/folding/apply.h>
+#include <headfold/linalg/linalg.h>
+#include <headfold/model/compute.h>
+#include <headfold/scale/memory.h>
 
 #include <algorithm>
 #include <cmath>
@@ -184,36 +188,16 @@ void describe(const FoldOptions& options, const checkpoint::Reader& reader, cons
       human_bytes(static_cast<double>(free_bytes(out))), out.string());
 }
 
-/// Memory of one rank while it folds a layer: weights of one layer's attention, its moments and their working copies,
-/// in float64.
-double layer_memory(const checkpoint::ModelConfig& config) {
-  const auto hidden = static_cast<double>(config.hidden), width = static_cast<double>(config.heads * config.head_dim),
-             kv = static_cast<double>(config.kv_width());
-  return 8 * (2 * hidden * width * 2 + 2 * hidden * kv * 2 + 6 * hidden * hidden + 2 * kv * kv);
-}
-
-/// What `out` holds: nothing of this command, its result, or a result that was damaged since.
-enum class Found : std::int64_t { other, damaged, result };
-
-Found found_in(const fs::path& out, const OrderedJson& request) {
+/// Whether `file` is the plan of this very command. UsageError when it is there, is not, and may not be replaced.
+bool is_planned(const fs::path& file, const OrderedJson& request, bool overwrite) {
+  if (!fs::exists(file)) return false;
   try {
-    if (!fs::exists(out / "convert.json")) return Found::other;
-    const Json record = read_json(out / "convert.json");
-    const auto found = record.find("request");
-    if (found == record.end() || *found != Json::parse(request.dump())) return Found::other;
-  } catch (const Error&) {
-    return Found::other;
+    if (read_json(file).at("request") == Json::parse(request.dump())) return true;
+  } catch (const std::exception&) {  // no plan, or one without what it was made for
   }
-  try {
-    read_json(out / "headfold.json");
-    const checkpoint::Reader reader(out);  // sizes of all shards against their headers
-    const std::vector<std::string> problems = checkpoint::layout_problems(reader);
-    if (!problems.empty()) throw InputError(problems.front());
-  } catch (const Error& error) {
-    spdlog::warn("{} was made by this very command but is damaged ({}); it is made again", out.string(), error.what());
-    return Found::damaged;
-  }
-  return Found::result;
+  if (overwrite) return false;
+  throw UsageError(fmt::format("{} was planned otherwise", file.string()),
+                   "choose another --out, or replace it with --overwrite");
 }
 
 }  // namespace
@@ -227,6 +211,9 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
             "       headfold convert --model DIR --calibration F.h5 --kv-heads N --compare FOLD,FOLD,... --probe-data "
             "FILE --out DIR",
             convert_options(), arguments);
+  // Models that are run on the way (refit, probes) compute on the CPU.
+  linalg::set_backend(model::compute().on_host() ? linalg::Backend::lapack : linalg::Backend::cusolver);
+  model::set_compute({});
   const Progress clock("convert", "", 1, false);
   const std::vector<Spent> spent_before = profile();
   const fs::path out = values["out"].as<std::string>();
@@ -308,13 +295,13 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
                      fmt::format("headfold calibrate --model {} makes the file; metric weights does without",
                                  reader.folder().string()));
   options = folding::with_effective_metrics(options, has_statistics);
-  check_output_folder(out);
+  world.on_root([&] { check_own_folder(out); });
 
   if (speaks) {
     describe(options, reader, out, shard);
     const std::int64_t items = config.layers * options.kv_heads;
     std::cout << fmt::format("work           {} groups in {} layers over {} rank(s), about {} each per rank\n\n", items,
-                             config.layers, world.size(), human_bytes(layer_memory(config)))
+                             config.layers, world.size(), human_bytes(scale::conversion_memory(config)))
               << std::flush;
   }
   if (values.count("dry-run") > 0) {
@@ -349,23 +336,30 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   if (by_layer && !from_plan) request["probe"] = describe_text(probe_source);
   request["max_shard_bytes"] = shard;
   const bool plan_only = values.count("plan-only") > 0;
-  auto found = static_cast<std::int64_t>(Found::other);
-  world.on_root([&] {
-    if (!plan_only) found = static_cast<std::int64_t>(found_in(out, request));
-  });
-  found = world.all_reduce(found);  // zeros on the other ranks
-  if (found == static_cast<std::int64_t>(Found::result)) {
-    if (speaks)
-      std::cout << fmt::format("{} is already the result of this very command; nothing to do\n", out.string());
-    return;
+  const bool overwrite = values.count("overwrite") > 0;
+  const fs::path plan_file = out / "plan.json";
+  if (plan_only) {
+    std::int64_t planned = 0;
+    world.on_root([&] { planned = is_planned(plan_file, request, overwrite) ? 1 : 0; });
+    if (world.all_reduce(planned) == 1) {  // zeros on the other ranks
+      if (speaks)
+        std::cout << fmt::format("{} is already the plan of this very command; nothing to do\n", plan_file.string());
+      return;
+    }
   }
-
-  world.on_root([&] {
-    if (!plan_only && values.count("overwrite") == 0 && found == static_cast<std::int64_t>(Found::other) &&
-        fs::exists(out / "headfold.json") && fs::exists(out / "convert.json"))
-      throw UsageError(fmt::format("{} holds another conversion", out.string()),
-                       "choose another --out, or replace it with --overwrite");
-  });
+  OutputFolder output;
+  output.folder = out;
+  output.overwrite = overwrite;
+  output.is_own = [&](const Json& made) {
+    const auto known = made.find("request");
+    return known != made.end() && *known == Json::parse(request.dump());
+  };
+  output.companions = checkpoint::companion_files(reader.folder());
+  output.others = {"convert.json"};
+  // A plan may be applied where it lies.
+  std::error_code elsewhere;
+  if (from_plan && fs::equivalent(values["plan"].as<std::string>(), plan_file, elsewhere)) output.keep = {plan_file};
+  if (!plan_only && is_made(context, output)) return;
 
   if (from_plan && statistics && !given.statistics_hash.empty() &&
       given.statistics_hash != statistics->content_hash() && speaks)
@@ -389,28 +383,23 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
     warn_about(plan);
   }
   if (plan_only) {
-    const fs::path file = out / "plan.json";
-    world.on_root([&] { write_json(file, to_json(plan)); });
+    OrderedJson json = to_json(plan);
+    json["request"] = request;
+    world.on_root([&] { write_json(plan_file, json); });
     if (speaks)
       std::cout << fmt::format(
           "wrote {}\nnext: edit its groups if you like, then\n  headfold convert --model {}{} --plan {} --out DIR\n",
-          file.string(), reader.folder().string(),
-          has_statistics ? " --calibration " + values["calibration"].as<std::string>() : "", file.string());
+          plan_file.string(), reader.folder().string(),
+          has_statistics ? " --calibration " + values["calibration"].as<std::string>() : "", plan_file.string());
     return;
   }
-  // From here on what an earlier run left no longer describes this folder.
-  world.on_root([&] {
-    for (const char* stale : {"convert.json", "verification.json"}) {
-      std::error_code code;
-      fs::remove(out / stale, code);
-    }
-  });
   folding::Refit refit{&refit_settings, {}, {}};
   if (options.refit) {
     refit.sequences = calibration::read_sequences(world, reader.folder(), config.vocab, refit_source);
     if (speaks) refit.report = print_refit;
   }
-  folding::apply_plan(world, reader, statistics.get(), plan, out, shard, options.refit ? &refit : nullptr, &bases);
+  folding::apply_plan(world, reader, statistics.get(), plan, out, shard, options.refit ? &refit : nullptr, &bases,
+                      request, output.keep);
   const double seconds = clock.seconds();
   OrderedJson record = run_record(context, "convert", arguments, seconds);
   record["seconds_plan"] = seconds_plan;
@@ -430,7 +419,6 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
     record["profile"][spent[i].work] = static_cast<double>(milliseconds[2 * i]) / 1000;
     record["profile_processor"][spent[i].work] = static_cast<double>(milliseconds[2 * i + 1]) / 1000;
   }
-  record["request"] = request;
   world.on_root([&] { write_json(out / "convert.json", record); });
   if (speaks) {
     const std::int64_t element = folding::bytes_per_element(config.dtype);

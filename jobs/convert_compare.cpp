@@ -294,7 +294,7 @@ void check_comparison_folder(const fs::path& out) {
     } catch (const std::exception&) {
     }
   }
-  check_output_folder(out);
+  check_own_folder(out);
 }
 
 }  // namespace

@@ -28,8 +28,19 @@ void say_written(const Context& context, const std::filesystem::path& out, std::
 }
 
 void export_merged(const Context& context, const checkpoint::Reader& reader, const std::filesystem::path& folder,
-                   const std::filesystem::path& out, std::uint64_t max_shard_bytes, bool dry_run) {
+                   OutputFolder output, std::uint64_t max_shard_bytes, bool dry_run) {
   const finetune::Adapter adapter = finetune::read_adapter(folder, reader.config());
+  const std::filesystem::path& out = output.folder;
+  std::vector<checkpoint::TensorSpec> specs;
+  for (const std::string& name : reader.names())
+    specs.push_back({name, reader.info(name).dtype, reader.info(name).shape});
+  output.others = checkpoint::plan_shards(specs, max_shard_bytes).files;
+  output.is_own = [&](const Json& made) {
+    const Json merged = made.value("merged", Json::object());
+    return merged.value("base_fingerprint", std::string()) == reader.fingerprint() &&
+           merged.value("adapter", Json::object()).value("sha256", std::string()) == finetune::adapter_hash(adapter);
+  };
+  if (is_made(context, output)) return;
   if (context.world.root()) {
     Table table({"what", "value"});
     table.add({"base", reader.folder().string()});
@@ -61,8 +72,9 @@ void export_model(const Context& context, const std::vector<std::string>& argume
       "dtype", po::value<std::string>()->default_value("float32"),
       "expanded: float32, float16 or bfloat16 of the written tensors; 16 bits round the products of two stored "
       "matrices")("max-shard-size", po::value<std::string>()->default_value("5GiB"),
-                  "largest shard, in bytes or as 500MB, 5GiB, …")("dry-run", po::bool_switch(),
-                                                                  "say what would be written, and stop");
+                  "largest shard, in bytes or as 500MB, 5GiB, …")(
+      "overwrite", po::bool_switch(), "replace another model of headfold that stands in --out")(
+      "dry-run", po::bool_switch(), "say what would be written, and stop");
   const po::variables_map values = parse(
       context, "export", "headfold export --model DIR --format expanded|merged --out DIR [options]", own, arguments);
   const auto format = values["format"].as<std::string>();
@@ -82,13 +94,23 @@ void export_model(const Context& context, const std::vector<std::string>& argume
   const std::uint64_t max_shard_bytes = parse_bytes("max-shard-size", values["max-shard-size"].as<std::string>());
   std::error_code code;
   if (fs::equivalent(folder, out, code)) throw UsageError("--out is the model itself", "choose another --out");
-  check_output_folder(out);
+  context.world.on_root([&] { check_own_folder(out); });
 
   const checkpoint::Reader reader(folder);
+  OutputFolder output;
+  output.folder = out;
+  output.overwrite = values["overwrite"].as<bool>();
+  output.companions = checkpoint::companion_files(folder);
   const bool dry_run = values["dry-run"].as<bool>();
-  if (merges) return export_merged(context, reader, values["adapter"].as<std::string>(), out, max_shard_bytes, dry_run);
+  if (merges)
+    return export_merged(context, reader, values["adapter"].as<std::string>(), output, max_shard_bytes, dry_run);
   const checkpoint::ModelConfig& before = reader.config();
   const checkpoint::ModelConfig after = checkpoint::expanded_config(before, dtype);
+  output.others = checkpoint::plan_shards(checkpoint::expanded_specs(after, dtype), max_shard_bytes).files;
+  output.is_own = [&](const Json& made) {
+    return without_version(made) == without_version(checkpoint::expanded_record(reader, after, dtype));
+  };
+  if (is_made(context, output)) return;
   if (context.world.root()) {
     const auto cache = [](const checkpoint::ModelConfig& config) {
       return human_bytes(static_cast<double>(config.cache_bytes_per_token(config.dtype == "float32" ? 4 : 2)));

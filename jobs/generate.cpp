@@ -8,7 +8,7 @@
 #include <numeric>
 #include <random>
 
-#include "job.h"
+#include "values.h"
 
 namespace headfold::jobs {
 namespace {
@@ -50,7 +50,7 @@ void generate(const Context& context, const std::vector<std::string>& arguments)
       "max-new-tokens", po::value<std::int64_t>()->default_value(64), "tokens to produce at most")(
       "temperature", po::value<double>()->default_value(0), "0 = greedy; 1 = the model's own distribution")(
       "top-k", po::value<std::int64_t>()->default_value(0), "sample among the k likeliest tokens; 0 = all")(
-      "seed", po::value<std::uint64_t>()->default_value(0), "of the sampling")(
+      "seed", po::value<std::int64_t>()->default_value(0), "of the sampling")(
       "dtype", po::value<std::string>()->default_value("auto"), "compute dtype: float32, bfloat16 or auto")(
       "dry-run", po::bool_switch(), "print what would be done, and stop");
   add_device_option(own);
@@ -64,7 +64,7 @@ void generate(const Context& context, const std::vector<std::string>& arguments)
   Sampling sampling;
   sampling.temperature = options["temperature"].as<double>();
   sampling.top_k = options["top-k"].as<std::int64_t>();
-  sampling.random.seed(options["seed"].as<std::uint64_t>());
+  sampling.random.seed(static_cast<std::uint64_t>(at_least(options, "seed", 0)));
   if (!(sampling.temperature >= 0) || !std::isfinite(sampling.temperature))
     throw UsageError(fmt::format("--temperature {}: must be 0 or more", sampling.temperature));
   if (sampling.top_k < 0) throw UsageError(fmt::format("--top-k {}: must be 0 or more", sampling.top_k));

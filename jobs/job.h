@@ -8,6 +8,7 @@
 
 #include <boost/program_options.hpp>
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -94,6 +95,35 @@ OrderedJson run_record(const Context& context, const std::string& job, const std
                        double seconds);
 
 /// Refuses to write into a folder or file that exists and was not made by headfold. Creates nothing.
-void check_output_folder(const std::filesystem::path& folder);
+void check_own_folder(const std::filesystem::path& folder);
+
+/// A model folder that a job is to write.
+struct OutputFolder {
+  std::filesystem::path folder;
+  bool overwrite = false;  ///< what another command made may be replaced
+  /// Whether a headfold.json that stands there is that of this very command.
+  std::function<bool(const Json& made)> is_own;
+  std::vector<std::filesystem::path> companions;  ///< whose copies belong there (checkpoint::companion_files)
+  std::vector<std::string> others;                ///< names of further files of a whole result
+  std::vector<std::filesystem::path> keep;        ///< files there that are not replaced
+};
+
+/// A headfold.json as is_own compares it: another version of headfold makes the same.
+Json without_version(const OrderedJson& made);
+Json without_version(Json made);
+
+/// Whether the folder holds the whole result of this very command already, and says so. UsageError when it is foreign
+/// (check_own_folder), or holds another model or plan of headfold and may not be overwritten; what an interrupted job
+/// left, and a damaged result of this command (with a warning), may be written again. Creates nothing. Collective.
+bool is_made(const Context& context, const OutputFolder& output);
+
+/// Refuses (UsageError) to write `file` when it is one that this job reads, or stands where a model's own files are.
+/// `values`: the job's options, whatever they name is read, but for outputs. Creates nothing.
+void check_output_place(const po::variables_map& values, const std::filesystem::path& file);
+
+/// The same, and refuses a file that exists and is no former result (`is_former`) of the same kind (`kind`, for the
+/// message).
+void check_output_file(const po::variables_map& values, const std::filesystem::path& file, const std::string& kind,
+                       const std::function<bool(const std::filesystem::path&)>& is_former);
 
 }  // namespace headfold::jobs

@@ -62,9 +62,12 @@ void logits(const Context& context, const std::vector<std::string>& arguments) {
   const std::filesystem::path out = options["out"].as<std::string>();
   if (std::filesystem::is_directory(out))
     throw UsageError(fmt::format("--out {} is a folder", out.string()), "name a file to write");
-  std::error_code unknown;
-  if (std::filesystem::equivalent(out, options["ids"].as<std::string>(), unknown))
-    throw UsageError(fmt::format("--out {} is the file of --ids", out.string()), "name another file to write");
+  world.on_root([&] {
+    check_output_file(options, out, "logits", [](const std::filesystem::path& file) {
+      const checkpoint::SafetensorsFile former(file);
+      return former.tensors().size() == 1 && former.has("logits");
+    });
+  });
   const auto micro_batch = options["micro-batch"].as<std::int64_t>();
   if (micro_batch < 1) throw UsageError(fmt::format("--micro-batch {}: must be at least 1", micro_batch));
 

@@ -1,7 +1,11 @@
 #include <ATen/Parallel.h>
 #include <headfold/base/files.h>
+#include <headfold/base/log.h>
 #include <headfold/base/version.h>
+#include <headfold/checkpoint/layout.h>
+#include <headfold/checkpoint/reader.h>
 #include <headfold/checkpoint/writer.h>
+
 #include <headfold/device/device.h>
 #include <headfold/device/gpu.h>
 #include <headfold/model/compute.h>
@@ -143,16 +147,169 @@ OrderedJson run_record(const Context& context, const std::string& job, const std
   return record;
 }
 
-void check_output_folder(const std::filesystem::path& folder) {
-  namespace fs = std::filesystem;
+namespace {
+
+/// The plan of convert --plan-only.
+bool is_plan(const fs::path& file) {
+  std::error_code code;
+  if (!fs::is_regular_file(file, code)) return false;
+  try {
+    const Json json = read_json(file);
+    return json.is_object() && json.value("format", std::string()) == "headfold-plan";
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+std::string described(const Json& made) {
+  const auto format = made.is_object() ? made.value("format", std::string()) : std::string();
+  if (format == "headfold-synthetic") return "a synthetic model";
+  if (format == "headfold-expanded") return "an exported model";
+  if (format == "headfold-merged" || made.contains("merged")) return "a model with merged training";
+  return format == "headfold-model" ? "another conversion" : "another model";
+}
+
+enum class Found : std::int64_t { other, damaged, result };
+
+Found found_in(const OutputFolder& output) {
+  try {
+    if (!fs::exists(output.folder / "headfold.json") || !output.is_own(read_json(output.folder / "headfold.json")))
+      return Found::other;
+  } catch (const std::exception&) {  // nothing of this command's, whatever it is
+    return Found::other;
+  }
+  try {
+    const checkpoint::Reader reader(output.folder);  // sizes of all shards against their headers
+    std::vector<std::string> problems = checkpoint::layout_problems(reader);
+    for (const std::string& problem : checkpoint::companion_problems(output.folder, output.companions))
+      problems.push_back(problem);
+    for (const std::string& name : output.others)
+      if (!fs::exists(output.folder / name)) problems.push_back(fmt::format("{} is missing", name));
+    if (!problems.empty()) throw InputError(problems.front());
+  } catch (const Error& error) {
+    spdlog::warn("{} was made by this very command but is damaged ({}); it is made again", output.folder.string(),
+                 error.what());
+    return Found::damaged;
+  }
+  return Found::result;
+}
+
+/// Refuses what another command made.
+void refuse_other(const OutputFolder& output) {
+  const fs::path& folder = output.folder;
+  std::string holds;
+  // Where a job was killed while it put its model in place, the former one is gone.
+  if (fs::exists(folder / "headfold.json") &&
+      (checkpoint::holds_model(folder) || !fs::exists(folder / checkpoint::kUnfinishedMarker))) {
+    holds = "another model";
+    try {
+      holds = described(read_json(folder / "headfold.json"));
+    } catch (const Error&) {  // it may be whole but for this file
+    }
+  } else if (const fs::path plan = folder / "plan.json"; is_plan(plan)) {
+    const auto kept = [&](const fs::path& file) { return fs::equivalent(file, plan); };
+    if (std::none_of(output.keep.begin(), output.keep.end(), kept)) holds = "a plan of headfold convert";
+  }
+  if (!holds.empty())
+    throw UsageError(fmt::format("{} holds {}", folder.string(), holds),
+                     "choose another --out, or replace it with --overwrite");
+}
+
+/// Files that loaders of a model or of an adapter take for theirs.
+bool is_own_file(const fs::path& file) {
+  const std::string name = file.filename().string();
+  return name != "verification.json" &&
+         (checkpoint::is_model_file(name) || name == "adapter_config.json" || file.extension() == ".safetensors");
+}
+
+/// Files and folders that the job's options name for reading.
+std::vector<fs::path> named_inputs(const po::variables_map& values) {
+  std::vector<fs::path> inputs;
+  for (const auto& [name, value] : values) {
+    const auto outputs = {"out", "events", "log-dir", "cache-teacher", "run"};
+    if (std::find(outputs.begin(), outputs.end(), name) != outputs.end()) continue;
+    // Whatever is no path names no file that exists either.
+    if (const auto* text = boost::any_cast<std::string>(&value.value()); text != nullptr && !text->empty())
+      inputs.emplace_back(*text);
+    if (const auto* texts = boost::any_cast<std::vector<std::string>>(&value.value()))
+      inputs.insert(inputs.end(), texts->begin(), texts->end());
+  }
+  return inputs;
+}
+
+}  // namespace
+
+void check_own_folder(const std::filesystem::path& folder) {
   if (!fs::exists(folder)) return;
   if (!fs::is_directory(folder))
     throw UsageError(fmt::format("{} exists and is not a folder", folder.string()), "choose another --out");
   if (fs::is_empty(folder) || fs::exists(folder / "headfold.json") ||
-      fs::exists(folder / checkpoint::kUnfinishedMarker))
+      fs::exists(folder / checkpoint::kUnfinishedMarker) || is_plan(folder / "plan.json"))
     return;
   throw UsageError(fmt::format("{} is not empty and was not written by headfold", folder.string()),
                    "choose another --out, or empty that folder yourself: headfold does not overwrite foreign files");
+}
+
+Json without_version(Json made) {
+  if (made.is_object()) made.erase("headfold_version");
+  return made;
+}
+
+Json without_version(const OrderedJson& made) {
+  return without_version(Json::parse(made.dump()));
+}
+
+bool is_made(const Context& context, const OutputFolder& output) {
+  std::int64_t made = 0;
+  context.world.on_root([&] {
+    check_own_folder(output.folder);
+    const Found found = found_in(output);
+    made = found == Found::result ? 1 : 0;
+    if (found == Found::other && !output.overwrite) refuse_other(output);
+  });
+  made = context.world.all_reduce(made);  // zeros on the other ranks
+  if (made == 1 && context.world.root())
+    std::cout << fmt::format("{} is already the result of this very command; nothing to do\n", output.folder.string());
+  return made == 1;
+}
+
+void check_output_place(const po::variables_map& values, const std::filesystem::path& file) {
+  const auto same = [&](const fs::path& other) {
+    std::error_code code;
+    return fs::equivalent(file, other, code) || fs::weakly_canonical(file, code) == fs::weakly_canonical(other, code);
+  };
+  std::error_code code;
+  for (const fs::path& input : named_inputs(values)) {
+    bool reads = false;
+    if (fs::is_directory(input, code)) {
+      for (fs::directory_iterator entry(input, code), end; !code && entry != end; entry.increment(code))
+        reads = reads || (is_own_file(entry->path()) && same(entry->path()));
+    } else {
+      reads = fs::exists(input, code) && same(input);
+    }
+    if (reads)
+      throw UsageError(fmt::format("{} is a file that this job reads ({})", file.string(), input.string()),
+                       "name another file to write");
+  }
+  const fs::path there = fs::weakly_canonical(file, code);
+  if (fs::exists(there.parent_path() / "config.json", code) && is_own_file(there))
+    throw UsageError(fmt::format("{} stands among the files of a model", file.string()),
+                     "name a file in another folder");
+}
+
+void check_output_file(const po::variables_map& values, const std::filesystem::path& file, const std::string& kind,
+                       const std::function<bool(const std::filesystem::path&)>& is_former) {
+  check_output_place(values, file);
+  std::error_code code;
+  if (!fs::exists(file, code)) return;
+  bool former = false;
+  try {
+    former = fs::is_regular_file(file, code) && is_former(file);
+  } catch (const std::exception&) {  // unreadable as what it would have to be
+  }
+  if (!former)
+    throw UsageError(fmt::format("{} exists and holds no {}", file.string(), kind),
+                     "name another file, or remove that one yourself: headfold does not overwrite foreign files");
 }
 
 }  // namespace headfold::jobs

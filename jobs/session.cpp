@@ -15,6 +15,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <fstream>
 #include <map>
 #include <set>
 #include <thread>
@@ -42,6 +43,8 @@ struct Session {
   SessionClock::time_point start = SessionClock::now();
   MovedBytes moved = moved_bytes();
 };
+/// From the outermost to the one at hand. They outlive what a job throws: fail() says how long the job had run.
+std::vector<std::unique_ptr<Session>> sessions;
 Session* current_session = nullptr;
 
 std::size_t host_count() {
@@ -115,6 +118,14 @@ std::vector<std::filesystem::path> shared_inputs(const po::variables_map& values
   return paths;
 }
 
+/// Whether a file is empty or begins with an event.
+bool holds_events(const std::filesystem::path& file) {
+  std::ifstream stream(file);
+  std::string line;
+  if (!std::getline(stream, line)) return true;
+  return line.starts_with("{\"time\":") && line.find("\"event\":") != std::string::npos;
+}
+
 std::string rank_map(const std::vector<int>& gpus) {
   constexpr std::size_t kMost = 128;
   Table table({"rank", "host", "local rank", "process", "cores", "threads", "GPU"});
@@ -171,7 +182,11 @@ void open_session(const Context& context, const std::string& job, const po::vari
   session.events = {text("events"), text("stage-name").empty() ? job : text("stage-name"), job, world.root()};
   start_logging(world.rank(), world.size(), session.log_folder, session.verbose);
   if (world.size() > 1) world.require_equal(command_line(job, arguments), "the command line");
-  world.on_root([&] { set_event_stream(session.events); });
+  world.on_root([&] {
+    if (!session.events.file.empty()) check_output_file(values, session.events.file, "events", holds_events);
+    if (values.count("out") > 0 && !std::filesystem::is_directory(text("out"))) check_output_place(values, text("out"));
+    set_event_stream(session.events);
+  });
   if (!world.root()) set_event_stream(session.events);
   session.open = true;
   require_same_files(world, shared_inputs(values));
@@ -219,13 +234,14 @@ void log_grid(const comm::Grid& grid, const std::vector<comm::LayerRange>& stage
 }
 
 void run_job(const Context& context, const Job& job, const std::vector<std::string>& arguments) {
-  Session session;
+  Session& session = *sessions.emplace_back(std::make_unique<Session>());
   session.outer = current_session;
   if (session.outer != nullptr) reset_peak_resident_bytes();
   current_session = &session;
   const auto leave = [&] {
     current_session = session.outer;
-    restore(context, session.outer);
+    sessions.pop_back();
+    restore(context, current_session);
   };
   try {
     job.run(context, arguments);

@@ -14,19 +14,10 @@
 #include <cmath>
 #include <iostream>
 
-#include "job.h"
+#include "values.h"
 
 namespace headfold::jobs {
 namespace {
-
-/// A name of shape_names(), or a config.json (or a folder that holds one).
-Json read_shape(const std::string& shape) {
-  const std::vector<std::string> names = checkpoint::shape_names();
-  if (std::find(names.begin(), names.end(), shape) != names.end()) return checkpoint::shape_config(shape);
-  if (fs::is_directory(shape)) return read_json(fs::path(shape) / "config.json");
-  if (fs::exists(shape)) return read_json(shape);
-  return checkpoint::shape_config(shape);  // throws, listing the names
-}
 
 std::int64_t count_option(const po::variables_map& values, const std::string& name) {
   if (values.count(name) == 0) return 0;
@@ -40,22 +31,23 @@ std::int64_t count_option(const po::variables_map& values, const std::string& na
 void synthesize(const Context& context, const std::vector<std::string>& arguments) {
   po::options_description own("synthesize");
   own.add_options()("shape", po::value<std::string>()->required(),
-                    "llama2-7b, llama2-13b, bloomz-7b1, or a config.json")(
+                    "llama2-7b, llama2-13b, llama2-70b, bloomz-7b1, or a config.json")(
       "out", po::value<std::string>()->required(), "model folder to write")("layers", po::value<std::int64_t>(),
                                                                             "number of layers, instead of the shape's")(
       "kv-heads", po::value<std::int64_t>(), "number of KV heads, instead of the shape's")(
       "vocab", po::value<std::int64_t>(), "vocabulary, instead of the shape's")(
       "dtype", po::value<std::string>()->default_value(""), "float32, float16 or bfloat16, instead of the shape's")(
-      "seed", po::value<std::uint64_t>()->default_value(0), "seed of the weights")(
+      "seed", po::value<std::int64_t>()->default_value(0), "seed of the weights")(
       "max-shard-size", po::value<std::string>()->default_value("5GiB"),
       "largest shard, in bytes or as 500MB, 5GiB, …")("tokenizer", po::value<std::string>(),
                                                       "model folder whose tokenizer files are copied")(
+      "overwrite", po::bool_switch(), "replace another model of headfold that stands in --out")(
       "dry-run", "say what would be written, and stop");
   const po::variables_map values =
       parse(context, "synthesize", "headfold synthesize --shape SHAPE --out DIR [options]", own, arguments);
   const auto shape = values["shape"].as<std::string>();
   const fs::path out = values["out"].as<std::string>();
-  const auto seed = values["seed"].as<std::uint64_t>();
+  const auto seed = static_cast<std::uint64_t>(at_least(values, "seed", 0));
   const std::uint64_t max_shard_bytes = parse_bytes("max-shard-size", values["max-shard-size"].as<std::string>());
   checkpoint::ShapeChange change;
   change.layers = count_option(values, "layers");
@@ -76,7 +68,27 @@ void synthesize(const Context& context, const std::vector<std::string>& argument
     copies = checkpoint::companion_files(folder);
     if (copies.empty()) throw InputError(fmt::format("{}: holds no tokenizer files", folder.string()));
   }
-  context.world.on_root([&] { check_output_folder(out); });
+  OrderedJson headfold;
+  headfold["format"] = "headfold-synthetic";
+  headfold["format_version"] = 1;
+  headfold["headfold_version"] = version();
+  // A path would make the bytes depend on where the file lies.
+  headfold["shape"] = fs::path(shape).filename().string();
+  headfold["seed"] = seed;
+  headfold["dtype"] = config.dtype;
+  headfold["layers"] = config.layers;
+  headfold["kv_heads"] = config.kv_heads;
+  headfold["vocab"] = config.vocab;
+  headfold["max_shard_bytes"] = max_shard_bytes;
+  headfold["parameters"] = checkpoint::parameter_count(config);
+  OutputFolder output;
+  output.folder = out;
+  output.overwrite = values["overwrite"].as<bool>();
+  output.is_own = [&](const Json& made) {
+    return without_version(made) == without_version(headfold) && read_json(out / "config.json") == config.raw;
+  };
+  output.companions = copies;
+  if (is_made(context, output)) return;
 
   const std::vector<checkpoint::TensorSpec> specs = checkpoint::synthetic_specs(config);
   const checkpoint::ShardPlan plan = checkpoint::plan_shards(specs, max_shard_bytes);
@@ -108,18 +120,6 @@ void synthesize(const Context& context, const std::vector<std::string>& argument
     return;
   }
 
-  OrderedJson headfold;
-  headfold["format"] = "headfold-synthetic";
-  headfold["format_version"] = 1;
-  headfold["headfold_version"] = version();
-  // A path would make the bytes depend on where the file lies.
-  headfold["shape"] = fs::path(shape).filename().string();
-  headfold["seed"] = seed;
-  headfold["dtype"] = config.dtype;
-  headfold["layers"] = config.layers;
-  headfold["kv_heads"] = config.kv_heads;
-  headfold["vocab"] = config.vocab;
-  headfold["parameters"] = checkpoint::parameter_count(config);
   const auto start = std::chrono::steady_clock::now();
   checkpoint::write_synthetic(context.world, out, config, seed, max_shard_bytes, headfold, copies);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -14,7 +14,7 @@
 #include <cstring>
 #include <iostream>
 
-#include "job.h"
+#include "values.h"
 
 namespace headfold::jobs {
 
@@ -34,7 +34,7 @@ po::options_description verify_options() {
       "field", po::value<std::string>()->default_value("text"), "field of .jsonl files")(
       "samples", po::value<std::int64_t>()->default_value(8), "sequences")(
       "seq-len", po::value<std::int64_t>()->default_value(256), "tokens per sequence")(
-      "seed", po::value<std::uint64_t>()->default_value(1), "seed that draws them")(
+      "seed", po::value<std::int64_t>()->default_value(1), "seed that draws them")(
       "bos", po::value<std::string>()->default_value("default"), "default, always or never: BOS before every document")(
       "dry-run", "say what would be done and stop")("out", po::value<std::string>(),
                                                     "result file (default MODEL/verification.json)");
@@ -215,6 +215,7 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
   if (samples < 1 || length < 2)
     throw UsageError(fmt::format("--samples {} --seq-len {}: at least 1 and 2", samples, length));
 
+  const auto seed = static_cast<std::uint64_t>(at_least(values, "seed", 0));
   std::vector<fs::path> files;
   for (const std::string& file : values["data"].as<std::vector<std::string>>()) files.emplace_back(file);
   const auto field = values["field"].as<std::string>();
@@ -222,7 +223,11 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
   const at::Tensor ids =
       calibration::draw_sequences(calibration::token_stream(*tokenizer, calibration::read_documents(files, field),
                                                             evaluation::parse_bos(values["bos"].as<std::string>())),
-                                  samples, length, values["seed"].as<std::uint64_t>());
+                                  samples, length, seed);
+  world.on_root([&] {
+    check_output_file(values, out, "verification",
+                      [](const fs::path& file) { return read_json(file).at("format") == "headfold-verification"; });
+  });
   if (world.root())
     std::cout << fmt::format(
         "model      {} ({} -> {} KV heads), folded from {}\n"
@@ -230,7 +235,7 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
         "checks     config, names, shapes, bytes of untouched tensors; then the losses of {} layers\n"
         "output     {}\n",
         folded.folder().string(), config.kv_heads, folded.config().kv_heads, original.folder().string(), samples,
-        length, values["seed"].as<std::uint64_t>(), world.size(), config.layers, out.string());
+        length, seed, world.size(), config.layers, out.string());
   if (values.count("dry-run") > 0) {
     if (world.root()) std::cout << "dry run: nothing was measured or written\n";
     return;
@@ -307,7 +312,7 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
   text["data_hash"] = calibration::data_hash(files, field);
   text["samples"] = samples;
   text["sequence_length"] = length;
-  text["seed"] = values["seed"].as<std::uint64_t>();
+  text["seed"] = seed;
   result["text"] = text;
   result["fold"] = to_json(fold.options);
   result["exact"] = OrderedJson{{"config", true}, {"shapes", true}, {"untouched_tensors_identical", compared}};

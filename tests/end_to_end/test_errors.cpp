@@ -5,6 +5,7 @@
 #include <headfold/base/json.h>
 #include <headfold/checkpoint/safetensors.h>
 #include <headfold/checkpoint/writer.h>
+#include <sys/stat.h>
 
 #include <map>
 
@@ -57,6 +58,13 @@ class Inputs {
     model("truncated-tokenizer");
     write_file(root / "truncated-tokenizer" / "tokenizer.model", tokenizer.substr(0, tokenizer.size() / 2));
     fs::create_directories(root / "empty-folder");
+    fs::create_directories(root / "pipe-config");
+    if (::mkfifo((root / "pipe-config" / "config.json").c_str(), 0600) != 0) throw InternalError("no pipe");
+    for (const auto& entry : fs::directory_iterator(demo_model("prose-bloom")))
+      headfold::copy_file(entry.path(), root / "no-bos" / entry.path().filename());
+    Json without_bos = read_json(root / "no-bos" / "config.json");
+    without_bos["bos_token_id"] = nullptr;
+    write_json(root / "no-bos" / "config.json", without_bos);
 
     write_file(root / "broken.jsonl", "{\"text\": \"good\"}\n{\"text\": \"cut o");
     write_file(root / "short.jsonl", "{\"text\": \"Too short.\"}\n");
@@ -191,6 +199,19 @@ const std::vector<Case>& cases() {
        "calibrate --model +llama --data +text --seq-len -5 --out %.h5",
        kUsage,
        {"seq-len"}},
+      {"calibrate_config_that_is_a_pipe",
+       "calibrate --model @pipe-config --data +text --samples 2 --out %.h5",
+       kIo,
+       {"config.json", "is not a regular file"}},
+      {"calibrate_bos_of_a_tokenizer_without",
+       "calibrate --model @no-bos --data +text --samples 2 --seq-len 32 --bos always --out %.h5",
+       kBadInput,
+       {"InputError", "this tokenizer has none"},
+       true},
+      {"evaluate_bos_of_a_tokenizer_without",
+       "evaluate --model @no-bos --data +heldout --seq-len 32 --limit 1 --bos always --out %",
+       kBadInput,
+       {"this tokenizer has none"}},
       {"calibrate_too_many_stages",
        "calibrate --model +llama --data +text --pipeline-ranks 9 --out %.h5",
        kUsage,
@@ -568,6 +589,7 @@ const std::vector<Case>& cases() {
        kBadInput,
        {"config.json"},
        true},
+      {"synthesize_negative_seed", "synthesize --shape llama2-7b --layers 1 --seed -1 --out %", kUsage, {"--seed -1"}},
       {"synthesize_no_layers", "synthesize --shape llama2-7b --layers 0 --out %", kUsage, {"layers"}},
       {"synthesize_heads_that_do_not_divide",
        "synthesize --shape llama2-7b --layers 1 --kv-heads 5 --out %",
@@ -592,6 +614,10 @@ const std::vector<Case>& cases() {
        {"headfold.json"},
        true},
       {"verify_missing_text", "verify --model @converted --original +llama --data @absent.txt", kIo, {"absent.txt"}},
+      {"verify_negative_seed",
+       "verify --model @converted --original +llama --data +heldout --seed -1",
+       kUsage,
+       {"--seed -1"}},
       {"verify_no_samples",
        "verify --model @converted --original +llama --data +heldout --samples 0",
        kUsage,
@@ -616,6 +642,7 @@ const std::vector<Case>& cases() {
       {"generate_no_tokenizer", "generate --model @no-tokenizer --prompt Hello", kIo, {"tokenizer"}},
       {"generate_no_prompt", "generate --model +llama", kUsage, {"prompt"}},
       {"generate_no_tokens", "generate --model +llama --prompt Hello --max-new-tokens 0", kUsage, {"max-new-tokens"}},
+      {"generate_negative_seed", "generate --model +llama --prompt Hello --seed -1", kUsage, {"--seed -1"}},
       {"generate_cold", "generate --model +llama --prompt Hello --temperature -1", kUsage, {"temperature"}},
   };
   return list;

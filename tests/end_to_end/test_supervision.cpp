@@ -120,6 +120,12 @@ TEST_P(SupervisedRanksTest, logs_events_and_the_map_of_ranks) {
   EXPECT_EQ(failures[0].at("exit_code"), 64);
   EXPECT_EQ(failures[0].at("host"), host_name());
   EXPECT_THAT(failures[0].at("error").get<std::string>(), HasSubstr("holds statistics of another model"));
+  for (const Json& failure : failures) {
+    EXPECT_GT(failure.at("seconds"), 0);
+    EXPECT_LE(failure.at("seconds"), wrong.seconds);
+    EXPECT_NEAR(failure.at("node_hours").get<double>() * 3600, failure.at("seconds").get<double>(), 1e-6);
+  }
+  EXPECT_THAT(wrong.output, testing::Not(HasSubstr(": Error: "))) << "an error lost its kind on its way";
 }
 
 TEST_P(SupervisedRanksTest, a_rank_that_sleeps_is_named_and_all_end_in_time) {
