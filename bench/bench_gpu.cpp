@@ -2,6 +2,9 @@
 //   bench_gpu eigen           seconds of eigen-decompositions on the host and on the GPU (there and back), by size: the
 //                             smallest size from which the GPU is always faster is what set_gpu_threshold() wants
 //   bench_gpu gram [tokens]   Grams of bfloat16 rows on the GPU by width and block, beside the plain product
+//   bench_gpu product HIDDEN FFN [ROWS] [cpu]   bfloat16 products of a layer's shapes, x W^T: FLOP/s (GPU where there
+//   is
+//                             one, else CPU), what tests/gpu/scale measures the jobs by
 //   bench_gpu link            bytes per second of an all-reduce between the ranks (mpirun), by size and transport
 // Wall clock, median of several runs after one that warms up.
 
@@ -12,6 +15,7 @@
 #include <headfold/device/gpu.h>
 #include <headfold/linalg/cusolver.h>
 #include <headfold/linalg/linalg.h>
+#include <headfold/model/product.h>
 
 #include <algorithm>
 #include <chrono>
@@ -124,6 +128,37 @@ void bench_link(const comm::Communicator& world) {
   }
 }
 
+int usage() {
+  say("usage: bench_gpu eigen [largest] | gram [tokens] | product HIDDEN FFN [ROWS] [cpu] | link");
+  return 64;
+}
+
+/// One line of JSON: the rate over the products of a layer, q, k, v and o [hidden, hidden], gate, up [ffn, hidden] and
+/// down [hidden, ffn], for `rows` rows.
+void bench_product(std::int64_t hidden, std::int64_t ffn, std::int64_t rows, bool on_host) {
+  const at::Device device(on_host || !gpu_there() || !at::hasCUDA() ? at::kCPU : at::kCUDA);
+  const auto options = at::TensorOptions().dtype(at::kBFloat16).device(device);
+  double seconds = 0, operations = 0;
+  for (const auto& [out, in, count] :
+       {std::tuple(hidden, hidden, 4), std::tuple(ffn, hidden, 2), std::tuple(hidden, ffn, 1)}) {
+    const at::Tensor x = at::randn({rows, in}, options), w = at::randn({out, in}, options);
+    at::Tensor y = at::empty({rows, out}, options);
+    const double one = measured(device.is_cuda() ? 20 : 3, [&, &in_features = in, &out_features = out] {
+      if (device.is_cuda()) {
+        at::mm_out(y, x, w.t());
+      } else {
+        model::multiply({x.data_ptr(), rows, in_features, in_features},
+                        {w.data_ptr(), out_features, in_features, in_features}, true, at::kBFloat16, y.data_ptr(),
+                        out_features, at::kBFloat16);
+      }
+    });
+    seconds += one * count;
+    operations += 2.0 * static_cast<double>(rows) * static_cast<double>(out) * static_cast<double>(in) * count;
+  }
+  say(fmt::format(R"({{"device": "{}", "rows": {}, "hidden": {}, "ffn": {}, "flop_per_second": {:.6g}}})", device.str(),
+                  rows, hidden, ffn, operations / seconds));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -136,9 +171,12 @@ int main(int argc, char** argv) {
     bench_eigen(size > 0 ? size : 4096);
   else if (what == "gram")
     bench_gram(size > 0 ? size : 2048);
+  else if (what == "product" && argc > 3 && size > 0 && std::atoll(argv[3]) > 0)
+    bench_product(size, std::atoll(argv[3]), argc > 4 && std::atoll(argv[4]) > 0 ? std::atoll(argv[4]) : 2048,
+                  argc > 5 && std::string(argv[5]) == "cpu");
   else if (what == "link")
     bench_link(environment.world());
   else
-    say("usage: bench_gpu eigen [largest] | gram [tokens] | link");
-  return what == "eigen" || what == "gram" || what == "link" ? 0 : 64;
+    return usage();
+  return 0;
 }

@@ -351,8 +351,9 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   output.folder = out;
   output.overwrite = overwrite;
   output.is_own = [&](const Json& made) {
-    const auto known = made.find("request");
-    return known != made.end() && *known == Json::parse(request.dump());
+    // Earlier versions kept it in convert.json.
+    const Json known = made.contains("request") ? made["request"] : read_json(out / "convert.json").at("request");
+    return known == Json::parse(request.dump());
   };
   output.companions = checkpoint::companion_files(reader.folder());
   output.others = {"convert.json"};

@@ -104,10 +104,13 @@ po::options_description convert_options() {
       "on or off: price bases fitted to one half of the calibration sequences on the other half")(
       "max-shard-size", po::value<std::string>()->default_value("5GB"),
       "largest shard of the result, for example 500MB or 5GB")("dry-run", "say what would be done and stop")(
-      "overwrite", "replace another conversion that stands in --out")("out", po::value<std::string>()->required(),
-                                                                      "folder of the result");
+      "overwrite", "replace another model or plan of headfold that stands in --out")(
+      "out", po::value<std::string>()->required(), "folder of the result");
   po::options_description options("convert options");
   options.add(fold).add(choice).add(refit).add(run);
+  options.add_options()("device", po::value<std::string>()->default_value("cpu"),
+                        "where matrices are factorised: cpu (LAPACK), cuda (cuSOLVER on the rank's GPU), cuda:N, auto; "
+                        "plans of the two agree to rounding, not to the byte");
   return options;
 }
 
