@@ -206,8 +206,9 @@ class Cluster:
     def check_nothing_left(self, run=None):
         """Of ended jobs; with a finished run not in its folder either."""
         wait_for("no process of a job lives", lambda: not self.processes(), 15)
-        left = shared_memory() - self.memory_before
-        check(not left, "left in /dev/shm: {}".format(sorted(left)))
+        # Programs of other tests come and go meanwhile.
+        wait_for("nothing is left in /dev/shm, where there is {}".format(sorted(shared_memory() - self.memory_before)),
+                 lambda: not shared_memory() - self.memory_before, 10)
         left = [name for folder in ("tmp-n1", "tmp-n2") for name in os.listdir(os.path.join(self.folder, folder))] + os.listdir(self.environment["TMPDIR"])
         check(not left, "left in temporary folders: {}".format(left))
         if not run:
