@@ -81,16 +81,9 @@ void normalise_backward(const at::Tensor& x, const at::Tensor& weight, const at:
   const at::Tensor g = outer * wide(weight);
   at::Tensor inner = g - centred * ((centred * g).mean(-1, true) * factor.square());
   if (bias.defined()) inner = inner - g.mean(-1, true);
-  at::Tensor sum = dx;
-  sum.copy_(wide(dx) + inner * factor);
-  if (dweight.defined()) {
-    sum = dweight;
-    sum.add_((outer * centred * factor).sum(0));
-  }
-  if (dbias.defined()) {
-    sum = dbias;
-    sum.add_(outer.sum(0));
-  }
+  dx.copy_(wide(dx) + inner * factor);
+  if (dweight.defined()) dweight.add_((outer * centred * factor).sum(0));
+  if (dbias.defined()) dbias.add_(outer.sum(0));
 }
 
 void rotate(const at::Tensor& x, const Rotation& rotation, bool inverse) {
@@ -100,8 +93,7 @@ void rotate(const at::Tensor& x, const Rotation& rotation, bool inverse) {
   at::Tensor sine = rotation.sine.to(x.device()).index_select(0, rows).unsqueeze(1);
   if (inverse) sine = sine.neg();
   const at::Tensor a = wide(x.slice(2, 0, half)), b = wide(x.slice(2, half));
-  at::Tensor result = x;
-  result.copy_(at::cat({a * cosine - b * sine, b * cosine + a * sine}, 2));
+  x.copy_(at::cat({a * cosine - b * sine, b * cosine + a * sine}, 2));
 }
 
 at::Tensor silu_times(const at::Tensor& gate, const at::Tensor& up) {
@@ -110,11 +102,9 @@ at::Tensor silu_times(const at::Tensor& gate, const at::Tensor& up) {
 
 void silu_times_backward(const at::Tensor& gate, const at::Tensor& up, const at::Tensor& dy) {
   const at::Tensor g = wide(gate), d = wide(dy), sigmoid = at::sigmoid(g);
-  at::Tensor to = gate;
-  const at::Tensor du = d * g * sigmoid;
-  to.copy_(d * up * sigmoid * (1 + g * (1 - sigmoid)));
-  to = up;
-  to.copy_(du);
+  const at::Tensor du = d * g * sigmoid;  // g may be the gate's own memory
+  gate.copy_(d * up * sigmoid * (1 + g * (1 - sigmoid)));
+  up.copy_(du);
 }
 
 at::Tensor gelu_of(const at::Tensor& x) {
@@ -122,8 +112,7 @@ at::Tensor gelu_of(const at::Tensor& x) {
 }
 
 void gelu_gradient(const at::Tensor& x, const at::Tensor& dy) {
-  at::Tensor to = x;
-  to.copy_(at::gelu_backward(wide(dy), wide(x), "tanh"));
+  x.copy_(at::gelu_backward(wide(dy), wide(x), "tanh"));
 }
 
 at::Tensor drop(const at::Tensor& x, const DropoutMask& mask) {
@@ -170,8 +159,7 @@ at::Tensor head_products_backward(const at::Tensor& x, const at::Tensor& matrice
   if (dmatrices.defined()) {
     const at::Tensor inputs = repeated(items_of(x, matrices.size(shape.transposed ? 1 : 2)), shape.inputs_shared);
     const at::Tensor& rows = shape.transposed ? inputs : outer;
-    at::Tensor sum = dmatrices;
-    sum.add_(summed(wide_matmul(rows.transpose(1, 2), shape.transposed ? outer : inputs), shape.matrices_shared));
+    dmatrices.add_(summed(wide_matmul(rows.transpose(1, 2), shape.transposed ? outer : inputs), shape.matrices_shared));
   }
   return columns_of(dx).to(dy.scalar_type());
 }
@@ -412,10 +400,7 @@ LossSums loss_of_rows(const at::Tensor& logits, const at::Tensor& targets, const
       slope.scatter_add_(1, tokens, (p * -weight).to(type));
     }
   }
-  if (gradient) {
-    at::Tensor to = logits;
-    to.copy_(slope.mul_(scale));
-  }
+  if (gradient) logits.copy_(slope.mul_(scale));
   return sums;
 }
 
