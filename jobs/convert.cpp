@@ -351,7 +351,7 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   output.folder = out;
   output.overwrite = overwrite;
   output.is_own = [&](const Json& made) {
-    // Earlier versions kept it in convert.json.
+    // Either file may be damaged.
     const Json known = made.contains("request") ? made["request"] : read_json(out / "convert.json").at("request");
     return known == Json::parse(request.dump());
   };
@@ -420,6 +420,7 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
     record["profile"][spent[i].work] = static_cast<double>(milliseconds[2 * i]) / 1000;
     record["profile_processor"][spent[i].work] = static_cast<double>(milliseconds[2 * i + 1]) / 1000;
   }
+  record["request"] = request;
   world.on_root([&] { write_json(out / "convert.json", record); });
   if (speaks) {
     const std::int64_t element = folding::bytes_per_element(config.dtype);

@@ -101,7 +101,7 @@ void check_own_folder(const std::filesystem::path& folder);
 struct OutputFolder {
   std::filesystem::path folder;
   bool overwrite = false;  ///< what another command made may be replaced
-  /// Whether a headfold.json that stands there is that of this very command.
+  /// Whether a headfold.json that stands there is that of this very command. Null: there is none that can be read.
   std::function<bool(const Json& made)> is_own;
   std::vector<std::filesystem::path> companions;  ///< whose copies belong there (checkpoint::companion_files)
   std::vector<std::string> others;                ///< names of further files of a whole result

@@ -172,13 +172,21 @@ std::string described(const Json& made) {
 enum class Found : std::int64_t { other, damaged, result };
 
 Found found_in(const OutputFolder& output) {
+  const fs::path file = output.folder / "headfold.json";
+  Json made;
+  std::string damage;
   try {
-    if (!fs::exists(output.folder / "headfold.json") || !output.is_own(read_json(output.folder / "headfold.json")))
-      return Found::other;
+    made = read_json(file);
+  } catch (const Error& error) {
+    damage = error.what();
+  }
+  try {
+    if (!output.is_own(made)) return Found::other;
   } catch (const std::exception&) {  // nothing of this command's, whatever it is
     return Found::other;
   }
   try {
+    if (!damage.empty()) throw InputError(damage);
     const checkpoint::Reader reader(output.folder);  // sizes of all shards against their headers
     std::vector<std::string> problems = checkpoint::layout_problems(reader);
     for (const std::string& problem : checkpoint::companion_problems(output.folder, output.companions))
@@ -226,7 +234,7 @@ bool is_own_file(const fs::path& file) {
 std::vector<fs::path> named_inputs(const po::variables_map& values) {
   std::vector<fs::path> inputs;
   for (const auto& [name, value] : values) {
-    const auto outputs = {"out", "events", "log-dir", "cache-teacher", "run"};
+    const auto outputs = {"out", "json", "events", "log-dir", "cache-teacher"};
     if (std::find(outputs.begin(), outputs.end(), name) != outputs.end()) continue;
     // Whatever is no path names no file that exists either.
     if (const auto* text = boost::any_cast<std::string>(&value.value()); text != nullptr && !text->empty())

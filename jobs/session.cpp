@@ -183,8 +183,14 @@ void open_session(const Context& context, const std::string& job, const po::vari
   start_logging(world.rank(), world.size(), session.log_folder, session.verbose);
   if (world.size() > 1) world.require_equal(command_line(job, arguments), "the command line");
   world.on_root([&] {
-    if (!session.events.file.empty()) check_output_file(values, session.events.file, "events", holds_events);
-    if (values.count("out") > 0 && !std::filesystem::is_directory(text("out"))) check_output_place(values, text("out"));
+    // A terminal or a pipe takes events as well.
+    if (const auto& file = session.events.file;
+        !file.empty() && (!std::filesystem::exists(file) || std::filesystem::is_regular_file(file)))
+      check_output_file(values, file, "events", holds_events);
+    for (const char* name : {"out", "json"})
+      if (const auto* file = values.count(name) > 0 ? boost::any_cast<std::string>(&values[name].value()) : nullptr;
+          file != nullptr && !file->empty() && !std::filesystem::is_directory(*file))
+        check_output_place(values, *file);
     set_event_stream(session.events);
   });
   if (!world.root()) set_event_stream(session.events);

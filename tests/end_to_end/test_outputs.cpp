@@ -124,6 +124,11 @@ TEST_F(OutputsTest, another_model_is_replaced_only_when_asked) {
   expect_finished(convert("prose-bloom", "grouped"), root_ / "grouped");
   expect_finished(synthesize("random", {"--tokenizer", demo_model("prose-llama")}), root_ / "random");
   expect_finished(export_dense("dense"), root_ / "dense");
+  // Folders of earlier versions have the request in convert.json alone.
+  OrderedJson made = OrderedJson::parse(read_file(root_ / "grouped" / "headfold.json"));
+  made.erase("request");
+  write_json(root_ / "grouped" / "headfold.json", made);
+  expect_finished(convert("prose-bloom", "grouped"), root_ / "grouped");
   // Without what says which command it was, a whole model is somebody's still.
   fs::remove(root_ / "dense" / "headfold.json");
   expect_refused(convert("prose-llama", "dense", {"--overwrite"}), root_ / "dense", {"not written by headfold"});
