@@ -395,6 +395,11 @@ void bench_machine(const Context& context, const std::vector<std::string>& argum
   const po::variables_map values =
       parse(context, "bench", "headfold bench [--shape SHAPE] [--dtype DTYPE] [--out rates.json]", own, arguments);
   const comm::Communicator& world = context.world;
+  if (values.count("out") > 0)
+    world.on_root([&] {
+      check_output_file(values, values["out"].as<std::string>(), "rates of headfold bench",
+                        [](const fs::path& file) { return read_json(file).at("format") == "headfold-rates"; });
+    });
   Settings settings;
   settings.shape = values["shape"].as<std::string>();
   settings.repeat = static_cast<int>(std::min<std::int64_t>(1000, at_least(values, "repeat", 1)));
