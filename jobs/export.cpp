@@ -30,6 +30,11 @@ void say_written(const Context& context, const std::filesystem::path& out, std::
 void export_merged(const Context& context, const checkpoint::Reader& reader, const std::filesystem::path& folder,
                    OutputFolder output, std::uint64_t max_shard_bytes, bool dry_run) {
   const finetune::Adapter adapter = finetune::read_adapter(folder, reader.config());
+  if (!adapter.base_fingerprint.empty() && adapter.base_fingerprint != reader.fingerprint())
+    throw InputError(fmt::format("{}: was trained on a model with fingerprint {}... ({}), {} has {}...",
+                                 folder.string(), adapter.base_fingerprint.substr(0, 12), adapter.base,
+                                 reader.folder().string(), reader.fingerprint().substr(0, 12)),
+                     "give the model it was trained on as --model");
   const std::filesystem::path& out = output.folder;
   std::vector<checkpoint::TensorSpec> specs;
   for (const std::string& name : reader.names())

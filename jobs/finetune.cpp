@@ -300,6 +300,9 @@ finetune::MemoryEstimate estimate_of(const Context& context, const Settings& s, 
       finetune::memory_of(config, s.lora, s.dtype, s.train.micro_batch, s.data.length, !s.keep_activations, ranks,
                           s.train.shard_optimizer, live ? teacher : nullptr);
   memory.process = process;
+  // A cached teacher's rows of a micro-batch: copied from the file, joined, those that are scored taken, tokens widened
+  // (4 + 4, 4, 4 + 4 + 8 bytes at the most).
+  if (s.distills() && !s.cache.empty()) memory.teacher += s.train.micro_batch * s.data.length * s.teacher_top * 28;
   return memory;
 }
 
@@ -499,7 +502,14 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
     model_hash = reader.fingerprint();
     data_hash = calibration::data_hash(s.data.files, s.data.field);
     if (!s.validation.empty()) validation_hash = calibration::data_hash(s.validation, s.data.field);
-    if (!s.teacher.empty()) teacher_hash = checkpoint::Reader(s.teacher).fingerprint();
+    if (!s.teacher.empty()) {
+      teacher_hash = checkpoint::Reader(s.teacher).fingerprint();
+    } else if (s.distills() && fs::exists(s.cache)) {
+      // Another cache is another training, whether or not its teacher is at hand.
+      const checkpoint::SafetensorsFile cached(s.cache);
+      const auto found = cached.metadata().find("teacher");
+      if (found != cached.metadata().end()) teacher_hash = found->second.substr(0, 64);
+    }
   });
   for (std::string* hash : {&model_hash, &data_hash, &validation_hash, &teacher_hash}) world.broadcast(*hash);
   const OrderedJson identity = identity_of(s, model_hash, data_hash, validation_hash, teacher_hash);
@@ -509,7 +519,11 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   std::array<std::int64_t, 2> known = {0, 0};  // finished; told to stop
   world.on_root([&] {
     known[0] = is_finished(s, identity) ? 1 : 0;
-    if (s.merge && !fs::exists(s.out / "merged" / "config.json")) known[0] = 0;
+    // Checkpoints give again what is missing.
+    if ((s.merge || s.lora.full) && !fs::exists(s.out / "merged" / "config.json")) known[0] = 0;
+    if (!s.lora.full)
+      for (const char* name : {"adapter_config.json", "adapter_model.safetensors"})
+        if (!fs::exists(s.out / "adapter" / name)) known[0] = 0;
     known[1] = fs::exists(s.out / "STOP") ? 1 : 0;
   });
   world.broadcast(std::as_writable_bytes(std::span(known)));
@@ -570,6 +584,7 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
       finetune::check_teacher(s.model, config, s.teacher, *teacher_config, sample);
     });
   }
+  watch_stop_file(s.out / "STOP");  // a cache that is being made stops by it too
   // Before the first write: the model must load.
   std::optional<checkpoint::Reader> teacher_reader;
   std::unique_ptr<finetune::Teacher> teacher, own_validation_teacher;
@@ -650,6 +665,7 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
     finetune::Adapter adapter;
     adapter.options = s.lora;
     adapter.base = s.model.string();
+    adapter.base_fingerprint = model_hash;
     for (const finetune::Parameter& parameter : model->parameters()) adapter.tensors[parameter.name] = parameter.value;
     model.reset();
     device::release_freed_memory();

@@ -44,7 +44,8 @@ at::Tensor initial_a(const std::string& module, const LoraOptions& options, std:
 /// model has: such an adapter is headfold's own and leaves it merged (write_merged).
 struct Adapter {
   LoraOptions options;
-  std::string base;  ///< base_model_name_or_path
+  std::string base;              ///< base_model_name_or_path
+  std::string base_fingerprint;  ///< of the model it was trained on, in the tensors' metadata; empty: not stated
   std::map<std::string, at::Tensor> tensors;
 };
 /// adapter_config.json and adapter_model.safetensors, both complete or neither; one rank writes. `modules` are the last

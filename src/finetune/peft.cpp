@@ -15,6 +15,8 @@ namespace {
 using checkpoint::ModelConfig;
 
 constexpr const char* kConfig = "adapter_config.json";
+/// Beside what PEFT writes: PEFT reads no metadata, so that this does not disturb it.
+constexpr const char* kBaseFingerprint = "headfold_base_fingerprint";
 constexpr const char* kTensors = "adapter_model.safetensors";
 
 std::string last_name(const std::string& module) {
@@ -126,7 +128,9 @@ void write_adapter(const std::filesystem::path& folder, const Adapter& adapter,
     throw IoError((folder / kConfig).string(), "the adapter of an earlier run cannot be removed: " + code.message());
   std::map<std::string, at::Tensor> tensors;
   for (const auto& [name, tensor] : adapter.tensors) tensors[name] = tensor.to(at::kFloat).contiguous();
-  checkpoint::write_safetensors(folder / kTensors, tensors);
+  std::map<std::string, std::string> metadata;
+  if (!adapter.base_fingerprint.empty()) metadata[kBaseFingerprint] = adapter.base_fingerprint;
+  checkpoint::write_safetensors(folder / kTensors, tensors, metadata);
   OrderedJson json;
   json["peft_type"] = "LORA";
   json["task_type"] = "CAUSAL_LM";
@@ -187,6 +191,8 @@ Adapter read_adapter(const std::filesystem::path& folder, const ModelConfig& bas
   options.targets = targets_of(json, file, base, known);
 
   const checkpoint::SafetensorsFile tensors(path);
+  if (const auto found = tensors.metadata().find(kBaseFingerprint); found != tensors.metadata().end())
+    adapter.base_fingerprint = found->second.substr(0, 64);
   std::map<std::string, std::vector<std::int64_t>> expected;
   for (const auto& [module, shape] : known) {
     if (std::find(options.targets.begin(), options.targets.end(), last_name(module)) == options.targets.end()) continue;

@@ -70,7 +70,10 @@ void write_teacher_cache(const comm::Communicator& world, const std::filesystem:
     std::fstream file(temporary, std::ios::in | std::ios::out | std::ios::binary);
     const std::int64_t blocks = (data.sequences() + micro_batch - 1) / micro_batch;
     const auto row_bytes = static_cast<std::uint64_t>(data.length() * width * 4);
-    for (std::int64_t block = world.rank(); block < blocks && file && !stop_requested(); block += world.size()) {
+    // Ranks go along together, so that one that is asked to stop stops all of them.
+    for (std::int64_t first = 0; first < blocks && !comm::stop_agreed(world); first += world.size()) {
+      const std::int64_t block = first + world.rank();
+      if (block >= blocks || !file) continue;
       std::vector<std::int64_t> sequences;
       for (std::int64_t s = block * micro_batch; s < std::min(data.sequences(), (block + 1) * micro_batch); ++s)
         sequences.push_back(s);
@@ -85,6 +88,9 @@ void write_teacher_cache(const comm::Communicator& world, const std::filesystem:
         const std::int64_t end = std::min(scored.numel(), begin + chunk);
         const auto [top, which] =
             at::topk(at::log_softmax(view.logits(begin, end).to(at::kFloat), -1), width, -1, true, true);
+        if (failure.empty() && at::isnan(top).any().item<bool>())
+          failure = fmt::format("the teacher gives NaN for sequence {} or one of the {} after it", sequences.front(),
+                                sequences.size() - 1);
         log_probs.index_copy_(0, scored.slice(0, begin, end), model::to_host(top));
         tokens.index_copy_(0, scored.slice(0, begin, end), model::to_host(which).to(at::kInt));
       }
@@ -97,10 +103,15 @@ void write_teacher_cache(const comm::Communicator& world, const std::filesystem:
       if (advance) advance(std::min(static_cast<double>(rows) * world.size(), static_cast<double>(data.sequences())));
     }
     file.close();
-    if (!file) failure = fmt::format("rank {} cannot write to it", world.rank());
+    if (!file && failure.empty()) failure = fmt::format("rank {} cannot write to it", world.rank());
   }
   for (const std::string& message : world.all_gather(failure))
-    if (!message.empty()) throw IoError(temporary.string(), message, "is the disk full? do all ranks see this folder?");
+    if (message.starts_with("the teacher")) {
+      std::error_code code;
+      if (world.root()) fs::remove(temporary, code);
+      throw NumericalError(message, "try --dtype float32; if it persists, the teacher's checkpoint is broken");
+    } else if (!message.empty())
+      throw IoError(temporary.string(), message, "is the disk full? do all ranks see this folder?");
   if (comm::stop_agreed(world)) {
     std::error_code code;
     if (world.root()) fs::remove(temporary, code);

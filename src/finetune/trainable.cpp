@@ -176,6 +176,10 @@ struct TrainableModel::State {
         throw InputError(fmt::format("the teacher gave logits [{}] for {} positions of a vocabulary of {}",
                                      fmt::join(rows.logits.sizes(), ", "), end - begin, config.vocab),
                          "teacher and student need the same tokenizer");
+      // The divergence leaves NaN out; without this the student's training data would be blamed.
+      if (at::isnan(rows.logits).any().item<bool>())
+        throw NumericalError("the teacher gives NaN",
+                             "try --dtype float32; if it persists, the teacher's checkpoint is broken");
     } else {
       rows.top_log_probs = teacher->top_log_probs.slice(0, begin, end).to(at::kDouble).contiguous();
       rows.top_tokens = teacher->top_tokens.slice(0, begin, end).to(at::kLong).contiguous();

@@ -131,11 +131,10 @@ struct Trainer::State {
     throw NumericalError(
         fmt::format("step {}: the {} is {}, from sequences {} of the training data (counted from 0)", step, what, value,
                     sequences),
-        saved >= 0
-            ? fmt::format("{} holds the state after step {}; train with a lower --learning-rate, or look at these "
-                          "sequences",
-                          step_folder(saved).string(), saved)
-            : std::string("train with a lower --learning-rate, or look at these sequences"));
+        saved >= 0 ? fmt::format("{} holds the state after step {}; look at these sequences, or train with a lower "
+                                 "--learning-rate, which is another training: --overwrite, or another --out",
+                                 step_folder(saved).string(), saved)
+                   : std::string("look at these sequences, or train with a lower --learning-rate and --overwrite"));
   }
 
   void validate() {

@@ -82,8 +82,11 @@ StoredState read_state(const std::filesystem::path& folder) {
   if (!json.is_object()) throw CorruptFile(file, "is no JSON object", kStateHint);
   if (const auto format = json.find("format"); format == json.end() || *format != kFormat)
     throw CorruptFile(file, "is no training state of headfold", kStateHint);
-  if (const auto version = required<std::int64_t>(json, "format_version", file); version != kVersion)
-    throw InputError(fmt::format("{}: format_version is {}, this headfold reads {}", file, version, kVersion));
+  if (const auto version = json.find("format_version"); version == json.end() || *version != kVersion)
+    throw CorruptFile(file,
+                      fmt::format("format_version is {}, this headfold reads {}",
+                                  version == json.end() ? "missing" : version->dump().substr(0, 40), kVersion),
+                      kStateHint);
   StoredState stored;
   try {
     stored.state = state_from(required<Json>(json, "state", file), file);

@@ -9,8 +9,8 @@
 #if defined(TORCH_VERSION_MAJOR) && (TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 8))
 #define HEADFOLD_TORCH_WIDE_PRODUCTS  // products of bfloat16 with float32 results (GPUs)
 #endif
-#if defined(TORCH_VERSION_MAJOR) && TORCH_VERSION_MAJOR >= 2
-#define HEADFOLD_TORCH_FUSED_ATTENTION
+#if defined(TORCH_VERSION_MAJOR) && (TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 1))
+#define HEADFOLD_TORCH_FUSED_ATTENTION  // with a scale of its own
 #endif
 
 namespace headfold::model {

@@ -97,6 +97,14 @@ TEST_F(FinetuneTest, trains_merges_evaluates_and_knows_when_it_is_done) {
   const Outcome again = run(command);
   EXPECT_EQ(again.code, 0) << again.output;
   EXPECT_THAT(again.output, HasSubstr("nothing to do"));
+  // What is missing is made again from the checkpoints, the same.
+  const fs::path tensors = root_ / "healed" / "adapter" / "adapter_model.safetensors";
+  const std::string bytes = read_file(tensors);
+  fs::remove(tensors);
+  const Outcome remade = run(command, 2);
+  EXPECT_EQ(remade.code, 0) << remade.output;
+  ASSERT_TRUE(fs::exists(tensors)) << remade.output;
+  EXPECT_EQ(read_file(tensors), bytes);
   // The merged model is what the trainer measured.
   const Outcome evaluated =
       run({"evaluate", "--model", root_ / "healed" / "merged", "--data", root_ / "validation.jsonl", "--seq-len", "32",
@@ -228,6 +236,13 @@ TEST_F(FinetuneTest, validation_tells_the_divergence_from_a_cached_teacher) {
   ASSERT_EQ(alone.code, 0) << alone.output;
   EXPECT_NEAR(read_json(root_ / "alone" / "finetune.json").at("results").at("validation_kl_before").get<double>(), part,
               1e-6);
+  // A file that another teacher speaks from is another training, though no teacher is named.
+  const std::string other = root_ / "other.safetensors";
+  const Outcome filled = run(with("filled", {"--teacher", root_ / "folded", "--cache-teacher", other}));
+  ASSERT_EQ(filled.code, 0) << filled.output;
+  const Outcome swapped = run(with("alone", {"--cache-teacher", other}));
+  EXPECT_EQ(swapped.code, 64) << swapped.output;
+  EXPECT_THAT(swapped.output, testing::AllOf(HasSubstr("holds another training"), HasSubstr("teacher")));
   // Without that of the validation text: no divergence, and said so.
   fs::rename(root_ / "teacher-validation.safetensors", root_ / "away");
   const Outcome without = run(with("without", {"--cache-teacher", cache}));
@@ -296,6 +311,10 @@ TEST_F(FinetuneTest, an_exported_merge_is_the_trained_model) {
 
   // What does not fit, or is broken.
   const fs::path sound = root_ / "trained" / "adapter";
+  const Outcome foreign = run(exported(sound, root_ / "folded", "foreign"));
+  EXPECT_EQ(foreign.code, 65) << foreign.output;
+  EXPECT_THAT(foreign.output, HasSubstr("was trained on a model with fingerprint"));
+  EXPECT_FALSE(fs::exists(root_ / "foreign"));
   const auto damaged = [&](const char* name, const std::function<void(const fs::path&)>& damage) {
     fs::copy(sound, root_ / name);
     damage(root_ / name);

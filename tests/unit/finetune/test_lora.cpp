@@ -164,7 +164,8 @@ TEST_F(AdapterTest, what_is_written_is_read_back) {
   options.alpha = 2.5;
   TrainableModel model(reader_, options, at::kFloat);
   fill_adapters(model);
-  const Adapter adapter = adapter_of(model, options);
+  Adapter adapter = adapter_of(model, options);
+  adapter.base_fingerprint = "0123abcd";
   world().on_root([&] { write_adapter(folder_ / "out", adapter, adapter.options.targets); });
   world().barrier("adapter written");
   const Adapter back = read_adapter(folder_ / "out", reader_.config());
@@ -173,6 +174,7 @@ TEST_F(AdapterTest, what_is_written_is_read_back) {
   EXPECT_EQ(back.options.dropout, 0.25);
   EXPECT_TRUE(back.options.rslora);
   EXPECT_EQ(back.base, adapter.base);
+  EXPECT_EQ(back.base_fingerprint, "0123abcd");
   EXPECT_EQ(adapter_hash(back), adapter_hash(adapter));
   ASSERT_EQ(back.tensors.size(), adapter.tensors.size());
   for (const auto& [name, tensor] : adapter.tensors) EXPECT_TRUE(at::equal(back.tensors.at(name), tensor)) << name;

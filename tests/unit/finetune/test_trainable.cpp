@@ -356,6 +356,14 @@ TEST_F(BatchTest, frozen_weights_stay_in_the_mapped_file) {
   EXPECT_EQ(checkpoint::Reader(folder).fingerprint(), before);
 }
 
+TEST_F(BatchTest, a_teacher_of_nan_is_blamed_itself) {
+  const Batch batch = segmented_batch(97);
+  TrainableModel model(reader_, adapt_all(), at::kFloat);
+  TeacherView teacher = logits_teacher(scored(batch), 97);
+  teacher.logits(0, scored(batch))[3][5] = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_THROW(model.forward_backward(batch, &teacher, {0.5, 1}, 1, 1), NumericalError);
+}
+
 TEST_F(BatchTest, bad_batches_and_options_are_named) {
   TrainableModel model(reader_, adapt_all(), at::kFloat);
   Batch batch = plain_batch(2, 12, 97);
