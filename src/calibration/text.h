@@ -19,12 +19,11 @@ std::vector<std::string> read_documents(const std::vector<std::filesystem::path>
 std::string data_hash(const std::vector<std::filesystem::path>& files, const std::string& field);
 
 /// All documents tokenised one after the other, with one token to mark each boundary: BOS before every document, or,
-/// with Bos::never or a tokenizer without BOS, EOS after every document where there is one. Bos::always with a tokenizer
-/// that has none is an InputError. The policy `model_default`
-/// marks with BOS for every family: what a stock tokenizer does to a lone prompt says nothing about how a stream of
-/// documents is joined. Perplexity on the
-/// demo's held-out text (windows of 256): LLaMA form 31.6 with BOS alone, 32.7 with BOS and EOS; BLOOM form 38.5 with
-/// BOS alone, 40.9 with EOS alone.
+/// with Bos::never or a tokenizer without BOS, EOS after every document where there is one. Bos::always with a
+/// tokenizer that has none is an InputError. The policy `model_default` marks with BOS for every family: what a stock
+/// tokenizer does to a lone prompt says nothing about how a stream of documents is joined. Perplexity on the demo's
+/// held-out text (windows of 256): LLaMA form 31.6 with BOS alone, 32.7 with BOS and EOS; BLOOM form 38.5 with BOS
+/// alone, 40.9 with EOS alone.
 std::vector<std::int64_t> token_stream(const tokenizer::Tokenizer& tokenizer, const std::vector<std::string>& documents,
                                        tokenizer::Bos bos = tokenizer::Bos::model_default);
 

@@ -14,8 +14,8 @@
 
 namespace headfold::checkpoint {
 
-/// config.json of a well-known model: "llama2-7b", "llama2-13b", "llama2-70b", "bloomz-7b1". Throws UsageError that lists the
-/// names.
+/// config.json of a well-known model: "llama2-7b", "llama2-13b", "llama2-70b", "bloomz-7b1". Throws UsageError that
+/// lists the names.
 Json shape_config(const std::string& shape);
 std::vector<std::string> shape_names();
 
