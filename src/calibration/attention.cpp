@@ -202,30 +202,24 @@ void AttentionAccumulator::add_tensors(const at::Tensor& queries, const at::Tens
   const at::Tensor v = values.reshape({tokens, blocks, block}).transpose(0, 1).contiguous();
   device_.queries.add_(gram(q));
   const at::Tensor positions = at::arange(tokens, at::TensorOptions().dtype(at::kLong).device(device));
-  at::Tensor alibi;
-  if (slopes_.defined())
-    alibi = (slopes_.to(device).view({heads, 1}) * positions.to(at::kFloat)).to(dtype).to(at::kFloat).unsqueeze(1);
+  const at::Tensor slopes = slopes_.defined() ? slopes_.to(device) : slopes_;
   // Per element: scores, probabilities, their copy by distance, and an index of 8 bytes.
   const std::int64_t rows = std::clamp<std::int64_t>(model::attention_block_bytes() / (heads * tokens * 24), 1,
                                                      std::max<std::int64_t>(1, tokens));
   std::vector<at::Tensor> outputs;
   for (std::int64_t first = 0; first < tokens; first += rows) {
     const std::int64_t count = std::min(rows, tokens - first), visible = first + count;
-    at::Tensor scores =
+    const at::Tensor scores =
         model::wide_matmul(q.slice(1, first, visible).reshape({kv_heads, heads / kv_heads * count, q.size(2)}),
                            k.slice(1, 0, visible).transpose(1, 2))
-            .reshape({heads, count, visible})
-            .mul_(1.0 / std::sqrt(static_cast<double>(shape_.head_dim)));
-    if (alibi.defined()) scores.add_(alibi.slice(2, 0, visible));
-    const at::Tensor own = positions.slice(0, first, visible).view({count, 1});
-    const at::Tensor seen = positions.slice(0, 0, visible).view({1, visible});
-    scores.masked_fill_(seen.gt(own), -std::numeric_limits<float>::infinity());
-    const at::Tensor probabilities = at::softmax(scores, -1).to(dtype);
+            .reshape({heads, count, visible});
+    const at::Tensor probabilities = model::causal_probabilities(
+        scores, 1.0 / std::sqrt(static_cast<double>(shape_.head_dim)), slopes, first, dtype);
     outputs.push_back(
         model::narrow_matmul(probabilities.reshape({blocks, heads / blocks * count, visible}), v.slice(1, 0, visible))
             .reshape({heads, count, block}));
     // Entry [head, row, distance] is the probability of the key so far back; nothing is farther back than the first.
-    const at::Tensor back = own - seen;
+    const at::Tensor back = positions.slice(0, first, visible).view({count, 1}) - positions.slice(0, 0, visible);
     const at::Tensor by_distance =
         probabilities.gather(2, back.clamp_min(0).unsqueeze(0).expand({heads, count, visible}))
             .masked_fill_(back.lt(0), 0.0);

@@ -272,10 +272,7 @@ struct HeadProducts {
 // The layer
 
 TrainableLayer::TrainableLayer(Loader& loader, std::int64_t layer) : config_(loader.config()) {
-  shape_ = config_.shape_of(layer);
-  source_heads_ = config_.source_heads_of(layer);
-  query_width_ = checkpoint::keys_absorbed(config_, layer) ? shape_.key_width : config_.head_dim;
-  attended_width_ = checkpoint::attended_width(config_, layer);
+  widths_ = model::LayerWidths(config_, layer);
   llama_ = config_.family == Family::llama;
   config_.raw = nullptr;
   if (llama_) {
@@ -294,21 +291,24 @@ void TrainableLayer::load_llama(Loader& loader, std::int64_t layer) {
   const std::string attention = prefix + "self_attn.";
   const std::int64_t d = c.head_dim;
   const bool projected = c.layout == KvLayout::projected;
-  const std::int64_t key_rows = (projected ? source_heads_ : shape_.kv_heads) * shape_.key_width;
   norm1_ = loader.norm(prefix + "input_layernorm", c.hidden, false, layer);
   q_ = loader.linear(attention + "q_proj", c.heads * d, c.hidden, c.attention_bias, layer);
-  k_ = loader.linear(attention + "k_proj", key_rows, c.hidden, c.attention_bias, layer);
-  v_ = loader.linear(attention + "v_proj", shape_.kv_heads * shape_.value_width, c.hidden, c.attention_bias, layer);
-  o_ = loader.linear(attention + "o_proj", c.hidden, c.heads * attended_width_, c.attention_bias, layer);
+  k_ = loader.linear(attention + "k_proj", widths_.key_rows, c.hidden, c.attention_bias, layer);
+  v_ = loader.linear(attention + "v_proj", widths_.shape.kv_heads * widths_.shape.value_width, c.hidden,
+                     c.attention_bias, layer);
+  o_ = loader.linear(attention + "o_proj", c.hidden, c.heads * widths_.attended_width, c.attention_bias, layer);
   if (projected) {
     key_fold_.weight =
-        loader.weight(attention + "key_fold.weight", {shape_.kv_heads, d, source_heads_ / shape_.kv_heads * d}, layer);
-    query_fold_.weight = loader.weight(attention + "query_fold.weight", {source_heads_, d, d}, layer);
+        loader.weight(attention + "key_fold.weight",
+                      {widths_.shape.kv_heads, d, widths_.source_heads / widths_.shape.kv_heads * d}, layer);
+    query_fold_.weight = loader.weight(attention + "query_fold.weight", {widths_.source_heads, d, d}, layer);
   }
   if (c.layout == KvLayout::latent) {
-    key_up_.weight = loader.weight(attention + "key_up.weight", {source_heads_, d, shape_.key_width}, layer);
-    if (shape_.value_width > d)
-      value_up_.weight = loader.weight(attention + "value_up.weight", {source_heads_, d, shape_.value_width}, layer);
+    key_up_.weight =
+        loader.weight(attention + "key_up.weight", {widths_.source_heads, d, widths_.shape.key_width}, layer);
+    if (widths_.shape.value_width > d)
+      value_up_.weight =
+          loader.weight(attention + "value_up.weight", {widths_.source_heads, d, widths_.shape.value_width}, layer);
   }
   norm2_ = loader.norm(prefix + "post_attention_layernorm", c.hidden, false, layer);
   gate_ = loader.linear(prefix + "mlp.gate_proj", c.ffn, c.hidden, c.mlp_bias, layer);
@@ -326,16 +326,18 @@ void TrainableLayer::load_bloom(Loader& loader, std::int64_t layer) {
   if (fused_) {
     q_ = loader.linear(attention + "query_key_value", 3 * c.heads * d, c.hidden, true, layer);
   } else {
-    q_ = loader.linear(attention + "query", c.heads * query_width_, c.hidden, true, layer);
-    k_ = loader.linear(attention + "key", shape_.kv_heads * shape_.key_width, c.hidden, true, layer);
-    v_ = loader.linear(attention + "value", shape_.kv_heads * shape_.value_width, c.hidden, true, layer);
+    q_ = loader.linear(attention + "query", c.heads * widths_.query_width, c.hidden, true, layer);
+    k_ = loader.linear(attention + "key", widths_.shape.kv_heads * widths_.shape.key_width, c.hidden, true, layer);
+    v_ = loader.linear(attention + "value", widths_.shape.kv_heads * widths_.shape.value_width, c.hidden, true, layer);
   }
-  o_ = loader.linear(attention + "dense", c.hidden, c.heads * attended_width_, true, layer);
+  o_ = loader.linear(attention + "dense", c.hidden, c.heads * widths_.attended_width, true, layer);
   if (c.layout == KvLayout::latent) {
-    if (shape_.key_width > d)
-      key_up_.weight = loader.weight(attention + "key_up.weight", {source_heads_, d, shape_.key_width}, layer);
-    if (shape_.value_width > d)
-      value_up_.weight = loader.weight(attention + "value_up.weight", {source_heads_, d, shape_.value_width}, layer);
+    if (widths_.shape.key_width > d)
+      key_up_.weight =
+          loader.weight(attention + "key_up.weight", {widths_.source_heads, d, widths_.shape.key_width}, layer);
+    if (widths_.shape.value_width > d)
+      value_up_.weight =
+          loader.weight(attention + "value_up.weight", {widths_.source_heads, d, widths_.shape.value_width}, layer);
   }
   norm2_ = loader.norm(prefix + "post_attention_layernorm", c.hidden, true, layer);
   up_ = loader.linear(prefix + "mlp.dense_h_to_4h", c.ffn, c.hidden, true, layer);
@@ -365,8 +367,8 @@ AttentionPlan TrainableLayer::plan_of(const Pass& pass) const {
   plan.tokens = pass.tokens;
   plan.heads = config_.heads;
   // Rebuilt keys stand once per source head, all others as they are cached.
-  plan.key_readers = config_.heads / (key_up_.defined() && llama_ ? source_heads_ : shape_.kv_heads);
-  plan.value_readers = config_.heads / shape_.kv_heads;
+  plan.key_readers = config_.heads / (key_up_.defined() && llama_ ? widths_.source_heads : widths_.shape.kv_heads);
+  plan.value_readers = config_.heads / widths_.shape.kv_heads;
   plan.scale = 1.0 / std::sqrt(static_cast<double>(config_.head_dim));
   plan.slopes = slopes_;
   plan.segment_begin = pass.segment_begin;
@@ -393,7 +395,7 @@ void TrainableLayer::attention(const Pass& pass, LayerState& state, bool keep) c
   const std::int64_t d = config_.head_dim;
   const AttentionPlan plan = plan_of(pass);
   at::Tensor queries, keys, values;
-  const std::int64_t latent_width = shape_.value_width;
+  const std::int64_t latent_width = widths_.shape.value_width;
   state.queries = rows_like(x, q_.out);
   project(pass, q_, x, state.queries, false, &state.q);
   if (fused_) {
@@ -408,35 +410,37 @@ void TrainableLayer::attention(const Pass& pass, LayerState& state, bool keep) c
     if (llama_) rotate(heads_of(state.queries, d), pass.rotation, false);
     if (key_up_.defined() && llama_) {
       state.latents = state.keys;
-      state.keys = HeadProducts{pass.value(key_up_.weight), source_heads_, source_heads_ / shape_.kv_heads}.forward(
-          state.latents);
+      state.keys =
+          HeadProducts{pass.value(key_up_.weight), widths_.source_heads, widths_.source_heads / widths_.shape.kv_heads}
+              .forward(state.latents);
     }
     if (llama_) rotate(heads_of(state.keys, d), pass.rotation, false);
-    queries = heads_of(state.queries, query_width_);
+    queries = heads_of(state.queries, widths_.query_width);
     const bool rebuilt = llama_ && key_up_.defined();
-    keys = heads_of(state.keys, rebuilt || query_fold_.defined() ? d : shape_.key_width);
+    keys = heads_of(state.keys, rebuilt || query_fold_.defined() ? d : widths_.shape.key_width);
     values = heads_of(state.values, latent_width);
     if (query_fold_.defined()) {
       state.folded_queries =
-          HeadProducts{pass.value(query_fold_.weight), config_.heads, 1, config_.heads / source_heads_}.forward(
+          HeadProducts{pass.value(query_fold_.weight), config_.heads, 1, config_.heads / widths_.source_heads}.forward(
               state.queries);
-      state.folded_keys = HeadProducts{pass.value(key_fold_.weight), shape_.kv_heads}.forward(state.keys);
+      state.folded_keys = HeadProducts{pass.value(key_fold_.weight), widths_.shape.kv_heads}.forward(state.keys);
       queries = heads_of(state.folded_queries, d);
       keys = heads_of(state.folded_keys, d);
     } else if (key_up_.defined() && !llama_) {
       // Without rotation the decoder of keys turns queries into the latents' channels instead.
       state.folded_queries =
-          HeadProducts{pass.value(key_up_.weight), config_.heads, 1, config_.heads / source_heads_, true}.forward(
-              state.queries);
-      queries = heads_of(state.folded_queries, shape_.key_width);
+          HeadProducts{pass.value(key_up_.weight), config_.heads, 1, config_.heads / widths_.source_heads, true}
+              .forward(state.queries);
+      queries = heads_of(state.folded_queries, widths_.shape.key_width);
     }
   }
   const std::int64_t value_width = fused_ ? d : latent_width;
   state.attended = rows_like(x, config_.heads * value_width);
   attend(plan, queries, keys, values, heads_of(state.attended, value_width));
   if (value_up_.defined())
-    state.rebuilt = HeadProducts{pass.value(value_up_.weight), config_.heads, 1, config_.heads / source_heads_}.forward(
-        state.attended);
+    state.rebuilt =
+        HeadProducts{pass.value(value_up_.weight), config_.heads, 1, config_.heads / widths_.source_heads}.forward(
+            state.attended);
   if (keep) return;
   for (at::Tensor* each :
        {&state.queries, &state.keys, &state.values, &state.latents, &state.folded_queries, &state.folded_keys})
@@ -510,8 +514,8 @@ at::Tensor TrainableLayer::attention_backward(const Pass& pass, LayerState& stat
                                               bool wants_input) const {
   const std::int64_t d = config_.head_dim;
   const AttentionPlan plan = plan_of(pass);
-  const std::int64_t repeat = config_.heads / source_heads_;
-  const std::int64_t value_width = fused_ ? d : shape_.value_width;
+  const std::int64_t repeat = config_.heads / widths_.source_heads;
+  const std::int64_t value_width = fused_ ? d : widths_.shape.value_width;
   at::Tensor dheads = dattended;
   if (value_up_.defined())
     dheads = HeadProducts{pass.value(value_up_.weight), config_.heads, 1, repeat}.backward(
@@ -528,21 +532,21 @@ at::Tensor TrainableLayer::attention_backward(const Pass& pass, LayerState& stat
   const bool folds = query_fold_.defined();
   const bool rebuilds = key_up_.defined() && llama_;
   const bool turns = key_up_.defined() && !llama_;
-  const std::int64_t key_width = rebuilds || folds ? d : shape_.key_width;
+  const std::int64_t key_width = rebuilds || folds ? d : widths_.shape.key_width;
   const at::Tensor& queries = folds || turns ? state.folded_queries : state.queries;
   const at::Tensor& keys = folds ? state.folded_keys : state.keys;
   at::Tensor dq = at::empty_like(queries);
   at::Tensor dk = at::empty_like(keys);
   const at::Tensor dv = at::empty_like(state.values);
-  const std::int64_t score_width = turns ? shape_.key_width : (folds ? d : query_width_);
+  const std::int64_t score_width = turns ? widths_.shape.key_width : (folds ? d : widths_.query_width);
   attend_backward(plan, heads_of(queries, score_width), heads_of(keys, key_width), heads_of(state.values, value_width),
                   heads_of(dheads, value_width), heads_of(dq, score_width), heads_of(dk, key_width),
                   heads_of(dv, value_width));
   if (folds) {
     dq = HeadProducts{pass.value(query_fold_.weight), config_.heads, 1, repeat}.backward(
         state.queries, dq, pass.gradient(query_fold_.weight));
-    dk = HeadProducts{pass.value(key_fold_.weight), shape_.kv_heads}.backward(state.keys, dk,
-                                                                              pass.gradient(key_fold_.weight));
+    dk = HeadProducts{pass.value(key_fold_.weight), widths_.shape.kv_heads}.backward(state.keys, dk,
+                                                                                     pass.gradient(key_fold_.weight));
   } else if (turns) {
     dq = HeadProducts{pass.value(key_up_.weight), config_.heads, 1, repeat, true}.backward(
         state.queries, dq, pass.gradient(key_up_.weight));
@@ -552,8 +556,8 @@ at::Tensor TrainableLayer::attention_backward(const Pass& pass, LayerState& stat
     rotate(heads_of(dk, d), pass.rotation, true);
   }
   if (rebuilds)
-    dk = HeadProducts{pass.value(key_up_.weight), source_heads_, source_heads_ / shape_.kv_heads}.backward(
-        state.latents, dk, pass.gradient(key_up_.weight));
+    dk = HeadProducts{pass.value(key_up_.weight), widths_.source_heads, widths_.source_heads / widths_.shape.kv_heads}
+             .backward(state.latents, dk, pass.gradient(key_up_.weight));
   project_backward(pass, q_, state.q, state.normed, dq, dx, true);
   project_backward(pass, k_, state.k, state.normed, dk, dx, false);
   project_backward(pass, v_, state.v, state.normed, dv, dx, false);

@@ -5,6 +5,7 @@
 #include <headfold/checkpoint/layout.h>
 #include <headfold/checkpoint/reader.h>
 #include <headfold/finetune/trainable.h>
+#include <headfold/model/source.h>
 
 #include <cstdint>
 #include <memory>
@@ -141,8 +142,7 @@ class TrainableLayer {
   at::Tensor heads_of(const at::Tensor& x, std::int64_t width) const;
 
   checkpoint::ModelConfig config_;
-  checkpoint::LayerShape shape_;
-  std::int64_t source_heads_ = 0, query_width_ = 0, attended_width_ = 0;
+  model::LayerWidths widths_;
   bool llama_ = true, fused_ = false;
   Norm norm1_, norm2_;
   Linear q_, k_, v_, o_;     // fused BLOOM: q_ is query_key_value

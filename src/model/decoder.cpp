@@ -88,10 +88,7 @@ struct Observed {
 class DecoderLayer final : public Layer {
  public:
   DecoderLayer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype, const Source& source)
-      : config_(config), dtype_(dtype) {
-    require_dtype(dtype);
-    if (layer < 0 || layer >= config.layers) throw InternalError(fmt::format("layer {} of {}", layer, config.layers));
-    widths_ = LayerWidths(config, layer);
+      : config_(config), widths_(config, layer), dtype_(dtype) {
     config_.layer_shapes.clear();  // of the other layers
     config_.raw = nullptr;
     if (config.family == Family::llama) {
@@ -678,6 +675,8 @@ at::Tensor DecoderLayer::forward_packed(const at::Tensor& hidden_states, const s
 
 std::unique_ptr<Layer> make_layer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype,
                                   const Source& source) {
+  require_dtype(dtype);
+  if (layer < 0 || layer >= config.layers) throw InternalError(fmt::format("layer {} of {}", layer, config.layers));
   if (compute().engine == Engine::tensors) return make_tensor_layer(config, layer, dtype, source);
   return std::make_unique<DecoderLayer>(config, layer, dtype, source);
 }

@@ -90,23 +90,15 @@ at::Tensor attend_tensors(const at::Tensor& queries, const at::Tensor& keys, con
   const at::ScalarType dtype = queries.scalar_type();
   const std::int64_t per_row = std::max<std::int64_t>(1, batch * heads * (start + tokens) * 16);
   const std::int64_t rows = std::clamp<std::int64_t>(attention_block_bytes() / per_row, 1, tokens);
-  const at::Tensor positions = at::arange(start + tokens, queries.options().dtype(at::kFloat));
-  at::Tensor alibi;
-  if (slopes.defined()) alibi = (slopes.view({heads, 1}) * positions).to(dtype).to(at::kFloat).unsqueeze(1);
   std::vector<at::Tensor> outputs;
   for (std::int64_t first = 0; first < tokens; first += rows) {
     const std::int64_t count = std::min(rows, tokens - first);
     const std::int64_t visible = start + first + count;
     const at::Tensor q = queries.slice(2, first, first + count);
-    at::Tensor scores = wide_matmul(q.reshape({batch, key_heads, heads / key_heads * count, q.size(3)}),
-                                    keys.slice(2, 0, visible).transpose(2, 3))
-                            .reshape({batch, heads, count, visible})
-                            .mul_(scale);
-    if (alibi.defined()) scores.add_(alibi.slice(2, 0, visible));
-    const at::Tensor own = positions.slice(0, start + first, visible).view({count, 1});
-    scores.masked_fill_(positions.slice(0, 0, visible).view({1, visible}).gt(own),
-                        -std::numeric_limits<float>::infinity());
-    const at::Tensor probabilities = at::softmax(scores, -1).to(dtype);
+    const at::Tensor scores = wide_matmul(q.reshape({batch, key_heads, heads / key_heads * count, q.size(3)}),
+                                          keys.slice(2, 0, visible).transpose(2, 3))
+                                  .reshape({batch, heads, count, visible});
+    const at::Tensor probabilities = causal_probabilities(scores, scale, slopes, start + first, dtype);
     outputs.push_back(narrow_matmul(probabilities.reshape({batch, value_heads, heads / value_heads * count, visible}),
                                     values.slice(2, 0, visible))
                           .reshape({batch, heads, count, value_width}));
@@ -407,6 +399,17 @@ at::Tensor TensorLayer::forward_packed(const at::Tensor& hidden, const std::vect
 
 }  // namespace
 
+at::Tensor causal_probabilities(const at::Tensor& scores, double scale, const at::Tensor& slopes, std::int64_t first,
+                                at::ScalarType dtype) {
+  const std::int64_t rows = scores.size(-2), keys = scores.size(-1);
+  const at::Tensor positions = at::arange(keys, scores.options());
+  scores.mul_(scale);
+  if (slopes.defined()) scores.add_((slopes.view({-1, 1, 1}) * positions).to(dtype).to(scores.scalar_type()));
+  const at::Tensor own = at::arange(first, first + rows, scores.options()).view({rows, 1});
+  scores.masked_fill_(positions.gt(own), -std::numeric_limits<float>::infinity());
+  return at::softmax(scores, -1).to(dtype);
+}
+
 at::Tensor normalise_tensor(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
   if (bias.defined()) return at::layer_norm(x, weight.sizes(), weight, bias, eps);
   const at::Tensor wide = x.to(wide_type(x.scalar_type()));
@@ -416,8 +419,6 @@ at::Tensor normalise_tensor(const at::Tensor& x, const at::Tensor& weight, const
 
 std::unique_ptr<Layer> make_tensor_layer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype,
                                          const Source& source) {
-  require_dtype(dtype);
-  if (layer < 0 || layer >= config.layers) throw InternalError(fmt::format("layer {} of {}", layer, config.layers));
   return std::make_unique<TensorLayer>(config, layer, dtype, source);
 }
 

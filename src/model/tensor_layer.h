@@ -7,7 +7,7 @@
 
 namespace headfold::model {
 
-/// Same results as the native layer up to rounding; arguments as load_layer().
+/// Same results as the native layer up to rounding; arguments as load_layer(), which has checked them.
 std::unique_ptr<Layer> make_tensor_layer(const ModelConfig& config, std::int64_t layer, at::ScalarType dtype,
                                          const Source& source);
 

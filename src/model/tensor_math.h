@@ -41,4 +41,10 @@ inline at::Tensor narrow_matmul(const at::Tensor& a, const at::Tensor& b) {
   return a.is_cuda() ? at::matmul(a, b) : wide_matmul(a, b).to(a.scalar_type());
 }
 
+/// softmax(scale * scores + ALiBi) of scores [.., heads, rows, keys], float32, which are overwritten: row i stands at
+/// position first + i and sees the keys up to its own. `slopes` [heads] float32 on their device, or undefined; the bias
+/// is rounded to `dtype` as the native kernels do, and so is the result.
+at::Tensor causal_probabilities(const at::Tensor& scores, double scale, const at::Tensor& slopes, std::int64_t first,
+                                at::ScalarType dtype);
+
 }  // namespace headfold::model

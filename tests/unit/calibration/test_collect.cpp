@@ -87,6 +87,23 @@ INSTANTIATE_TEST_SUITE_P(Golden, CollectTest, testing::Values("llama-mha", "llam
   return name;
 });
 
+/// The statistics of every grid of this world, resident and streamed, differ from those of one rank alone
+/// by less than `most`. `collected(grid, residency)` makes them.
+template <class Collect>
+void expect_every_grid(const checkpoint::Reader& reader, const Layers& alone, double most, const Collect& collected) {
+  for (int stages = 1; stages <= std::min(3, world().size()); ++stages) {
+    if (world().size() % stages != 0) continue;
+    const comm::Grid grid = comm::make_grid(world(), stages);
+    const std::int64_t first = model::stage_layers(reader.config(), stages)[static_cast<std::size_t>(grid.stage)].begin;
+    for (const auto residency : {model::Residency::resident, model::Residency::streamed}) {
+      const Layers found = collected(grid, residency);
+      for (std::size_t i = 0; i < found.size(); ++i)
+        EXPECT_LT(difference(found[i]->statistics(), alone[static_cast<std::size_t>(first) + i]->statistics()), most)
+            << "layer " << first << " + " << i << ", " << stages << " stages";
+    }
+  }
+}
+
 TEST_P(CollectTest, every_grid_agrees_with_one_rank) {
   const checkpoint::Reader reader(golden_folder() / GetParam());
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
@@ -98,18 +115,9 @@ TEST_P(CollectTest, every_grid_agrees_with_one_rank) {
     EXPECT_EQ(alone[0]->statistics().count_0_even, 4);
     EXPECT_EQ(alone[0]->statistics().attention_count, 7 * 33);
     EXPECT_TRUE(alone[0]->statistics().rotated_keys.defined() && alone[0]->statistics().values_even.defined());
-    for (int stages = 1; stages <= std::min(3, world().size()); ++stages) {
-      if (world().size() % stages != 0) continue;
-      const comm::Grid grid = comm::make_grid(world(), stages);
-      const std::int64_t first =
-          model::stage_layers(reader.config(), stages)[static_cast<std::size_t>(grid.stage)].begin;
-      for (const auto residency : {model::Residency::resident, model::Residency::streamed}) {
-        const Layers found = collect(reader, grid, sequences(), options_of(2, residency, dtype));
-        for (std::size_t i = 0; i < found.size(); ++i)
-          EXPECT_LT(difference(found[i]->statistics(), alone[static_cast<std::size_t>(first) + i]->statistics()), 1e-10)
-              << "layer " << first << " + " << i << ", " << stages << " stages";
-      }
-    }
+    expect_every_grid(reader, alone, 1e-10, [&](const comm::Grid& grid, model::Residency residency) {
+      return collect(reader, grid, sequences(), options_of(2, residency, dtype));
+    });
   }
 }
 
@@ -207,20 +215,12 @@ TEST_P(CollectTest, tensor_engine_gives_the_native_sums) {
   const checkpoint::Reader reader(golden_folder() / GetParam());
   for (const auto& [dtype, most] : {std::pair(at::kFloat, 2e-5), std::pair(at::kBFloat16, 5e-2)}) {
     const Layers native = collect(reader, comm::Grid{}, sequences(), options_of(2, model::Residency::resident, dtype));
-    for (int stages = 1; stages <= std::min(3, world().size()); ++stages) {
-      if (world().size() % stages != 0) continue;
-      const comm::Grid grid = comm::make_grid(world(), stages);
-      const std::int64_t first =
-          model::stage_layers(reader.config(), stages)[static_cast<std::size_t>(grid.stage)].begin;
-      for (const auto residency : {model::Residency::resident, model::Residency::streamed}) {
-        model::set_compute({model::Engine::tensors, at::kCPU});
-        const Layers found = collect(reader, grid, sequences(), options_of(2, residency, dtype));
-        model::set_compute({});
-        for (std::size_t i = 0; i < found.size(); ++i)
-          EXPECT_LT(difference(found[i]->statistics(), native[static_cast<std::size_t>(first) + i]->statistics()), most)
-              << "layer " << first << " + " << i << ", " << stages << " stages";
-      }
-    }
+    expect_every_grid(reader, native, most, [&](const comm::Grid& grid, model::Residency residency) {
+      model::set_compute({model::Engine::tensors, at::kCPU});
+      Layers found = collect(reader, grid, sequences(), options_of(2, residency, dtype));
+      model::set_compute({});
+      return found;
+    });
   }
 }
 
