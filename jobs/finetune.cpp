@@ -258,7 +258,11 @@ bool is_finished(const Settings& s, const OrderedJson& identity) {
   bool ours = false;
   Json json;
   if (fs::exists(record)) {
-    json = read_json(record);
+    try {
+      json = read_json(record);
+    } catch (const CorruptFile& error) {  // written in one piece: a disk's fault, not an interrupted job's
+      throw InputError(error.what(), fmt::format("choose another --out, or remove {} to begin anew", s.out.string()));
+    }
     ours = json.is_object() && json.value("format", std::string()) == kFormat;
   }
   if (!ours) {

@@ -1,4 +1,5 @@
 #include <headfold/base/error.h>
+#include <headfold/base/hash.h>
 #include <headfold/checkpoint/safetensors.h>
 #include <headfold/finetune/training_state.h>
 
@@ -72,6 +73,7 @@ OrderedJson to_json(const StoredState& stored) {
   json["state"] = to_json(stored.state);
   json["adam_steps"] = stored.adam_steps;
   json["identity"] = stored.identity;
+  json["identity_sha256"] = sha256_hex(stored.identity.dump());
   return json;
 }
 
@@ -100,6 +102,9 @@ StoredState read_state(const std::filesystem::path& folder) {
         file, fmt::format("\"adam_steps\" is {} after {} steps of training", stored.adam_steps, stored.state.step),
         kStateHint);
   stored.identity = json.value("identity", Json());
+  // A damaged identity would look like another training, which ends the job instead of giving way to the state before.
+  if (const auto sum = json.find("identity_sha256"); sum != json.end() && *sum != sha256_hex(stored.identity.dump()))
+    throw CorruptFile(file, "\"identity\" does not agree with its checksum", kStateHint);
   return stored;
 }
 

@@ -310,6 +310,10 @@ TEST_F(FinetuneTest, an_exported_merge_is_the_trained_model) {
   }
 
   // What does not fit, or is broken.
+  fs::resize_file(root_ / "trained" / "finetune.json", 100);
+  const Outcome torn = run(command);
+  EXPECT_EQ(torn.code, 65) << torn.output;
+  EXPECT_THAT(torn.output, testing::AllOf(HasSubstr("finetune.json"), HasSubstr("to begin anew")));
   const fs::path sound = root_ / "trained" / "adapter";
   const Outcome foreign = run(exported(sound, root_ / "folded", "foreign"));
   EXPECT_EQ(foreign.code, 65) << foreign.output;

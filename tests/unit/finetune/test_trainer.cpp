@@ -223,6 +223,12 @@ TEST(TrainerTest, whatever_is_wrong_with_a_checkpoint_the_one_before_is_taken) {
          json["adam_steps"] = -1;
          write_json(f / "state.json", json);
        }},
+      {"damaged identity",
+       [&](const fs::path& f) {
+         Json json = read_json(f / "state.json");
+         json["identity"]["test"] = 77;
+         write_json(f / "state.json", json);
+       }},
       {"state of text", [&](const fs::path& f) { write_file(f / "state.json", "[1, 2"); }},
       {"no state", [&](const fs::path& f) { fs::remove(f / "state.json"); }},
   };
