@@ -39,7 +39,10 @@ class ScratchFolder {
     } catch (...) {
     }
     std::error_code code;
-    if (world().root()) std::filesystem::remove_all(path_, code);
+    if (world().root()) {
+      std::filesystem::remove_all(path_, code);
+      std::filesystem::remove(path_.parent_path(), code);  // unless another test of this process has its folder there
+    }
   }
   ScratchFolder(const ScratchFolder&) = delete;
   ScratchFolder& operator=(const ScratchFolder&) = delete;
