@@ -9,7 +9,7 @@ add_library(headfold_test_main OBJECT "${PROJECT_SOURCE_DIR}/tests/support/mpi_m
 target_link_libraries(headfold_test_main PUBLIC headfold::comm headfold::base GTest::gtest)
 target_compile_definitions(headfold_test_main PUBLIC HEADFOLD_TESTS_FOLDER="${PROJECT_SOURCE_DIR}/tests")
 target_include_directories(headfold_test_main PUBLIC "${PROJECT_SOURCE_DIR}/tests/support")
-headfold_compile_settings(headfold_test_main)
+headfold_compile_settings(headfold_test_main QUICKLY)
 
 # Under the sanitizers: an allocation of a GiB is one that a hostile file asked for, and fails. Leaks of Open MPI and HDF5 are not ours to find,
 # and the leak check needs ptrace, which containers often forbid.
@@ -53,7 +53,7 @@ function(headfold_test name)
   endif()
   add_executable(${name} ${arg_SOURCES})
   target_link_libraries(${name} PRIVATE headfold_test_main GTest::gtest GTest::gmock ${arg_LINK})
-  headfold_compile_settings(${name})
+  headfold_compile_settings(${name} QUICKLY)
   if("hostile" IN_LIST arg_LABELS)
     add_dependencies(hostile_tests ${name})
   endif()
