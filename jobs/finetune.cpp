@@ -14,6 +14,7 @@
 #include <headfold/finetune/lora.h>
 #include <headfold/finetune/teacher.h>
 #include <headfold/finetune/trainer.h>
+#include <headfold/model/compute.h>
 
 #include <algorithm>
 #include <chrono>
@@ -670,7 +671,8 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
     adapter.options = s.lora;
     adapter.base = s.model.string();
     adapter.base_fingerprint = model_hash;
-    for (const finetune::Parameter& parameter : model->parameters()) adapter.tensors[parameter.name] = parameter.value;
+    for (const finetune::Parameter& parameter : model->parameters())
+      adapter.tensors[parameter.name] = headfold::model::to_host(parameter.value);
     model.reset();
     device::release_freed_memory();
     world.on_root(

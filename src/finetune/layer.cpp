@@ -61,8 +61,10 @@ std::ptrdiff_t Loader::add(const std::string& name, std::int64_t layer, const at
   Parameter parameter;
   parameter.name = name;
   parameter.layer = layer;
-  parameter.value = value;
-  parameter.gradient = at::zeros_like(value);
+  // Adapters live where they are used, and so do their gradients and optimiser; all weights at once would not leave a
+  // GPU the memory to work in.
+  parameter.value = tensors::in_use() && !options_.full ? value.to(model::compute().device) : value;
+  parameter.gradient = at::zeros_like(parameter.value);
   parameter.decays = value.dim() > 1;
   parameters_.push_back(std::move(parameter));
   return static_cast<std::ptrdiff_t>(parameters_.size()) - 1;
@@ -116,9 +118,10 @@ Norm Loader::norm(const std::string& module, std::int64_t width, bool bias, std:
 
 at::Tensor Pass::value(std::ptrdiff_t parameter) const {
   const auto i = static_cast<std::size_t>(parameter);
-  if (!tensors::in_use()) return (*parameters)[i].value.to(dtype);
+  const at::Tensor& own = (*parameters)[i].value;
+  if (!tensors::in_use()) return own.to(dtype);
   at::Tensor& copy = on_device->values.at(i);
-  if (!copy.defined()) copy = model::to_device((*parameters)[i].value, dtype);
+  if (!copy.defined()) copy = own.device() == model::compute().device ? own.to(dtype) : model::to_device(own, dtype);
   return copy;
 }
 
@@ -133,7 +136,7 @@ at::Tensor Pass::gradient(const Weight& weight) const {
 at::Tensor Pass::gradient(std::ptrdiff_t parameter) const {
   const auto i = static_cast<std::size_t>(parameter);
   const Parameter& own = (*parameters)[i];
-  if (!tensors::in_use()) return own.gradient;
+  if (!tensors::in_use() || own.gradient.device() == model::compute().device) return own.gradient;
   at::Tensor& sum = on_device->gradients.at(i);
   if (!sum.defined()) sum = at::zeros(own.gradient.sizes(), own.gradient.options().device(model::compute().device));
   return sum;

@@ -79,8 +79,8 @@ struct Pass {
   std::vector<std::int64_t> numbers;        ///< of every sequence
   std::vector<std::int64_t> segment_begin;  ///< see AttentionPlan
   Rotation rotation;                        ///< undefined tensors for ALiBi
-  /// Engine `tensors`: parameters and their gradients live on the host, where the optimiser is; these are their copies
-  /// on the device, made when first asked for.
+  /// Engine `tensors`: values in the compute dtype, made when first asked for, and the gradients of parameters that
+  /// live on the host (all weights trained; adapters live on the device).
   struct OnDevice {
     std::vector<at::Tensor> values, gradients;
   };
@@ -92,7 +92,7 @@ struct Pass {
   /// Where to add a gradient; undefined when frozen.
   at::Tensor gradient(const Weight& weight) const;
   at::Tensor gradient(std::ptrdiff_t parameter) const;
-  /// Adds the gradients of a layer's parameters that wait on the device to Parameter::gradient.
+  /// Adds the gradients of a layer's parameters that live on the host and wait on the device to Parameter::gradient.
   void hand_over(std::int64_t layer) const;
   DropoutMask mask(const Linear& linear) const;
 };

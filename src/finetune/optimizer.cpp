@@ -3,6 +3,7 @@
 #include <headfold/base/hash.h>
 #include <headfold/checkpoint/safetensors.h>
 #include <headfold/finetune/optimizer.h>
+#include <headfold/model/compute.h>
 
 #include <cmath>
 #include <numbers>
@@ -11,8 +12,8 @@
 namespace headfold::finetune {
 namespace {
 
-std::span<float> view(const at::Tensor& tensor, std::int64_t begin, std::int64_t count) {
-  return {tensor.data_ptr<float>() + begin, static_cast<std::size_t>(count)};
+std::span<float> all_of(const at::Tensor& tensor) {
+  return {tensor.data_ptr<float>(), static_cast<std::size_t>(tensor.numel())};
 }
 
 }  // namespace
@@ -50,16 +51,22 @@ Optimizer::Optimizer(const comm::Communicator& world, std::vector<Parameter>& pa
   std::int64_t total = 0;
   std::int64_t layer = std::numeric_limits<std::int64_t>::min();
   for (const Parameter& parameter : parameters) {
-    if (parameter.value.scalar_type() != at::kFloat || parameter.layer < layer)
-      throw InternalError(fmt::format("parameter {} is no float32 tensor or out of order", parameter.name));
+    if (parameter.value.scalar_type() != at::kFloat || parameter.layer < layer ||
+        parameter.value.device() != parameters.front().value.device())
+      throw InternalError(
+          fmt::format("parameter {} is no float32 tensor, on another device or out of order", parameter.name));
     layer = parameter.layer;
     begins_.push_back(total);
     total += parameter.value.numel();
   }
   if (total == 0) throw InternalError("there is nothing to train");
   begins_.push_back(total);
-  values_ = at::empty({total}, at::kFloat);
-  gradients_ = at::zeros({total}, at::kFloat);
+  const at::TensorOptions floats = parameters.front().value.options();
+  const at::Device device = floats.device();
+  link_ = std::make_unique<comm::DeviceLink>(world_, device.is_cpu() ? -1 : device.index());
+  in_tensors_ = model::compute().engine == model::Engine::tensors && device == model::compute().device;
+  values_ = at::empty({total}, floats);
+  gradients_ = at::zeros({total}, floats);
   for (std::size_t p = 0; p < parameters.size(); ++p) {
     Parameter& parameter = parameters[p];
     const auto shape = parameter.value.sizes().vec();
@@ -109,9 +116,9 @@ Optimizer::Optimizer(const comm::Communicator& world, std::vector<Parameter>& pa
     own_elements_ += bucket.own_count;
   }
   if (!shard_) own_elements_ = total;
-  own_gradients_ = shard_ ? at::zeros({own_elements_}, at::kFloat) : gradients_;
-  first_ = at::zeros({own_elements_}, at::kFloat);
-  second_ = at::zeros({own_elements_}, at::kFloat);
+  own_gradients_ = shard_ ? at::zeros({own_elements_}, floats) : gradients_;
+  first_ = at::zeros({own_elements_}, floats);
+  second_ = at::zeros({own_elements_}, floats);
   for (const Bucket& bucket : buckets_) {
     for (std::size_t p = 0; p < parameters.size(); ++p) {
       const std::int64_t begin = std::max(bucket.own_begin, begins_[p]);
@@ -136,12 +143,12 @@ void Optimizer::start(Bucket& bucket) {
     requests_[waited_].wait();
     under_way -= request_bytes_[waited_];
   }
+  const at::Tensor gradients = gradients_.slice(0, bucket.begin, bucket.end);
   if (shard_) {
-    requests_.push_back(world_.start_reduce_scatter(view(gradients_, bucket.begin, size),
-                                                    view(own_gradients_, bucket.own_offset, bucket.own_count),
-                                                    bucket.counts));
+    const at::Tensor own = own_gradients_.slice(0, bucket.own_offset, bucket.own_offset + bucket.own_count);
+    requests_.push_back(link_->reduce_scatter(gradients, own, bucket.counts));
   } else {
-    requests_.push_back(world_.start_sum(view(gradients_, bucket.begin, size)));
+    requests_.push_back(link_->all_reduce(gradients));
   }
 }
 
@@ -159,6 +166,14 @@ void Optimizer::finish_gradients() {
 }
 
 double Optimizer::gradient_norm() const {
+  if (!own_gradients_.is_cpu()) {
+    double sum = 0;
+    for (const at::Tensor& piece : own_gradients_.split(std::int64_t{1} << 24))
+      sum += piece.to(at::kDouble).square().sum().item<double>();
+    if (shard_) return std::sqrt(world_.all_reduce(sum));
+    world_.broadcast(std::as_writable_bytes(std::span(&sum, 1)));  // GPUs of several kinds may add in other orders
+    return std::sqrt(sum);
+  }
   // Blocks of a fixed size, added in order: the norm does not depend on the number of threads.
   constexpr std::int64_t kBlock = 1 << 14;
   const float* gradient = own_gradients_.data_ptr<float>();
@@ -177,34 +192,54 @@ double Optimizer::gradient_norm() const {
 
 void Optimizer::step(double rate, double gradient_scale) {
   ++steps_;
+  for (const Segment& segment : segments_) {
+    if (in_tensors_)
+      step_in_tensors(segment, rate, gradient_scale);
+    else
+      step_on_host(segment, rate, gradient_scale);
+  }
+  if (shard_) gather(values_);
+}
+
+void Optimizer::step_on_host(const Segment& segment, double rate, double gradient_scale) {
   const auto n = static_cast<double>(steps_);
   const auto beta1 = static_cast<float>(options_.beta1), beta2 = static_cast<float>(options_.beta2);
   const auto step_size = static_cast<float>(rate / (1 - std::pow(options_.beta1, n)));
   const auto root_correction = static_cast<float>(1 / std::sqrt(1 - std::pow(options_.beta2, n)));
   const auto epsilon = static_cast<float>(options_.epsilon);
   const auto scale = static_cast<float>(gradient_scale);
-  for (const Segment& segment : segments_) {
-    float* value = values_.data_ptr<float>() + segment.begin;
-    const float* gradient = own_gradients_.data_ptr<float>() + segment.offset;
-    float* first = first_.data_ptr<float>() + segment.offset;
-    float* second = second_.data_ptr<float>() + segment.offset;
-    const float kept = segment.decays ? static_cast<float>(1 - rate * options_.weight_decay) : 1.0F;
-    at::parallel_for(0, segment.count, 1 << 14, [&](std::int64_t from, std::int64_t to) {
-      for (std::int64_t i = from; i < to; ++i) {
-        const float g = gradient[i] * scale;
-        first[i] = beta1 * first[i] + (1 - beta1) * g;
-        second[i] = beta2 * second[i] + (1 - beta2) * g * g;
-        value[i] = kept * value[i] - step_size * first[i] / (std::sqrt(second[i]) * root_correction + epsilon);
-      }
-    });
-  }
-  if (shard_) gather(values_);
+  float* value = values_.data_ptr<float>() + segment.begin;
+  const float* gradient = own_gradients_.data_ptr<float>() + segment.offset;
+  float* first = first_.data_ptr<float>() + segment.offset;
+  float* second = second_.data_ptr<float>() + segment.offset;
+  const float kept = segment.decays ? static_cast<float>(1 - rate * options_.weight_decay) : 1.0F;
+  at::parallel_for(0, segment.count, 1 << 14, [&](std::int64_t from, std::int64_t to) {
+    for (std::int64_t i = from; i < to; ++i) {
+      const float g = gradient[i] * scale;
+      first[i] = beta1 * first[i] + (1 - beta1) * g;
+      second[i] = beta2 * second[i] + (1 - beta2) * g * g;
+      value[i] = kept * value[i] - step_size * first[i] / (std::sqrt(second[i]) * root_correction + epsilon);
+    }
+  });
+}
+
+void Optimizer::step_in_tensors(const Segment& segment, double rate, double gradient_scale) {
+  const auto n = static_cast<double>(steps_);
+  const auto own = [&](const at::Tensor& all) { return all.slice(0, segment.offset, segment.offset + segment.count); };
+  at::Tensor value = values_.slice(0, segment.begin, segment.begin + segment.count);
+  at::Tensor first = own(first_), second = own(second_);
+  const at::Tensor gradient = own(own_gradients_) * gradient_scale;
+  first.mul_(options_.beta1).add_(gradient, 1 - options_.beta1);
+  second.mul_(options_.beta2).addcmul_(gradient, gradient, 1 - options_.beta2);
+  const at::Tensor root = second.sqrt().div_(std::sqrt(1 - std::pow(options_.beta2, n))).add_(options_.epsilon);
+  if (segment.decays) value.mul_(1 - rate * options_.weight_decay);
+  value.addcdiv_(first, root, -rate / (1 - std::pow(options_.beta1, n)));
 }
 
 void Optimizer::gather(const at::Tensor& flat) const {
   std::vector<comm::Request> requests;
   for (const Bucket& bucket : buckets_)
-    requests.push_back(world_.start_all_gather(view(flat, bucket.begin, bucket.end - bucket.begin), bucket.counts));
+    requests.push_back(link_->all_gather(flat.slice(0, bucket.begin, bucket.end), bucket.counts));
   for (comm::Request& request : requests) request.wait();
 }
 
@@ -220,14 +255,15 @@ at::Tensor Optimizer::gathered(const at::Tensor& own) const {
 
 std::string Optimizer::fingerprint() const {
   Sha256 hash;
-  hash.update(std::as_bytes(view(values_, 0, values_.numel())));
+  hash.update(std::as_bytes(all_of(model::to_host(values_))));
   return hash.hex();
 }
 
 std::map<std::string, at::Tensor> Optimizer::by_name(const at::Tensor& flat) const {
+  const at::Tensor host = model::to_host(flat);
   std::map<std::string, at::Tensor> tensors;
   for (std::size_t p = 0; p < parameters_->size(); ++p)
-    tensors[(*parameters_)[p].name] = flat.slice(0, begins_[p], begins_[p + 1]).view((*parameters_)[p].value.sizes());
+    tensors[(*parameters_)[p].name] = host.slice(0, begins_[p], begins_[p + 1]).view((*parameters_)[p].value.sizes());
   return tensors;
 }
 
@@ -243,6 +279,7 @@ std::map<std::string, at::Tensor> Optimizer::second_moments() const {
 }
 
 void Optimizer::copy_in(const TensorSource& tensors, const at::Tensor& flat, const std::string& source) const {
+  const at::Tensor host = flat.is_cpu() ? flat : at::empty(flat.sizes(), at::kFloat);
   world_.on_root([&] {
     for (std::size_t p = 0; p < parameters_->size(); ++p) {
       const Parameter& parameter = (*parameters_)[p];
@@ -255,10 +292,11 @@ void Optimizer::copy_in(const TensorSource& tensors, const at::Tensor& flat, con
                                      checkpoint::shape_text(found.sizes().vec()),
                                      checkpoint::shape_text(parameter.value.sizes().vec())),
                          "does it belong to this model and these options?");
-      flat.slice(0, begins_[p], begins_[p + 1]).copy_(found.reshape({-1}));
+      host.slice(0, begins_[p], begins_[p + 1]).copy_(found.reshape({-1}));
     }
   });
-  world_.broadcast(std::as_writable_bytes(view(flat, 0, flat.numel())));
+  world_.broadcast(std::as_writable_bytes(all_of(host)));
+  if (!flat.is_cpu()) flat.copy_(host);
 }
 
 void Optimizer::copy_in_moments(const TensorSource& tensors, const at::Tensor& own, const std::string& source) const {

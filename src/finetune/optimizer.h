@@ -3,11 +3,13 @@
 
 #include <ATen/ATen.h>
 #include <headfold/comm/communicator.h>
+#include <headfold/comm/device_link.h>
 #include <headfold/finetune/trainable.h>
 
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -42,13 +44,14 @@ using TensorSource = std::function<at::Tensor(const std::string& name)>;
 std::int64_t bytes_under_way();
 
 /// Takes the parameters' values and gradients into two flat float32 buffers, of which Parameter::value and ::gradient
-/// become views. Buckets of whole layers, at least `bucket_bytes` each, are summed over ranks as soon as a backward
-/// pass has finished them. With `shard` a rank receives the sum of its slice of every bucket only, holds the moments of
-/// its slices only, and gathers the other ranks' new values.
+/// become views, on the parameters' device: on a GPU sums over ranks go by NCCL (comm::DeviceLink) and AdamW runs in
+/// libtorch's operations, whose rounding differs from the host's. Buckets of whole layers, at least `bucket_bytes`
+/// each, are summed over ranks as soon as a backward pass has finished them. With `shard` a rank receives the sum of
+/// its slice of every bucket only, holds the moments of its slices only, and gathers the other ranks' new values.
 class Optimizer {
  public:
   /// Collective. Buckets of more than 16 `bucket_bytes` are cut. `parameters` must outlive it. InternalError unless all
-  /// are float32 and in order of layer.
+  /// are float32, on one device and in order of layer.
   Optimizer(const comm::Communicator& world, std::vector<Parameter>& parameters, const AdamOptions& options, bool shard,
             std::int64_t bucket_bytes = std::int64_t{4} << 20);
   Optimizer(const Optimizer&) = delete;
@@ -72,8 +75,8 @@ class Optimizer {
   /// SHA-256 of all values: ranks that trained alike have the same.
   std::string fingerprint() const;
 
-  /// What a checkpoint needs, by name of the parameter; moments are whole (collective with `shard`, which gathers them
-  /// into memory of their own; otherwise all are views).
+  /// What a checkpoint needs, by name of the parameter, on the host; moments are whole (collective with `shard`, which
+  /// gathers them into memory of their own; otherwise all are views of what lies on the host).
   std::map<std::string, at::Tensor> values() const;
   std::map<std::string, at::Tensor> first_moments() const;
   std::map<std::string, at::Tensor> second_moments() const;
@@ -97,6 +100,8 @@ class Optimizer {
     bool decays = true;
   };
   void start(Bucket& bucket);
+  void step_on_host(const Segment& segment, double rate, double gradient_scale);
+  void step_in_tensors(const Segment& segment, double rate, double gradient_scale);
   at::Tensor gathered(const at::Tensor& own) const;
   void gather(const at::Tensor& flat) const;
   void copy_in(const TensorSource& tensors, const at::Tensor& flat, const std::string& source) const;
@@ -104,9 +109,11 @@ class Optimizer {
   std::map<std::string, at::Tensor> by_name(const at::Tensor& flat) const;
 
   comm::Communicator world_;
+  std::unique_ptr<comm::DeviceLink> link_;  // of world_, on the parameters' device
   std::vector<Parameter>* parameters_;
   AdamOptions options_;
   bool shard_;
+  bool in_tensors_ = false;           // the step runs in libtorch's operations
   std::vector<std::int64_t> begins_;  // of the parameters in the flat buffers
   at::Tensor values_, gradients_;     // flat, float32
   at::Tensor own_gradients_;          // with shard: own slices one after the other; otherwise gradients_

@@ -1,6 +1,7 @@
 // Models on a GPU: golden logits, layers of every form, caches, statistics and gradients, against the CPU.
 
 #include <headfold/calibration/collect.h>
+#include <headfold/finetune/optimizer.h>
 #include <headfold/finetune/trainable.h>
 #include <headfold/model/compute.h>
 #include <headfold/model/pipeline.h>
@@ -136,7 +137,7 @@ TEST_F(GpuModelTest, gradients_of_every_form) {
       trained.forward_backward(batch, nullptr, {}, 1, 5);
       std::vector<at::Tensor> all;
       for (finetune::Parameter& parameter : trained.parameters())
-        all.push_back(parameter.gradient.to(at::kDouble).reshape({-1}));
+        all.push_back(parameter.gradient.cpu().to(at::kDouble).reshape({-1}));
       return at::cat(all);
     };
     const at::Tensor expected = gradients(at::kFloat);
@@ -144,6 +145,44 @@ TEST_F(GpuModelTest, gradients_of_every_form) {
     EXPECT_LE(relative_difference(gradients(at::kFloat), expected), 1e-4) << name;
     EXPECT_LE(relative_difference(gradients(at::kBFloat16), expected), 0.2) << name;
   }
+}
+
+TEST_F(GpuModelTest, optimiser) {
+  std::vector<std::vector<at::Tensor>> found;
+  for (const at::Device device : {at::Device(at::kCPU), at::Device(at::kCUDA, 0)}) {
+    std::vector<finetune::Parameter> parameters(3);
+    for (std::size_t p = 0; p < parameters.size(); ++p) {
+      parameters[p].name = std::to_string(p);
+      parameters[p].layer = static_cast<std::int64_t>(p);
+      const at::Tensor value = at::arange(5000 + 17 * static_cast<std::int64_t>(p), at::kFloat).cos();
+      parameters[p].value = value.to(device);
+      parameters[p].gradient = at::zeros_like(parameters[p].value);
+      parameters[p].decays = p != 1;
+    }
+    model::set_compute(device.is_cpu() ? model::Compute{} : model::Compute{model::Engine::tensors, device});
+    finetune::AdamOptions options;
+    options.weight_decay = 0.1;
+    finetune::Optimizer optimizer(testing_support::world(), parameters, options, false, 1 << 12);
+    std::vector<at::Tensor> all;
+    for (int step = 1; step <= 5; ++step) {
+      optimizer.zero_gradients();
+      for (std::size_t p = parameters.size(); p-- > 0;) {
+        parameters[p].gradient.add_((parameters[p].value * step).sin());
+        optimizer.layer_done(parameters[p].layer);
+      }
+      optimizer.finish_gradients();
+      all.push_back(at::tensor(optimizer.gradient_norm(), at::kDouble));
+      optimizer.step(1e-2, 0.5);
+    }
+    const auto first = optimizer.first_moments(), second = optimizer.second_moments();
+    for (const auto* tensors : {&first, &second})
+      for (const auto& [name, tensor] : *tensors) all.push_back(tensor.to(at::kDouble));
+    for (const auto& [name, tensor] : optimizer.values()) all.push_back(tensor.to(at::kDouble));
+    found.push_back(all);
+  }
+  model::set_compute({});
+  ASSERT_EQ(found[0].size(), found[1].size());
+  for (std::size_t i = 0; i < found[0].size(); ++i) EXPECT_LE(relative_difference(found[1][i], found[0][i]), 1e-5) << i;
 }
 
 }  // namespace

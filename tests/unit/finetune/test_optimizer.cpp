@@ -2,6 +2,7 @@
 
 #include <headfold/base/error.h>
 #include <headfold/finetune/optimizer.h>
+#include <headfold/model/compute.h>
 
 #include <cmath>
 
@@ -78,7 +79,18 @@ void run(Optimizer& optimizer, std::vector<Parameter>& list, int from, int steps
   }
 }
 
-TEST(OptimizerTest, follows_adamw_with_and_without_shards) {
+/// The step of the host's own loops, and that of GPUs, in libtorch's operations.
+class OptimizerTest : public testing::TestWithParam<model::Engine> {
+ protected:
+  void SetUp() override { model::set_compute({GetParam(), at::kCPU}); }
+  void TearDown() override { model::set_compute({}); }
+};
+INSTANTIATE_TEST_SUITE_P(Engines, OptimizerTest, testing::Values(model::Engine::native, model::Engine::tensors),
+                         [](const auto& engine) {
+                           return engine.param == model::Engine::native ? "native" : "tensors";
+                         });
+
+TEST_P(OptimizerTest, follows_adamw_with_and_without_shards) {
   AdamOptions options;
   options.weight_decay = 0.1;
   const Reference reference = reference_after(7, options, 1e-2, 0.5);
@@ -116,7 +128,7 @@ TEST(OptimizerTest, follows_adamw_with_and_without_shards) {
   }
 }
 
-TEST(OptimizerTest, norm_is_that_of_the_summed_gradient) {
+TEST_P(OptimizerTest, norm_is_that_of_the_summed_gradient) {
   for (const bool shard : {false, true}) {
     auto list = parameters();
     Optimizer optimizer(world(), list, {}, shard, 64);
@@ -131,7 +143,7 @@ TEST(OptimizerTest, norm_is_that_of_the_summed_gradient) {
   }
 }
 
-TEST(OptimizerTest, a_restored_one_goes_on_bit_by_bit) {
+TEST_P(OptimizerTest, a_restored_one_goes_on_bit_by_bit) {
   for (const bool shard : {false, true}) {
     auto whole = parameters(), first = parameters(), second = parameters();
     Optimizer through(world(), whole, {}, shard, 64);
@@ -152,7 +164,7 @@ TEST(OptimizerTest, a_restored_one_goes_on_bit_by_bit) {
   }
 }
 
-TEST(OptimizerTest, a_snapshot_of_another_model_is_refused_with_the_tensor_named) {
+TEST_P(OptimizerTest, a_snapshot_of_another_model_is_refused_with_the_tensor_named) {
   auto list = parameters();
   Optimizer optimizer(world(), list, {}, false);
   const auto values = optimizer.values();
