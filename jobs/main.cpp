@@ -115,7 +115,8 @@ int main(int argc, char** argv) {
   const bool computes = argc > 2 && std::none_of(argv + 1, argv + argc, [](const char* argument) {
                           return std::string_view(argument) == "--help" || std::string_view(argument) == "-h";
                         });
-  if (computes) headfold::device::restart_with_fast_blas(argv);  // a start takes half a second: help need not wait for two
+  if (computes)
+    headfold::device::restart_with_fast_blas(argv);  // a start takes half a second: help need not wait for two
   headfold::device::keep_freed_memory();
   return headfold::jobs::run(argc, argv);
 }

@@ -18,7 +18,8 @@ using testing_models::make_model;
 using testing_models::SmallModel;
 using testing_support::world;
 
-/// Resident bytes without what the allocator keeps of memory that earlier tests freed: new blocks would be taken from there, unseen.
+/// Resident bytes without what the allocator keeps of memory that earlier tests freed: new blocks would be taken from
+/// there, unseen.
 double resident_bytes_in_use() {
   device::release_freed_memory();
   return static_cast<double>(resident_anonymous_bytes());
