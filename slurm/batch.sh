@@ -90,6 +90,42 @@ batch_check_nodes() {
   return "$code"
 }
 
+# The `folder` of [run], by the rules of headfold's own reader (a test compares the two): a comment begins with # or ; at the start of a line or after
+# a blank, outside of double quotes; blanks, tabs and carriage returns around everything go; names of sections may have blanks around them.
+batch_folder() {
+  local folder
+  folder=$(LC_ALL=C awk '
+    function trimmed(text) {
+      gsub(/^[ \t\r]+|[ \t\r]+$/, "", text)
+      return text
+    }
+    {
+      line = $0
+      quoted = 0
+      before = " "
+      for (i = 1; i <= length(line); ++i) {
+        character = substr(line, i, 1)
+        if (character == "\"") quoted = !quoted
+        if (!quoted && (character == "#" || character == ";") && (before == " " || before == "\t")) {
+          line = substr(line, 1, i - 1)
+          break
+        }
+        before = character
+      }
+      line = trimmed(line)
+      equals = index(line, "=")
+      if (substr(line, 1, 1) == "[") {
+        inside = trimmed(substr(line, 2, length(line) - 2)) == "run"
+      } else if (inside && equals && trimmed(substr(line, 1, equals - 1)) == "folder") {
+        print trimmed(substr(line, equals + 1))
+        exit
+      }
+    }' "$1")
+  [[ -n $folder ]] || batch_refuse "$1 has no folder in [run]" 65
+  [[ $folder == /* ]] || folder=$(cd "$(dirname "$1")" && pwd)/$folder
+  printf '%s\n' "$folder"
+}
+
 # Is this job still one that may go back into the queue? After scancel, at its time limit or while Slurm requeues it by itself it is not.
 batch_still_running() {
   scontrol show job --oneliner "$job" | grep -q ' JobState=RUNNING '
@@ -121,12 +157,7 @@ run_stage() {
   job=${job:-$SLURM_JOB_ID}
   local command options=() code=0 failures=0 failures_file retries=${HEADFOLD_MAX_RETRIES:-2}
   [[ -r $config ]] || batch_refuse "cannot read $config" 65
-  if [[ -z ${HEADFOLD_FOLDER:-} ]]; then
-    HEADFOLD_FOLDER=$(awk -F= '/^\[/ {inside = /^\[run\]/}
-      inside && $1 ~ /^[ \t]*folder[ \t]*$/ {gsub(/^[ \t]+|[ \t]+$/, "", $2); print $2; exit}' "$config")
-    [[ -n $HEADFOLD_FOLDER ]] || batch_refuse "$config has no folder in [run]" 65
-    [[ $HEADFOLD_FOLDER == /* ]] || HEADFOLD_FOLDER=$(cd "$(dirname "$config")" && pwd)/$HEADFOLD_FOLDER
-  fi
+  if [[ -z ${HEADFOLD_FOLDER:-} ]]; then HEADFOLD_FOLDER=$(batch_folder "$config"); fi
   export HEADFOLD_FOLDER
   mkdir -p "$HEADFOLD_FOLDER/slurm"
   failures_file=$HEADFOLD_FOLDER/slurm/.failures-$stage-$element

@@ -4,10 +4,14 @@ Python 3.6 and its standard library, as it stands on any login node.
 """
 
 import argparse
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +30,38 @@ class Failure(Exception):
     def __init__(self, message, code=64):
         super().__init__(message)
         self.code = code
+
+
+class Interrupted(Failure):
+    """SIGINT, SIGTERM or SIGHUP."""
+
+    def __init__(self, number):
+        super().__init__("interrupted by {}".format(signal.Signals(number).name), 75)
+
+
+class NoAnswer(Failure):
+    """A program of Slurm got no answer from its daemons."""
+
+    def __init__(self, message):
+        super().__init__(message, 74)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """Signals that come meanwhile, here or to commands that are run, count afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def hold_signals():
+    """Nothing is interrupted from here to the end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,23 +84,62 @@ class Parser(argparse.ArgumentParser):
 
 def main(program, run):
     """Runs `run()`; a Failure becomes one line."""
+    def interrupt(number, _):
+        raise Interrupted(number)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
-        sys.exit(run() or 0)
+        code = run() or 0
+        sys.stdout.flush()
     except Failure as failure:
-        print("{}: {}".format(program, failure), file=sys.stderr)
-        sys.exit(failure.code)
-    except BrokenPipeError:
-        sys.exit(0)
+        note(program, failure)
+        code = failure.code
+    except OSError as error:
+        # Nobody reads any more, or there is no room: without this, Python would try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+        if error.errno != errno.EPIPE:
+            note(program, "{}: {}".format(error.filename or "cannot write the output", error.strerror))
+            code = 74
+    sys.exit(code)
 
 
-def execute(command, environment=None):
-    """Exit code, output and error output of a command."""
+def execute(command, environment=None, seconds=None):
+    """Exit code, output and error output of a command; NoAnswer after `seconds`."""
     try:
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              universal_newlines=True)
+                              universal_newlines=True, timeout=seconds)
+    except subprocess.TimeoutExpired as expired:
+        said = expired.stderr or ""
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        raise NoAnswer("{} did not end within {:g} seconds{}".format(command[0], seconds, ":\n" + said.strip() if said.strip() else ""))
     except OSError as error:
         raise Failure("cannot run {}: {}".format(command[0], error.strerror), 74)
     return done.returncode, done.stdout, done.stderr
+
+
+def note(program, message):
+    print("{}: {}".format(program, message), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def locked(folder, program):
+    """One `program` at a time for a run's folder; Failure (75) where another one is at work."""
+    path = os.path.join(folder, "slurm", ".submit-lock")
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise Failure("cannot write into {}: {}".format(folder, error.strerror), 74)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                raise Failure("another {} is at work for {}; nothing was done".format(program, folder), 75)
+            note(program, "no lock on {} ({}): see that only one {} is at work".format(path, error.strerror, program))
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -75,26 +150,37 @@ def read_site(path):
     """Path of the site's settings (None without any) and the environment after they were sourced."""
     if path is None:
         path = os.environ.get("HEADFOLD_SITE") or os.path.join(FOLDER, "site.env")
-        if not os.path.exists(path) and "HEADFOLD_SITE" not in os.environ:
+        if not os.path.exists(path) and not os.environ.get("HEADFOLD_SITE"):
             return None, dict(os.environ)
     path = os.path.abspath(path)
     if not os.path.isfile(path):
         raise Failure("no settings of the site at {}".format(path), 65)
-    code, output, errors = execute(["bash", "-c", 'set -a; source "$1" >&2 && env -0', "site", path])
+    if not os.access(path, os.R_OK):
+        raise Failure("cannot read {}".format(path), 65)
+    code, _, errors = execute(["bash", "-n", path])
     if code != 0:
-        raise Failure("{} cannot be sourced by bash:\n{}".format(path, errors.strip()), 65)
+        raise Failure("{} is not what bash reads:\n{}".format(path, errors.strip()), 65)
+    # As batch.sh does it: modules and the like are not written for failing commands, so their exit codes do not count.
+    code, output, errors = execute(["bash", "-c", 'set -a; source "$1" >&2; env -0', "site", path])
+    if code != 0 or not output:
+        raise Failure("{} ends the shell that sources it, with exit code {}{}".format(path, code, ":\n" + errors.strip() if errors.strip() else ""), 65)
     return path, dict(entry.split("=", 1) for entry in output.split("\0") if "=" in entry)
 
 
 def program(environment):
     """The command that starts headfold on this machine, as a list."""
+    container = environment.get("HEADFOLD_CONTAINER") or "none"
+    if container not in ("none", "apptainer", "pyxis"):
+        raise Failure("HEADFOLD_CONTAINER is none, apptainer or pyxis, not '{}'".format(container), 65)
+    if container != "none" and not environment.get("HEADFOLD_IMAGE"):
+        raise Failure("HEADFOLD_CONTAINER is {}, but there is no HEADFOLD_IMAGE".format(container), 65)
     headfold = environment.get("HEADFOLD")
     if not headfold:
         built = os.path.join(REPOSITORY, "build", "release", "jobs", "headfold")
         headfold = built if os.access(built, os.X_OK) else shutil.which("headfold", path=environment.get("PATH"))
     if environment.get("HEADFOLD_ON_LOGIN"):
         return environment["HEADFOLD_ON_LOGIN"].split()
-    if environment.get("HEADFOLD_CONTAINER") == "apptainer":
+    if container == "apptainer":
         return ([environment.get("HEADFOLD_APPTAINER", "apptainer"), "exec", "--bind", environment.get("HEADFOLD_MOUNTS", os.getcwd()),
                  environment.get("HEADFOLD_IMAGE", "")] + [headfold or "headfold"])
     if not headfold:
@@ -134,18 +220,20 @@ def jobs_path(folder):
 
 
 def read_jobs(folder):
-    """All submissions of a run, oldest first: [{"time":, "jobs": [{"stage":, "id":, "elements": [..] or None}]}]."""
+    """All submissions, oldest first: [{"time":, "folder":, "cluster":, "jobs": [{"stage":, "id":, "elements": [..] or None}]}]. A copied or moved
+    run folder brings along those of the original, which `folder` tells; in files of older versions it is missing."""
     path = jobs_path(folder)
     try:
         with open(path) as file:
             submissions = json.load(file)["submissions"]
         for submission in submissions:
+            str(submission.get("folder")), str(submission.get("cluster"))
             for job in submission["jobs"]:
                 job["stage"], int(job["id"]), job["elements"]
         return submissions
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure("cannot read {}: {}".format(path, error), 65)
 
 
@@ -167,10 +255,17 @@ def write_jobs(folder, submissions):
     write_file(jobs_path(folder), json.dumps({"format": "headfold-jobs", "version": 1, "submissions": submissions}, indent=1) + "\n")
 
 
-def latest_jobs(submissions):
-    """The last job of every (stage, element), as {(stage, element): id}; element is 0 where the job is no array."""
+def submitted_for(submission, folder):
+    return not submission.get("folder") or os.path.realpath(submission["folder"]) == os.path.realpath(folder)
+
+
+def latest_jobs(submissions, folder, cluster=None):
+    """The last job of every (stage, element), as {(stage, element): (id, is it an array?)}; element is 0 where the job is no array. Without jobs of other
+    folders, and of other clusters where `cluster` is known."""
     jobs = {}
     for submission in submissions:
+        if not submitted_for(submission, folder) or (cluster and submission.get("cluster") not in (None, cluster)):
+            continue
         for job in submission["jobs"]:
             for element in job["elements"] or [0]:
                 jobs[(job["stage"], element)] = (job["id"], job["elements"] is not None)
@@ -196,34 +291,90 @@ def array_members(text):
     return members
 
 
-def query_states(ids, environment):
-    """{(job id, array member or 0): {"state":, "reason":, "restarts":, "code":, "start":}} for jobs that Slurm still knows."""
+def ask(command, environment):
+    """What a program of Slurm prints, with exit code 0 or an `Invalid job id` (then nothing). NoAnswer when the daemons do not answer: the programs try for
+    up to a minute then, each time."""
+    code, output, errors = execute(command, environment, answer_seconds(environment))
+    if code != 0 and "Invalid job id" not in errors:
+        raise NoAnswer("Slurm does not answer: {} ended with {}{}".format(" ".join(command), code, ":\n" + errors.strip() if errors.strip() else ""))
+    return output if code == 0 else ""
+
+
+def answer_seconds(environment):
+    """How long an answer of Slurm is waited for."""
+    value = environment.get("HEADFOLD_SLURM_TIMEOUT") or "30"
+    if not value.isdigit() or int(value) == 0:
+        raise Failure("HEADFOLD_SLURM_TIMEOUT is a number of seconds, not '{}'".format(value), 65)
+    return int(value)
+
+
+def cluster_name(environment):
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", ask(["scontrol", "show", "config"], environment), flags=re.M)
+    return match.group(1) if match else None
+
+
+def stage_of_script(path, folder):
+    """The stage whose batch script in this run's folder `path` is, else None: the mark of a job that was submitted for this very folder."""
+    directory, name = os.path.split(path)
+    if not name.endswith(".sbatch") or os.path.realpath(directory) != os.path.realpath(os.path.join(folder, "slurm")):
+        return None
+    return name[:-len(".sbatch")]
+
+
+def living_jobs(folder, environment):
+    """{job id: stage} of the user's jobs that wait or run with a batch script of this folder, in jobs.json or not (its writer may have been killed)."""
+    user = str(os.getuid())
+    found = {}
+    for line in ask(["squeue", "--noheader", "--user=" + user, "--format=%F|%o"], environment).splitlines():
+        job, _, script = line.strip().partition("|")
+        stage = stage_of_script(script, folder)
+        if stage and job.isdigit():
+            found[job] = stage
+    return found
+
+
+def query_states(jobs, folder, environment):
+    """{(job id, array member or 0): {"state":, "reason":, "restarts":, "code":, "start":}} of those of `jobs` (as of latest_jobs) that Slurm still knows and
+    that are this folder's: an id may be another job's, in a copied folder or on another cluster."""
     states = {}
-    if not ids or not slurm_is_there(environment):
+    stages = {str(job): stage for (stage, _), (job, _) in jobs.items()}
+    if not stages or not slurm_is_there(environment):
         return states
-    for job in sorted(set(ids), key=int):
-        code, output, _ = execute(["scontrol", "show", "job", "--oneliner", str(job)], environment)
-        if code != 0:
-            continue
-        for line in output.splitlines():
+    missing = []
+    for job in sorted(stages, key=int):
+        known = False
+        for line in ask(["scontrol", "show", "job", "--oneliner", job], environment).splitlines():
             fields = dict(field.split("=", 1) for field in line.split(" ") if "=" in field)
             if "JobState" not in fields:
                 continue
+            known = True
+            script = re.search(r" Command=(.*?) WorkDir=", line)
+            if not script or stage_of_script(script.group(1), folder) != stages[job]:
+                continue
             members = array_members(fields["ArrayTaskId"]) if "ArrayTaskId" in fields else [0]
             for member in members:
-                states[(str(job), member)] = {
+                states[(job, member)] = {
                     "state": fields["JobState"], "reason": fields.get("Reason", ""), "restarts": int(fields.get("Restarts", 0)),
                     "code": fields.get("ExitCode", ""), "start": fields.get("StartTime", ""), "nodes": fields.get("NodeList", "")}
-    missing = [job for job in set(ids) if not any(key[0] == str(job) for key in states)]
+        if not known:
+            missing.append(job)
     if missing and shutil.which("sacct", path=environment.get("PATH")):
-        code, output, _ = execute(["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,ExitCode",
-                                   "--jobs=" + ",".join(str(job) for job in missing)], environment)
+        # What slurmctld has forgotten has ended; how, only the accounting knows, where there is one.
+        try:
+            code, output, _ = execute(["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,ExitCode,JobName",
+                                       "--jobs=" + ",".join(missing)], environment, answer_seconds(environment))
+        except NoAnswer:
+            code, output = 1, ""
         for line in output.splitlines() if code == 0 else []:
-            match = re.match(r"^(\d+)(?:_(\d+))?\|([A-Z_]+)[^|]*\|([^|]*)$", line)
-            if match:
+            match = re.match(r"^(\d+)(?:_(\d+))?\|([A-Z_]+)[^|]*\|([^|]*)\|(.*)$", line)
+            if match and match.group(5) == job_name(folder, stages.get(match.group(1))):
                 states[(match.group(1), int(match.group(2) or 0))] = {"state": match.group(3), "reason": "", "restarts": 0,
                                                                       "code": match.group(4), "start": "", "nodes": ""}
     return states
+
+
+def job_name(folder, stage):
+    return "{}-{}".format(os.path.basename(folder.rstrip("/")) or "headfold", stage)
 
 
 def is_alive(state):

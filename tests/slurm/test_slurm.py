@@ -455,12 +455,23 @@ def test_scripts(arguments, scratch):
     check("needs calibrate" in execute([submit, "--config", config, "--site", empty, "--only", "convert", "--dry-run"], nowhere, code=64), "missing stage")
     execute([submit, "--config", config + "x", "--site", empty], nowhere, code=65)
     execute([submit, "--config", config, "--site", empty + "x"], nowhere, code=65)
+    execute([submit, "--config", config, "--site", empty, "--dry-run"], dict(nowhere, HEADFOLD_CONTAINER="docker"), code=65)
+    execute([submit, "--config", config, "--site", empty, "--dry-run"], dict(nowhere, HEADFOLD_CONTAINER="apptainer"), code=65)
+    execute([submit, "--config", config, "--dry-run"], dict(nowhere, HEADFOLD_SITE=""))
     check(not os.path.exists(run), "something was written into {}".format(run))
     # status and cancel --stop need no Slurm.
     execute([os.path.join(arguments.source, "slurm", "cancel"), "--config", config, "--site", empty, "--stop"], nowhere)
     check(os.path.exists(os.path.join(run, "STOP")), "no STOP file")
     output = execute([os.path.join(arguments.source, "slurm", "status"), "--config", config, "--site", empty], nowhere)
     check("not begun" in output and "STOP is there" in output, output)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([os.path.join(arguments.source, "slurm", "status"), "--config", config, "--site", empty], env=nowhere, stdout=full,
+                              stderr=subprocess.PIPE, universal_newlines=True)
+    check(done.returncode == 74 and len(done.stderr.splitlines()) == 1, "status on a full disk: {} {}".format(done.returncode, done.stderr))
+    check_folder_of_batch(arguments, nowhere, scratch)
+    check_sites(arguments, nowhere, scratch)
+    check_names(arguments, nowhere, scratch)
+    check_with_fake_slurm(arguments, nowhere, scratch)
     programs = [os.path.join(arguments.source, "slurm", name) for name in ("testbed", "batch.sh", "site.env.example")]
     programs += glob.glob(os.path.join(arguments.source, "slurm", "examples", "*", "*.sbatch"))
     if shutil.which("shellcheck"):
@@ -469,12 +480,162 @@ def test_scripts(arguments, scratch):
         execute(["bash", "-n", program])
 
 
+def check_folder_of_batch(arguments, environment, scratch):
+    """batch.sh finds the folder that headfold itself reads."""
+    for i, text in enumerate((
+            "[run]\nfolder = out # a comment\n", "[run]\r\nfolder = out\r\n", "[ run ] ; all\n\tfolder\t=\tout \t; a comment\n", "[run]\nfolder=a=b#c;d\n",
+            "# folder = x\n[resources]\ntime = 5\n[run]\n;folder = y\nfolder = /nowhere/it's \"a # b\" c # d\n", "[run]\nfolder = ünder way\n")):
+        path = os.path.join(scratch, "folder{}.ini".format(i))
+        line_end = "\r\n" if "\r" in text else "\n"
+        with open(path, "w", newline="") as file:
+            file.write(text + "model = {0}/demo/models/prose-llama{1}[calibrate]{1}data = {0}/demo/text/calibration.jsonl{1}".format(arguments.source, line_end))
+        expected = json.loads(execute([arguments.headfold, "run", "--config", path, "--list", "--json"], environment))["folder"]
+        found = execute(["bash", "-c", 'source "$1"; batch_folder "$2"', "batch", os.path.join(arguments.source, "slurm", "batch.sh"), path],
+                        dict(environment, SLURM_JOB_ID="1"))
+        check(found == expected + "\n", "batch.sh reads the folder {!r} from {!r}, headfold {!r}".format(found, text, expected))
+
+
+def check_sites(arguments, environment, scratch):
+    """Settings whose commands fail are taken as batch.sh takes them; those that bash cannot read are not."""
+    config = write_pipeline(arguments, os.path.join(scratch, "sites"))
+    for text, code in (("export SBATCH_ACCOUNT=mine\nfalse\n", 0), ("export SBATCH_ACCOUNT=mine\n[[ -n ${NOWHERE:-} ]] && export B=1\n", 0),
+                       ("if true\n", 65), ("exit 3\n", 65)):
+        site = os.path.join(scratch, "some.env")
+        with open(site, "w") as file:
+            file.write(text)
+        output = execute([os.path.join(arguments.source, "slurm", "submit"), "--config", config, "--site", site, "--dry-run"], environment, code)
+        check("--account=mine" in output if code == 0 else re.search("syntax error|exit code 3", output), "{!r}:\n{}".format(text, output))
+
+
+def check_names(arguments, environment, scratch):
+    """Options of sbatch with characters that it would take for a quote or a comment are quoted."""
+    for name in ("it's", "run#1", "a b"):
+        folder = os.path.join(scratch, name)
+        output = execute([os.path.join(arguments.source, "slurm", "submit"), "--config", write_pipeline(arguments, folder), "--dry-run"], environment)
+        check('#SBATCH --job-name="{}-report"\n'.format(name) in output and
+              '#SBATCH --output="{}/logs/report-0/slurm-%j.out"\n'.format(folder) in output, "the name {!r} is not quoted:\n{}".format(name, output))
+
+
+# Answers as Slurm's programs do, for jobs that are files and run until they are cancelled.
+FAKE_SLURM = """#!/bin/bash
+cd "$FAKE_SLURM" || exit 1
+if [[ -e down ]]; then echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1; fi
+if [[ -e silent ]]; then exec sleep 60; fi
+case "${0##*/} $1 $2" in
+  sbatch*)
+    id=$(($(cat last 2>/dev/null || echo 100) + 1))
+    echo "$id" >last
+    echo "${!#}" >"job-$id"
+    if [[ -e slow-$id ]]; then sleep 2; fi
+    echo "$id"
+    ;;
+  "scontrol show config") echo "ClusterName             = fake" ;;
+  "scontrol show job")
+    if [[ ! -e job-$4 ]]; then echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi
+    echo "JobId=$4 JobName=x JobState=RUNNING Reason=None Restarts=0 ExitCode=0:0 StartTime=x Command=$(cat "job-$4") WorkDir=/"
+    ;;
+  squeue*) for job in job-*; do [[ ! -e $job ]] || echo "${job#job-}|$(cat "$job")"; done ;;
+  scancel*) for job in "$@"; do rm -f "job-${job%%_*}"; done ;;
+  *) exit 1 ;;
+esac
+"""
+
+
+def check_with_fake_slurm(arguments, environment, scratch):
+    """What slurm/submit, status and cancel do when they are interrupted, when Slurm does not answer, and about jobs of other folders."""
+    fake = os.path.join(scratch, "fake")
+    os.makedirs(fake)
+    for name in ("sbatch", "scontrol", "squeue", "scancel", "sacct"):
+        with open(os.path.join(fake, name), "w") as file:
+            file.write(FAKE_SLURM)
+        os.chmod(os.path.join(fake, name), 0o755)
+    environment = dict(environment, PATH=fake + ":" + environment["PATH"], FAKE_SLURM=fake, HEADFOLD_SLURM_TIMEOUT="2")
+    folder = os.path.join(scratch, "faked run")
+    config = write_pipeline(arguments, folder)
+
+    def command(name, path=config):
+        return [os.path.join(arguments.source, "slurm", name), "--config", path]
+
+    def living():
+        return sorted(os.path.basename(path) for path in glob.glob(os.path.join(fake, "job-*")))
+
+    def marked(name, there=True):
+        path = os.path.join(fake, name)
+        open(path, "w").close() if there else os.remove(path)
+
+    def recorded():
+        with open(os.path.join(folder, "slurm", "jobs.json")) as file:
+            return [job["id"] for submission in json.load(file)["submissions"] for job in submission["jobs"]]
+
+    # A signal while sbatch works: what was submitted is cancelled. After SIGKILL it lives, and the next submission sees it.
+    for first, number, code in ((101, signal.SIGINT, 75), (111, signal.SIGTERM, 75), (121, signal.SIGKILL, -signal.SIGKILL)):
+        with open(os.path.join(fake, "last"), "w") as file:
+            file.write("{}\n".format(first - 1))
+        marked("slow-{}".format(first + 1))
+        process = subprocess.Popen(command("submit"), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+        wait_for("the second job is submitted", lambda: "job-{}".format(first + 1) in living(), 20)
+        if number == signal.SIGINT:
+            check("another slurm/submit" in execute(command("submit"), environment, code=75), "two submissions at once")
+        process.send_signal(number)
+        output = process.communicate()[0]
+        check(process.returncode == code and "Traceback" not in output, "{}: {}\n{}".format(number, process.returncode, output))
+        if number != signal.SIGKILL:
+            check(not living() and "2 job(s) submitted before it were cancelled" in output and recorded() == [], "{}: {}\n{}".format(number, living(), output))
+    check(len(living()) == 2 and len(recorded()) == 1, "after SIGKILL: {}".format(living()))
+    wait_for("its sbatch has ended", lambda: "still wait or run" in execute(command("submit"), environment, code=64), 10)
+    execute(command("cancel"), environment)
+    check(not living(), "left by cancel: {}".format(living()))
+    execute(command("submit"), environment)
+    check(len(living()) == 5, "submitted: {}".format(living()))
+
+    # A copy, whose pipeline names the copied folder, does not touch the original's jobs.
+    copy = os.path.join(scratch, "copied run")
+    shutil.copytree(folder, copy)
+    output = execute(command("cancel", write_pipeline(arguments, copy)), environment)
+    check(len(living()) == 5 and "left alone" in output, output)
+    # Nor does one whose jobs.json says nothing about the folder.
+    path = os.path.join(copy, "slurm", "jobs.json")
+    with open(path) as file:
+        submissions = json.load(file)["submissions"]
+    for submission in submissions:
+        del submission["folder"], submission["cluster"]
+    with open(path, "w") as file:
+        json.dump({"submissions": submissions}, file)
+    execute(command("cancel", copy + ".ini"), environment)
+    check(len(living()) == 5, "cancelled from a copy: {}".format(living()))
+
+    # No answer is not "no jobs", and nobody waits long for it.
+    for state in ("down", "silent"):
+        marked(state)
+        for name in ("submit", "cancel", "status"):
+            start = time.monotonic()
+            output = execute(command(name), environment, code=74)
+            check(("Unable to contact" if state == "down" else "within 2 seconds") in output and "Traceback" not in output, output)
+            check(time.monotonic() - start < 10, "{} took {:.1f} s".format(name, time.monotonic() - start))
+        marked(state, False)
+    check(len(living()) == 5, "lives: {}".format(living()))
+    output = execute(command("cancel"), environment)
+    check(not living() and output.count("RUNNING") == 5, output)
+    check("no job" in execute(command("cancel"), environment), "jobs are left")
+
+
 def test_chain(arguments, cluster, scratch):
-    # A blank in the name: everything must be quoted.
-    run = Run(cluster, os.path.join(scratch, "a run"))
+    # Everything must be quoted.
+    run = Run(cluster, os.path.join(scratch, "it's a run#1"))
     output = run.submit()
     check(len(re.findall(r"^(?:{}) +\d+ ".format("|".join(STAGES)), output, flags=re.M)) == 5, "no table of jobs:\n" + output)
     check("still wait or run" in run.script("submit", code=64), "a second submission was taken")
+    # Jobs that nothing recorded, and those of another folder.
+    jobs = os.path.join(run.folder, "slurm", "jobs.json")
+    os.rename(jobs, jobs + "x")
+    check("still wait or run" in run.script("submit", code=64), "a second submission was taken without jobs.json")
+    copy = Run(cluster, os.path.join(scratch, "copy"))
+    os.makedirs(os.path.join(copy.folder, "slurm"))
+    shutil.copy(jobs + "x", os.path.join(copy.folder, "slurm", "jobs.json"))
+    os.rename(jobs + "x", jobs)
+    output = copy.script("cancel")
+    check("no job of" in output and "left alone" in output, "cancel of a copied folder:\n" + output)
+    check("would end from" in run.script("cancel", "--dry-run"), "no jobs to cancel")
     run.wait()
     run.check_finished()
     check_equal(arguments, arguments.reference, run.folder)
