@@ -226,7 +226,7 @@ std::vector<WindowScore> Scorer::score(const std::vector<Window>& windows, const
       fresh.reserve(members.size());
       for (const std::size_t w : members) fresh.push_back(scores[w]);
       hooks.scored(members, fresh);
-      size.took(std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count());
+      size.took(std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count(), own_count);
     }
   }
   return scores;

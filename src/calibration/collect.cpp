@@ -460,7 +460,7 @@ std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader&
     if (partial && grid.world.root() && options.save_every >= 0)
       wish[1] = (options.save_every > 0 ? unsaved >= options.save_every : clock.due()) ? 1 : 0;
     grid.world.all_reduce(std::span<std::int64_t>(wish), comm::Reduce::max);
-    round.took(seconds_from(begun));
+    round.took(seconds_from(begun), size);
     if (next == count) break;
     const std::int64_t sums_of = std::min(samples, done + next * batch);
     if (partial && (wish[0] != 0 || wish[1] != 0)) {

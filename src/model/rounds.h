@@ -21,10 +21,13 @@ class RoundSize {
     size_ = least_;
   }
   std::int64_t size() const { return size_; }
-  /// The round that has just ended took so long.
-  void took(double seconds) {
-    const double wanted = static_cast<double>(size_) * seconds_ / std::max(seconds, 1e-3);
-    size_ = static_cast<std::int64_t>(std::clamp(wanted, static_cast<double>(least_), 4 * static_cast<double>(size_)));
+  /// The round that has just ended ran `micro_batches` of a replica, whatever size() was, and took so long. The next
+  /// one has at most four times as many.
+  void took(double seconds, std::int64_t micro_batches) {
+    const auto ran = static_cast<double>(std::max<std::int64_t>(micro_batches, 1));
+    const auto least = static_cast<double>(least_);
+    const double wanted = ran * seconds_ / std::max(seconds, 1e-3);
+    size_ = static_cast<std::int64_t>(std::clamp(wanted, least, std::max(least, 4 * ran)));
   }
 
  private:

@@ -248,7 +248,7 @@ double pipeline_seconds(const std::vector<double>& stage_seconds, std::int64_t m
   for (std::int64_t done = 0; done < micro_batches;) {
     const std::int64_t size = std::max<std::int64_t>(1, std::min({round.size(), micro_batches - done, most_per_round}));
     const double took = sum + static_cast<double>(size - 1) * slowest;
-    round.took(took);
+    round.took(took, size);
     total += took;
     done += size;
   }

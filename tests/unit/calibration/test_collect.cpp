@@ -121,6 +121,22 @@ TEST_P(CollectTest, every_grid_agrees_with_one_rank) {
   }
 }
 
+TEST_P(CollectTest, saves_often_through_many_short_rounds) {
+  const ScratchFolder folder;
+  const checkpoint::Reader reader(golden_folder() / GetParam());
+  const std::int64_t samples = 100 * world().size();
+  const at::Tensor ids = sequences(samples, 4);
+  const comm::Grid grid = comm::make_grid(world(), 1);
+  CollectOptions options = options_of(1);
+  const Layers expected = collect(reader, grid, ids, options);
+  options.save_every = 2;
+  options.partial = folder / "partial";
+  options.identity = "a model, data and options";
+  const Layers found = collect(reader, grid, ids, options);
+  for (std::size_t i = 0; i < found.size(); ++i)
+    EXPECT_LE(difference(found[i]->statistics(), expected[i]->statistics()), 1e-12) << "layer " << i;
+}
+
 TEST_P(CollectTest, goes_on_after_an_interruption) {
   const ScratchFolder folder;
   const checkpoint::Reader reader(golden_folder() / GetParam());

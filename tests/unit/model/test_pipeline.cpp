@@ -3,6 +3,7 @@
 #include <headfold/checkpoint/expanded.h>
 #include <headfold/device/device.h>
 #include <headfold/model/pipeline.h>
+#include <headfold/model/rounds.h>
 
 #include <set>
 
@@ -318,6 +319,27 @@ TEST_F(PipelineTest, stages_share_the_layers_by_weight) {
   EXPECT_GT(stage_layers(config, 4)[1].size(), stage_layers(config, 4)[0].size());
   EXPECT_EQ(fewest_stages(config, at::kFloat, 0, 1, 4), 4);
   EXPECT_GT(fewest_stages(config, at::kFloat, total, total * 3, 8), 1);
+}
+
+TEST(RoundSizeTest, follows_what_ran_and_never_runs_away) {
+  comm::Grid grid;
+  RoundSize round(grid, false, 64);
+  EXPECT_EQ(round.size(), 1);
+  // Rounds that something else keeps short, for ever: savings after every four, the end of a batch.
+  for (int i = 0; i < 1000; ++i) {
+    round.took(1e-4, 4);
+    ASSERT_EQ(round.size(), 16);
+  }
+  round.took(4, 16);  // two seconds are aimed at
+  EXPECT_EQ(round.size(), 8);
+  round.took(1000, 8);
+  EXPECT_EQ(round.size(), 1);
+  grid.stages = 3;
+  RoundSize piped(grid, false, 64);
+  const std::int64_t least = piped.size();
+  EXPECT_GT(least, 3);
+  piped.took(1e9, 1);  // draining the pipeline costs as much as ever
+  EXPECT_EQ(piped.size(), least);
 }
 
 }  // namespace
