@@ -28,7 +28,7 @@ void report(const Context& context, const std::vector<std::string>& arguments) {
   const fs::path run = values["run"].as<std::string>();
   const fs::path out = values.count("out") > 0 ? fs::path(values["out"].as<std::string>()) : run / "report";
   if (out.empty()) throw UsageError("--out is empty", "name a folder");
-  const report::RunData data = report::read_run(run, out);
+  const report::RunData data = report::read_run(run);
   for (const report::Section& section : data.sections) {
     std::size_t conversions = 0, evaluated = 0;
     for (const report::ModelRow& row : section.models) {

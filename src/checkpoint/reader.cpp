@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 
 #include "file_names.h"
 
@@ -55,6 +56,7 @@ std::map<std::string, std::string> read_index(const fs::path& path) {
 struct Reader::State {
   std::vector<SafetensorsFile> shards;         ///< by file name
   std::map<std::string, std::size_t> tensors;  ///< stored name -> shard, ignorable ones included
+  std::set<std::string> unused;                ///< stored names that config.json has no place for
   std::string config_text;
 
   const SafetensorsFile& shard(const std::string& stored) const { return shards[tensors.at(stored)]; }
@@ -83,7 +85,7 @@ Reader::Reader(const std::filesystem::path& folder) : folder_(folder), state_(st
   if (is_file(folder / kSingle)) {
     state.shards.emplace_back(folder / kSingle);
     for (const auto& [name, info] : state.shards[0].tensors()) state.tensors.emplace(name, 0);
-    refuse_head_norms(*this);
+    finish();
     return;
   }
   const fs::path index_path = folder / kIndex;
@@ -130,13 +132,26 @@ Reader::Reader(const std::filesystem::path& folder) : folder_(folder), state_(st
             "index and shards are of different checkpoints");
     }
   }
+  finish();
+}
+
+void Reader::finish() {
   refuse_head_norms(*this);
+  // A file that promises more layers than it has tensors is refused where they are looked for.
+  if (config_.layers > static_cast<std::int64_t>(state_->tensors.size())) return;
+  std::set<std::string> used = {resolve("lm_head.weight")};  // a tied table may be stored twice
+  for (const TensorShape& tensor : model_tensors(config_)) used.insert(resolve(tensor.name));
+  for (const std::string& name : names())
+    if (!used.contains(name)) state_->unused.insert(name);
+  if (!state_->unused.empty())
+    spdlog::warn("{}: {} tensors that config.json has no place for are left out, first {}", folder_.string(),
+                 state_->unused.size(), *state_->unused.begin());
 }
 
 std::vector<std::string> Reader::names() const {
   std::vector<std::string> all;
   for (const auto& [name, shard] : state_->tensors)
-    if (!ignorable(name)) all.push_back(name);
+    if (!ignorable(name) && !state_->unused.contains(name)) all.push_back(name);
   return all;
 }
 
@@ -200,8 +215,8 @@ at::Tensor Reader::weight(const std::string& name, const std::vector<std::int64_
                                  shape_text(where.shape), shape_text(shape)),
                      fmt::format("the expected shape follows from {}", config_.file));
   if (where.dtype != "F32" && where.dtype != "F16" && where.dtype != "BF16" && where.dtype != "F64")
-    throw InputError(fmt::format("{}: tensor {} has dtype {}, expected F32, F16 or BF16", shard.map().path().string(),
-                                 stored, where.dtype),
+    throw InputError(fmt::format("{}: tensor {} has dtype {}, expected F32, F16, BF16 or F64",
+                                 shard.map().path().string(), stored, where.dtype),
                      "quantised checkpoints cannot be read; use the original");
   return shard.view(stored);
 }

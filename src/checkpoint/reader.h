@@ -20,7 +20,8 @@ class Reader {
   explicit Reader(const std::filesystem::path& folder);
   const std::filesystem::path& folder() const { return folder_; }
   const ModelConfig& config() const { return config_; }
-  /// Stored names of all tensors, sorted, without ignorable ones (rotary_emb.inv_freq).
+  /// Stored names of the model's tensors, sorted: without rotary_emb.inv_freq and those that config.json has no place
+  /// for (a warning told of them when the folder was opened), which no other loader would look at either.
   std::vector<std::string> names() const;
   bool has(const std::string& name) const;
   const TensorInfo& info(const std::string& name) const;
@@ -49,6 +50,7 @@ class Reader {
 
  private:
   struct State;
+  void finish();
   std::filesystem::path folder_;
   ModelConfig config_;
   std::shared_ptr<State> state_;

@@ -102,6 +102,7 @@ struct ParallelWriter::State {
   std::vector<std::optional<PositionedFile>> open;
   std::mutex mutex;
   bool finished = false;
+  bool made_folder = false;
 
   fs::path final_path(std::size_t shard) const { return folder / plan.files[shard]; }
   fs::path temporary(std::size_t shard) const { return folder / (plan.files[shard] + ".tmp"); }
@@ -113,10 +114,12 @@ struct ParallelWriter::State {
     }
     std::error_code code;
     fs::remove(folder / kUnfinishedMarker, code);
+    if (made_folder) fs::remove(folder, code);  // unless something else has come to stand there
   }
 
   /// Rank 0: reserves the files and writes their headers.
   void create(const std::vector<std::string>& headers) {
+    made_folder = !fs::exists(folder);
     make_folder(folder);
     remove_files(folder, is_temporary);
     std::uint64_t need = 0;

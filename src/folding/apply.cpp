@@ -173,13 +173,14 @@ std::string origin_of(const Reader& reader, const std::string& prefix, const std
 }
 
 /// Rounds once, from float64 to the stored dtype; a value that does not fit is an error, not an infinity.
-at::Tensor rounded(const at::Tensor& tensor, const std::string& dtype, const std::string& name) {
+at::Tensor rounded(const at::Tensor& tensor, const std::string& dtype, const Reader& reader, const std::string& name) {
   const at::Tensor result = tensor.to(checkpoint::scalar_type(dtype)).contiguous();
   // A sum that is finite has finite terms, at a tenth of the time that looking at each takes.
   const double sum = result.sum(at::kFloat).item<double>();
   if (!std::isfinite(sum) && !at::isfinite(result).all().item<bool>()) {
     if (!at::isfinite(tensor).all().item<bool>())
-      throw InputError(fmt::format("{}: NaN or Inf; the model's tensors that it is made of contain it", name),
+      throw InputError(fmt::format("{}: {} would have NaN or Inf; the model's tensors that it is made of contain it",
+                                   reader.folder().string(), name),
                        "headfold inspect the model, and copy or download its damaged files again");
     throw NumericalError(fmt::format("{}: the fold gives values that {} cannot hold", name, dtype),
                          "convert from a float32 or bfloat16 checkpoint");
@@ -507,7 +508,7 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
   const auto write = [&](const std::string& name, const at::Tensor& tensor) {
     const std::string& dtype = dtypes.at(name);
     // What a fold rounded piece by piece was checked then.
-    const at::Tensor stored = tensor.scalar_type() == at::kDouble ? rounded(tensor, dtype, name) : tensor;
+    const at::Tensor stored = tensor.scalar_type() == at::kDouble ? rounded(tensor, dtype, reader, name) : tensor;
     const Timed timed(Work::writing);
     writer.write(name, stored);
   };
@@ -547,7 +548,7 @@ void apply_plan(const comm::Communicator& world, const Reader& reader, const cal
       // Piece by piece: a quarter of the memory that whole matrices in float64 would pass through.
       const Rounding rounding = [&](const std::string& tail, const at::Tensor& piece) {
         const auto dtype = dtypes.find(prefix + tail);
-        return dtype == dtypes.end() ? piece : rounded(piece, dtype->second, dtype->first);
+        return dtype == dtypes.end() ? piece : rounded(piece, dtype->second, reader, dtype->first);
       };
       const NewTensors made = part == Part::keys ? folded_keys(problem, list, plan.options, rounding)
                                                  : folded_values(problem, list, plan.options, rounding);

@@ -743,8 +743,8 @@ class Builder {
     const bool held_out = std::any_of(
         folds.begin(), folds.end(), [](const LayerFold& layer) { return layer.key_held_out || layer.value_held_out; });
     if (held_out) {
-      grid.columns.push_back({"Keys held out", "(fitted)", true});
-      grid.columns.push_back({"Values held out", "(fitted)", true});
+      grid.columns.push_back({"Keys held out", "fitted", true});
+      grid.columns.push_back({"Values held out", "fitted", true});
     }
     const auto pair = [](const Maybe& unseen, const Maybe& fitted) {
       return Cell{shown(unseen, loss_percent), fitted ? loss_percent(*fitted) : std::string()};
@@ -1380,7 +1380,17 @@ std::filesystem::path write_report(const std::filesystem::path& folder, const Pa
       if (fs::exists(folder / name, code))
         throw UsageError(fmt::format("{} exists and was not written by headfold report", (folder / name).string()),
                          "choose another --out, or move that file");
-  for (const auto& [name, content] : files) write_file(folder / name, *content);
+  // All or none: they become visible when the last one is on disk.
+  const auto unfinished = [&](const std::string& name) { return folder / ("." + name + ".unfinished"); };
+  const bool made = !fs::exists(folder, code);
+  try {
+    for (const auto& [name, content] : files) write_file(unfinished(name), *content);
+  } catch (...) {
+    for (const auto& [name, content] : files) fs::remove(unfinished(name), code);
+    if (made) fs::remove(folder, code);
+    throw;
+  }
+  for (const auto& [name, content] : files) fs::rename(unfinished(name), folder / name);
   return folder / "index.html";
 }
 

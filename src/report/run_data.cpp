@@ -140,14 +140,13 @@ void check_version(const Json& json, const std::string& file) {
 
 class Reader {
  public:
-  Reader(const fs::path& run, const fs::path& skip) : run_(run) {
+  explicit Reader(const fs::path& run) : run_(run) {
     std::error_code code;
     for (const fs::path& root : {run, fs::absolute(run, code), fs::weakly_canonical(run, code)}) {
       std::string text = root.lexically_normal().string();
       while (text.size() > 1 && text.back() == '/') text.pop_back();
       if (text.starts_with('/')) roots_.push_back(text);
     }
-    if (!skip.empty()) skip_ = fs::weakly_canonical(skip, code);
     data_.name = last_part(roots_.empty() ? run.string() : roots_.back());
   }
 
@@ -158,7 +157,6 @@ class Reader {
       const fs::path folder = folders.back();
       folders.pop_back();
       std::error_code code;
-      if (!skip_.empty() && fs::weakly_canonical(folder, code) == skip_ && folder != run_) continue;
       fs::directory_iterator entries(folder, code);
       if (code) throw IoError(folder.string(), fmt::format("cannot list the folder: {}", code.message()));
       for (const fs::directory_entry& entry : entries) {
@@ -1230,7 +1228,7 @@ class Reader {
     double newest = 0;
   };
 
-  fs::path run_, skip_;
+  fs::path run_;
   std::vector<std::string> roots_;
   RunData data_;
   std::vector<Calibration> calibrations_;
@@ -1286,13 +1284,13 @@ std::string words_of(const FoldExtras& extras) {
   return text;
 }
 
-RunData read_run(const std::filesystem::path& run, const std::filesystem::path& skip) {
+RunData read_run(const std::filesystem::path& run) {
   std::error_code code;
   if (!fs::exists(run, code))
     throw IoError(run.string(), "there is no such folder", "name the folder that the other jobs wrote into");
   if (!fs::is_directory(run, code))
     throw InputError(fmt::format("--run {}: is a file, expected a folder", run.string()));
-  Reader reader(run.lexically_normal() / "", skip);
+  Reader reader(run.lexically_normal() / "");
   reader.scan();
   if (reader.empty())
     throw InputError(

@@ -282,9 +282,9 @@ struct RunData {
 /// default.
 std::string words_of(const FoldExtras& extras);
 
-/// Reads every agreed file below `run`, `skip` (the report's own folder) excepted. Files are never followed through
-/// links to folders. Throws InputError when `run` is no folder, CorruptFile / InputError naming the file for one that
-/// claims a headfold format and breaks it, InputError saying what was looked for when there is nothing to report.
-RunData read_run(const std::filesystem::path& run, const std::filesystem::path& skip = {});
+/// Reads every agreed file below `run`. Files are never followed through links to folders. Throws InputError when `run`
+/// is no folder, CorruptFile / InputError naming the file for one that claims a headfold format and breaks it,
+/// InputError saying what was looked for when there is nothing to report.
+RunData read_run(const std::filesystem::path& run);
 
 }  // namespace headfold::report

@@ -156,6 +156,25 @@ TEST(ReaderTest, zero_size_tensors_and_old_buffers) {
   }
 }
 
+TEST(ReaderTest, tensors_that_the_configuration_has_no_place_for_are_left_out) {
+  const ScratchFolder folder;
+  const Tensors tensors = make_tensors(llama_json());
+  write_model(folder / "sound", llama_json(), tensors);
+  const std::vector<std::string> expected = Reader(folder / "sound").names();
+  Tensors more = tensors;
+  more["model.layers.0.self_attn.q_proj.bias"] = at::ones({4});  // without attention_bias
+  for (const auto& [name, tensor] : tensors)
+    if (name.starts_with("model.layers.0.")) more["model.layers.99." + name.substr(15)] = tensor;
+  write_model(folder / "more", llama_json(), more);
+  EXPECT_EQ(Reader(folder / "more").names(), expected);
+  EXPECT_THAT(expected, testing::Contains("lm_head.weight"));
+  // Of two tied tables both belong to the model.
+  Json tied = llama_json();
+  tied["tie_word_embeddings"] = true;
+  write_model(folder / "tied", tied, tensors);
+  EXPECT_EQ(Reader(folder / "tied").names(), expected);
+}
+
 TEST(ReaderTest, wrong_shapes_and_absent_tensors_are_named) {
   const ScratchFolder folder;
   Tensors tensors = make_tensors(llama_json());

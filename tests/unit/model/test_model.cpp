@@ -395,7 +395,7 @@ TEST(ErrorsTest, missing_and_misshapen_tensors_and_bad_ids_are_named) {
     for (const std::string& text :
          {message([&] { load_layer(reader, 1, at::kFloat); }), message([&] { Embedding(reader, at::kFloat); }),
           message([&] { Head(reader, at::kFloat); })}) {
-      EXPECT_NE(text.find("expected F32, F16 or BF16"), std::string::npos) << text;
+      EXPECT_NE(text.find("expected F32, F16, BF16 or F64"), std::string::npos) << text;
       EXPECT_NE(text.find(".weight has dtype"), std::string::npos) << text;
     }
   }

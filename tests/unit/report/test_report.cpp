@@ -392,10 +392,10 @@ TEST(ReportTest, written_twice_the_bytes_are_equal_and_foreign_files_are_safe) {
   RunFolder run(scratch / "run");
   run.complete();
   const fs::path out = run.folder() / "report";
-  const fs::path page = write_report(out, make_page(read_run(run.folder(), out)));
+  const fs::path page = write_report(out, make_page(read_run(run.folder())));
   EXPECT_EQ(page, out / "index.html");
   const std::string first = read_file(page);
-  write_report(out, make_page(read_run(run.folder(), out)));
+  write_report(out, make_page(read_run(run.folder())));
   EXPECT_EQ(read_file(page), first);
   EXPECT_EQ(std::distance(fs::directory_iterator(out), fs::directory_iterator()), 8);
   // Moving the run folder changes nothing but the names that commands recorded.
@@ -406,6 +406,24 @@ TEST(ReportTest, written_twice_the_bytes_are_equal_and_foreign_files_are_safe) {
   EXPECT_EQ(read_file(scratch / "mine/index.html"), "my own page");
   EXPECT_FALSE(fs::exists(scratch / "mine/report.md"));
   EXPECT_THROW(write_report(scratch / "mine/index.html", make_page(read_run(run.folder()))), UsageError);
+  // Beside results it hides none of them.
+  const RunData data = read_run(run.folder());
+  for (const fs::directory_entry& entry : fs::directory_iterator(run.folder())) {
+    if (!entry.is_directory()) continue;
+    write_report(entry.path(), make_page(data));
+    EXPECT_EQ(make_page(read_run(run.folder())).quality_csv, make_page(data).quality_csv) << entry.path();
+  }
+}
+
+TEST(ReportTest, one_that_cannot_be_written_leaves_nothing) {
+  const ScratchFolder scratch;
+  RunFolder run(scratch / "run");
+  run.complete();
+  const fs::path out = scratch / "out";
+  // The last file that is written cannot be: a folder stands in its place.
+  fs::create_directories(out / ".index.html.unfinished" / "x");
+  EXPECT_THROW(write_report(out, make_page(read_run(run.folder()))), IoError);
+  EXPECT_EQ(std::distance(fs::directory_iterator(out), fs::directory_iterator()), 1);
 }
 
 }  // namespace
