@@ -518,6 +518,8 @@ def check_names(arguments, environment, scratch):
 
 # Answers as Slurm's programs do, for jobs that are files and run until they are cancelled.
 FAKE_SLURM = """#!/bin/bash
+# Starting headfold takes longer than everything else here.
+if [[ ${0##*/} == stages ]]; then exec cat "$3.json"; fi
 cd "$FAKE_SLURM" || exit 1
 if [[ -e down ]]; then echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1; fi
 if [[ -e silent ]]; then exec sleep 60; fi
@@ -545,13 +547,21 @@ def check_with_fake_slurm(arguments, environment, scratch):
     """What slurm/submit, status and cancel do when they are interrupted, when Slurm does not answer, and about jobs of other folders."""
     fake = os.path.join(scratch, "fake")
     os.makedirs(fake)
-    for name in ("sbatch", "scontrol", "squeue", "scancel", "sacct"):
+    for name in ("sbatch", "scontrol", "squeue", "scancel", "sacct", "stages"):
         with open(os.path.join(fake, name), "w") as file:
             file.write(FAKE_SLURM)
         os.chmod(os.path.join(fake, name), 0o755)
-    environment = dict(environment, PATH=fake + ":" + environment["PATH"], FAKE_SLURM=fake, HEADFOLD_SLURM_TIMEOUT="2")
+    environment = dict(environment, PATH=fake + ":" + environment["PATH"], FAKE_SLURM=fake, HEADFOLD_SLURM_TIMEOUT="2",
+                       HEADFOLD_ON_LOGIN="stages")
+
+    def write(folder):
+        path = write_pipeline(arguments, folder)
+        text = execute([arguments.headfold, "run", "--config", path, "--list", "--json"], environment)
+        with open(path + ".json", "w") as file:
+            file.write(text)
+        return path
     folder = os.path.join(scratch, "faked run")
-    config = write_pipeline(arguments, folder)
+    config = write(folder)
 
     def command(name, path=config):
         return [os.path.join(arguments.source, "slurm", name), "--config", path]
@@ -591,7 +601,7 @@ def check_with_fake_slurm(arguments, environment, scratch):
     # A copy, whose pipeline names the copied folder, does not touch the original's jobs.
     copy = os.path.join(scratch, "copied run")
     shutil.copytree(folder, copy)
-    output = execute(command("cancel", write_pipeline(arguments, copy)), environment)
+    output = execute(command("cancel", write(copy)), environment)
     check(len(living()) == 5 and "left alone" in output, output)
     # Nor does one whose jobs.json says nothing about the folder.
     path = os.path.join(copy, "slurm", "jobs.json")
@@ -611,6 +621,7 @@ def check_with_fake_slurm(arguments, environment, scratch):
             start = time.monotonic()
             output = execute(command(name), environment, code=74)
             check(("Unable to contact" if state == "down" else "within 2 seconds") in output and "Traceback" not in output, output)
+            check(name != "status" or output.count("unknown") == 8, "status without an answer:\n" + output)
             check(time.monotonic() - start < 10, "{} took {:.1f} s".format(name, time.monotonic() - start))
         marked(state, False)
     check(len(living()) == 5, "lives: {}".format(living()))
