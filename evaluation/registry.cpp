@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <set>
 
 namespace headfold::evaluation {
@@ -194,6 +195,27 @@ void note_count(BenchmarkTask& task, const Split& split, std::size_t found, cons
                                    file.filename().string(), found, what, split.name, split.published));
 }
 
+/// Examples before every question.
+std::int64_t shots_of(const Definition& definition, const SuiteOptions& options) {
+  const PromptRules& rules = definition.rules;
+  const std::int64_t shots = rules.fixed_shots ? rules.shots : options.shots.value_or(rules.shots);
+  if (shots < 0) throw UsageError(fmt::format("--num-fewshot {}: 0 or more", shots));
+  return shots;
+}
+
+/// Where the files of a task are; nothing for what it makes itself.
+struct TaskFiles {
+  std::optional<FoundSplit> documents, shots;
+};
+TaskFiles find_files(const Definition& definition, const SuiteOptions& options) {
+  TaskFiles files;
+  if (!definition.make)
+    files.documents = find_split(definition.name, definition.obtain, definition.evaluated, "documents", options);
+  if (shots_of(definition, options) > 0 && !definition.shots.places.empty())
+    files.shots = find_split(definition.name, definition.obtain, definition.shots, "examples for the prompt", options);
+  return files;
+}
+
 BenchmarkTask make_task(const Definition& definition, const SuiteOptions& options) {
   BenchmarkTask task;
   task.name = definition.name;
@@ -204,16 +226,16 @@ BenchmarkTask make_task(const Definition& definition, const SuiteOptions& option
   task.output_type = rules.type == OutputType::multiple_choice
                          ? "multiple_choice"
                          : (rules.type == OutputType::log_likelihood ? "loglikelihood" : "generate_until");
-  task.shots = rules.fixed_shots ? rules.shots : options.shots.value_or(rules.shots);
-  if (task.shots < 0) throw UsageError(fmt::format("--num-fewshot {}: 0 or more", task.shots));
+  task.shots = shots_of(definition, options);
   if (rules.fixed_shots && options.shots && *options.shots != rules.shots)
     task.notes.push_back(fmt::format("{} examples, whatever --num-fewshot says", rules.shots));
 
+  const TaskFiles files = find_files(definition, options);
   auto items = std::make_shared<std::vector<Item>>();
   if (definition.make) {
     *items = definition.make(options);
   } else {
-    const FoundSplit found = find_split(definition.name, definition.obtain, definition.evaluated, "documents", options);
+    const FoundSplit& found = *files.documents;
     *items = definition.read(found);
     task.files.push_back(found.documents);
     if (!found.labels.empty()) task.files.push_back(found.labels);
@@ -223,9 +245,8 @@ BenchmarkTask make_task(const Definition& definition, const SuiteOptions& option
   const std::int64_t count = limited_count(task.documents_original, options.limit);
 
   std::vector<std::string> shots;
-  if (task.shots > 0 && !definition.shots.places.empty()) {
-    const FoundSplit pool_file =
-        find_split(definition.name, definition.obtain, definition.shots, "examples for the prompt", options);
+  if (files.shots) {
+    const FoundSplit& pool_file = *files.shots;
     const std::vector<Item> pool = definition.read(pool_file);
     task.files.push_back(pool_file.documents);
     if (!pool_file.labels.empty()) task.files.push_back(pool_file.labels);
@@ -311,30 +332,34 @@ std::vector<std::string> groups_of(const std::string& task) {
   return names;
 }
 
-}  // namespace
+/// What is done with what names stand for.
+struct NameUser {
+  std::function<void(const NamedGroup&)> group;  ///< after its members
+  std::function<void(const NamedText&, const fs::path&)> text;
+  std::function<void(const Definition&)> task;
+  std::function<void(const std::string&, const MissingData&)> skipped;
+};
 
-Suite make_tasks(const std::vector<std::string>& names, const SuiteOptions& options) {
+/// In the order asked for, each once. UsageError for unknown names; MissingData unless it may be skipped.
+void use_names(const std::vector<std::string>& names, const SuiteOptions& options, const NameUser& user) {
   const std::vector<Definition> definitions = all_definitions(options);
   const auto definition_of = [&](const std::string& name) {
     return std::find_if(definitions.begin(), definitions.end(), [&](const Definition& d) { return d.name == name; });
   };
-  Suite suite;
   std::set<std::string> done;
   const std::function<void(const std::string&)> add = [&](const std::string& given) {
     const std::string name = full_name(given);
     if (!done.insert(name).second) return;
     if (const NamedGroup* group = find_group(name)) {
       for (const std::string& member : group->members) add(member);
-      if (group->reports) suite.groups.push_back({name, name, group->version, {}, {}, group->weight_by_size, {}});
+      user.group(*group);
       return;
     }
     try {
       const auto text = std::find_if(named_texts().begin(), named_texts().end(),
                                      [&](const NamedText& entry) { return entry.text.name == name; });
       if (text != named_texts().end()) {
-        PerplexityText found = text->text;
-        found.file = find_split(name, text->obtain, text->split, "text", options).documents;
-        suite.texts.push_back(std::move(found));
+        user.text(*text, find_split(name, text->obtain, text->split, "text", options).documents);
         return;
       }
       const auto definition = definition_of(name);
@@ -345,13 +370,40 @@ Suite make_tasks(const std::vector<std::string>& names, const SuiteOptions& opti
         for (const Definition& entry : definitions) known.push_back(entry.name);
         refuse_name(name, known);
       }
-      suite.tasks.push_back(make_task(*definition, options));
+      user.task(*definition);
     } catch (const MissingData& error) {
       if (!options.skip_missing) throw;
-      suite.skipped.push_back({name, error.what()});
+      user.skipped(name, error);
     }
   };
   for (const std::string& name : names) add(name);
+}
+
+}  // namespace
+
+void check_tasks(const std::vector<std::string>& names, const SuiteOptions& options) {
+  use_names(names, options,
+            {[](const NamedGroup&) {}, [](const NamedText&, const fs::path&) {},
+             [&](const Definition& definition) { find_files(definition, options); },
+             [](const std::string&, const MissingData&) {}});
+}
+
+Suite make_tasks(const std::vector<std::string>& names, const SuiteOptions& options) {
+  Suite suite;
+  NameUser user;
+  user.group = [&](const NamedGroup& group) {
+    if (group.reports)
+      suite.groups.push_back({group.name, group.name, group.version, {}, {}, group.weight_by_size, {}});
+  };
+  user.text = [&](const NamedText& text, const fs::path& file) {
+    suite.texts.push_back(text.text);
+    suite.texts.back().file = file;
+  };
+  user.task = [&](const Definition& definition) { suite.tasks.push_back(make_task(definition, options)); };
+  user.skipped = [&](const std::string& name, const MissingData& error) {
+    suite.skipped.push_back({name, error.what()});
+  };
+  use_names(names, options, user);
   // The total before its parts, as it is printed.
   std::stable_sort(suite.groups.begin(), suite.groups.end(),
                    [](const TaskGroup& a, const TaskGroup& b) { return a.name == "mmlu" && b.name != "mmlu"; });

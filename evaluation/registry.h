@@ -90,6 +90,9 @@ struct Suite {
 /// that look alike), MissingData, and InputError / CorruptFile (file, line, field) for what the files hold.
 Suite make_tasks(const std::vector<std::string>& names, const SuiteOptions& options);
 
+/// Throws what make_tasks() would because of names and missing files; reads nothing but `options.user_tasks`.
+void check_tasks(const std::vector<std::string>& names, const SuiteOptions& options);
+
 /// A group's metrics over its leaves.
 struct GroupResult {
   std::string name;

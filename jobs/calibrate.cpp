@@ -195,14 +195,19 @@ std::string less_memory(const Settings& settings) {
   return advice + "or more ranks on more hosts (--pipeline-ranks)";
 }
 
+/// UsageError for more stages than layers.
+void check_stages(const Settings& settings, const checkpoint::ModelConfig& config) {
+  if (settings.stages > config.layers)
+    throw UsageError(fmt::format("--pipeline-ranks {}: {} has only {} layers, and every pipeline rank needs one",
+                                 settings.stages, settings.model.string(), config.layers),
+                     fmt::format("use --pipeline-ranks {} or fewer; further ranks work as replicas", config.layers));
+}
+
 /// The fewest stages that divide the world and fit the memory of the smallest host share. Collective.
 int choose_stages(const Settings& settings, const checkpoint::ModelConfig& config, const comm::Communicator& world,
                   double budget) {
   if (settings.stages > 0) {
-    if (settings.stages > config.layers)
-      throw UsageError(fmt::format("--pipeline-ranks {}: {} has only {} layers, and every pipeline rank needs one",
-                                   settings.stages, settings.model.string(), config.layers),
-                       fmt::format("use --pipeline-ranks {} or fewer; further ranks work as replicas", config.layers));
+    check_stages(settings, config);
     return settings.stages;
   }
   int most = 1;
@@ -322,6 +327,15 @@ OrderedJson record_of(const Context& context, const std::vector<std::string>& ar
 }
 
 }  // namespace
+
+void check_calibrate(const Planned& planned, const std::vector<std::string>& arguments) {
+  const po::variables_map values = read_values("calibrate", calibrate_options(), arguments);
+  const checkpoint::ModelConfig config = planned.config_of(values["model"].as<std::string>());
+  Settings settings = read_settings(values, config);
+  settings.length = std::min(settings.length, config.max_positions);
+  make_header(settings, config);
+  check_stages(settings, config);
+}
 
 void calibrate(const Context& context, const std::vector<std::string>& arguments) {
   const po::variables_map values =

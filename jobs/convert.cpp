@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iostream>
+#include <optional>
 
 #include "convert_compare.h"
 #include "convert_options.h"
@@ -200,7 +201,85 @@ bool is_planned(const fs::path& file, const OrderedJson& request, bool overwrite
                    "choose another --out, or replace it with --overwrite");
 }
 
+/// What the options say, held against the model. Nothing of the statistics, which may not be made yet.
+struct Settings {
+  FoldOptions options;
+  std::vector<folding::LayerTarget> given_targets;  ///< of a plan; empty without one
+  folding::GroupingOptions grouping;
+  folding::RefitOptions refit;
+  calibration::TextSample refit_source, probe_source;
+  std::string held_out;
+  std::uint64_t shard = 0;
+  bool by_layer = false, has_statistics = false;
+};
+
+/// The plan of --plan. UsageError beside options that it decides; IoError, InputError.
+std::optional<folding::Plan> given_plan(const po::variables_map& values) {
+  if (values.count("plan") == 0) return std::nullopt;
+  for (const char* name : plan_options())
+    if (values.count(name) > 0)
+      throw UsageError(fmt::format("--{} and --plan exclude each other: the plan decides", name),
+                       "edit the plan, or leave --plan out");
+  const std::string file = values["plan"].as<std::string>();
+  return folding::plan_from_json(read_json(file), file);
+}
+
+Settings read_settings(const po::variables_map& values, const checkpoint::ModelConfig& config,
+                       const std::optional<folding::Plan>& given) {
+  Settings s;
+  s.shard = parse_bytes("max-shard-size", values["max-shard-size"].as<std::string>());
+  s.options = given ? given->options : fold_options(values, config);
+  if (values.count("refit") > 0) s.options.refit = true;
+  folding::check_options(s.options, config);
+  if (given) {
+    s.given_targets = folding::targets_of(*given);
+    folding::check_targets(s.given_targets, s.options, config, values["plan"].as<std::string>());
+  }
+  s.by_layer = s.options.allocation == folding::Allocation::greedy || s.options.allocation == folding::Allocation::dp;
+  if (values.count("stock") > 0 && (!is_stock(s.options, config) || s.by_layer))
+    throw UsageError(
+        fmt::format("--stock: {} gives {}, which no stock Hugging Face loader reads",
+                    s.by_layer ? "--budget " + name_of(s.options.allocation) : "--keys " + name_of(s.options.keys),
+                    s.by_layer ? "layers with different numbers of KV heads (a DeciLM config)"
+                               : fmt::format("cache layout {}", checkpoint::name_of(layout_of(s.options)))),
+        "use --keys rope-commuting --budget uniform on a LLaMA model, or leave --stock out");
+  s.refit_source = refit_text(values);
+  s.probe_source = held_out_text(values);
+  if (s.options.refit && s.refit_source.files.empty())
+    throw UsageError("--refit needs text to run both models on", "give --refit-data FILE (.txt or .jsonl)");
+  if (!s.options.refit && !s.refit_source.files.empty())
+    throw UsageError("--refit-data without --refit", "add --refit, or leave --refit-data out");
+  if (s.by_layer && !given && s.probe_source.files.empty())
+    throw UsageError(
+        fmt::format("--budget {} measures what each layer matters on held-out text", name_of(s.options.allocation)),
+        "give --probe-data FILE (.txt or .jsonl)");
+  s.held_out = values["held-out"].as<std::string>();
+  if (s.held_out != "on" && s.held_out != "off")
+    throw UsageError(fmt::format("--held-out {}: give on or off", s.held_out));
+  s.grouping = grouping_options(values);
+  s.refit = refit_options(values);
+  if (values.count("tensor-parallel") > 0) {
+    std::vector<std::int64_t> heads(static_cast<std::size_t>(config.layers), s.options.kv_heads);
+    for (std::size_t l = 0; l < s.given_targets.size(); ++l) heads[l] = std::ssize(s.given_targets[l].groups);
+    folding::check_tensor_parallel(heads, config.heads, values["tensor-parallel"].as<std::int64_t>());
+  }
+  s.has_statistics = values.count("calibration") > 0;
+  if (!s.has_statistics && folding::needs_statistics(s.options))
+    throw UsageError(fmt::format("--keys {} --key-metric {} --values {} --value-metric {} needs --calibration",
+                                 name_of(s.options.keys), name_of(s.options.key_metric), name_of(s.options.values),
+                                 name_of(s.options.value_metric)),
+                     fmt::format("headfold calibrate --model {} makes the file; metric weights does without",
+                                 values["model"].as<std::string>()));
+  return s;
+}
+
 }  // namespace
+
+void check_convert(const Planned& planned, const std::vector<std::string>& arguments) {
+  const po::variables_map values = read_values("convert", convert_options(), arguments);
+  if (values.count("plan") > 0 && planned.is_made(values["plan"].as<std::string>())) return;  // it decides the rest
+  read_settings(values, planned.config_of(values["model"].as<std::string>()), given_plan(values));
+}
 
 void convert(const Context& context, const std::vector<std::string>& arguments) {
   const comm::Communicator& world = context.world;
@@ -218,7 +297,6 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   const std::vector<Spent> spent_before = profile();
   const fs::path out = values["out"].as<std::string>();
   const bool speaks = world.root();
-  const std::uint64_t shard = parse_bytes("max-shard-size", values["max-shard-size"].as<std::string>());
   const checkpoint::Reader reader(values["model"].as<std::string>());
   const checkpoint::ModelConfig& config = reader.config();
   if (const auto problems = checkpoint::layout_problems(reader); !problems.empty())
@@ -236,64 +314,22 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
     return;
   }
 
-  folding::Plan given;
-  const bool from_plan = values.count("plan") > 0;
-  if (from_plan) {
-    for (const char* name : plan_options())
-      if (values.count(name) > 0)
-        throw UsageError(fmt::format("--{} and --plan exclude each other: the plan decides", name),
-                         "edit the plan, or leave --plan out");
-    const std::string file = values["plan"].as<std::string>();
-    given = folding::plan_from_json(read_json(file), file);
-    if (given.model_hash != reader.fingerprint())
-      throw InputError(
-          fmt::format("{}: a plan for another model (fingerprint {}..., {} has {}...)", file,
-                      given.model_hash.substr(0, 12), reader.folder().string(), reader.fingerprint().substr(0, 12)),
-          "plan again with headfold convert --plan-only");
-  }
-  FoldOptions options = from_plan ? given.options : fold_options(values, config);
-  if (values.count("refit") > 0) options.refit = true;
-  folding::check_options(options, config);
-  const std::vector<folding::LayerTarget> given_targets =
-      from_plan ? folding::targets_of(given) : std::vector<folding::LayerTarget>{};
-  if (from_plan) {
-    folding::check_options(options, config);
-    folding::check_targets(given_targets, options, config, values["plan"].as<std::string>());
-  }
-  const bool by_layer =
-      options.allocation == folding::Allocation::greedy || options.allocation == folding::Allocation::dp;
-  if (values.count("stock") > 0 && (!is_stock(options, config) || by_layer))
-    throw UsageError(
-        fmt::format("--stock: {} gives {}, which no stock Hugging Face loader reads",
-                    by_layer ? "--budget " + name_of(options.allocation) : "--keys " + name_of(options.keys),
-                    by_layer ? "layers with different numbers of KV heads (a DeciLM config)"
-                             : fmt::format("cache layout {}", checkpoint::name_of(layout_of(options)))),
-        "use --keys rope-commuting --budget uniform on a LLaMA model, or leave --stock out");
-  calibration::TextSample refit_source = refit_text(values), probe_source = held_out_text(values);
-  if (options.refit && refit_source.files.empty())
-    throw UsageError("--refit needs text to run both models on", "give --refit-data FILE (.txt or .jsonl)");
-  if (!options.refit && !refit_source.files.empty())
-    throw UsageError("--refit-data without --refit", "add --refit, or leave --refit-data out");
-  if (by_layer && !from_plan && probe_source.files.empty())
-    throw UsageError(
-        fmt::format("--budget {} measures what each layer matters on held-out text", name_of(options.allocation)),
-        "give --probe-data FILE (.txt or .jsonl)");
-  const std::string held_out = values["held-out"].as<std::string>();
-  if (held_out != "on" && held_out != "off") throw UsageError(fmt::format("--held-out {}: give on or off", held_out));
-  const folding::GroupingOptions grouping = grouping_options(values);
-  const folding::RefitOptions refit_settings = refit_options(values);
-  if (values.count("tensor-parallel") > 0) {
-    std::vector<std::int64_t> heads(static_cast<std::size_t>(config.layers), options.kv_heads);
-    for (std::size_t l = 0; l < given_targets.size(); ++l) heads[l] = std::ssize(given_targets[l].groups);
-    folding::check_tensor_parallel(heads, config.heads, values["tensor-parallel"].as<std::int64_t>());
-  }
-  const bool has_statistics = values.count("calibration") > 0;
-  if (!has_statistics && folding::needs_statistics(options))
-    throw UsageError(fmt::format("--keys {} --key-metric {} --values {} --value-metric {} needs --calibration",
-                                 name_of(options.keys), name_of(options.key_metric), name_of(options.values),
-                                 name_of(options.value_metric)),
-                     fmt::format("headfold calibrate --model {} makes the file; metric weights does without",
-                                 reader.folder().string()));
+  const std::optional<folding::Plan> given = given_plan(values);
+  if (given && given->model_hash != reader.fingerprint())
+    throw InputError(
+        fmt::format("{}: a plan for another model (fingerprint {}..., {} has {}...)", values["plan"].as<std::string>(),
+                    given->model_hash.substr(0, 12), reader.folder().string(), reader.fingerprint().substr(0, 12)),
+        "plan again with headfold convert --plan-only");
+  const bool from_plan = given.has_value();
+  const Settings settings = read_settings(values, config, given);
+  FoldOptions options = settings.options;
+  const bool by_layer = settings.by_layer, has_statistics = settings.has_statistics;
+  const std::vector<folding::LayerTarget>& given_targets = settings.given_targets;
+  calibration::TextSample refit_source = settings.refit_source, probe_source = settings.probe_source;
+  const folding::GroupingOptions& grouping = settings.grouping;
+  const folding::RefitOptions& refit_settings = settings.refit;
+  const std::string& held_out = settings.held_out;
+  const std::uint64_t shard = settings.shard;
   options = folding::with_effective_metrics(options, has_statistics);
   world.on_root([&] { check_own_folder(out); });
 
@@ -362,13 +398,13 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
   if (from_plan && fs::equivalent(values["plan"].as<std::string>(), plan_file, elsewhere)) output.keep = {plan_file};
   if (!plan_only && is_made(context, output)) return;
 
-  if (from_plan && statistics && !given.statistics_hash.empty() &&
-      given.statistics_hash != statistics->content_hash() && speaks)
+  if (given && statistics && !given->statistics_hash.empty() && given->statistics_hash != statistics->content_hash() &&
+      speaks)
     spdlog::warn("{}: planned from other statistics than {}; its groups are applied, its losses computed again",
                  values["plan"].as<std::string>(), statistics->path().string());
   // A given plan brings decisions only: its losses may be those of groups that were edited since, so all are computed
   // again.
-  Decision decision{given_targets, from_plan ? given.decisions : OrderedJson()};
+  Decision decision{given_targets, given ? given->decisions : OrderedJson()};
   if (!from_plan) decision = decide_targets(world, reader, statistics.get(), options, grouping, probe_source);
   folding::KeptBases bases;
   folding::Plan plan = make_plan(world, reader, statistics.get(), options, decision.targets, held_out == "on", &bases);

@@ -153,13 +153,21 @@ FoldOptions fold_options(const po::variables_map& values, const checkpoint::Mode
   const auto number = [&](const char* name, auto& value) {
     if (values.count(name) > 0) value = values[name].as<std::decay_t<decltype(value)>>();
   };
+  // Names are read by functions that know no options.
+  const auto named = [&](const char* name, const std::string& fallback, auto read) {
+    try {
+      return read(text(name, fallback));
+    } catch (const UsageError& error) {
+      throw UsageError(fmt::format("--{} {}: {}", name, text(name, fallback), error.what()), error.hint());
+    }
+  };
   const bool rotates = config.family == checkpoint::Family::llama;
-  options.keys = folding::parse_key_fold(text("keys", rotates ? "rope-commuting" : "norope"));
-  options.key_metric = folding::parse_metric(text("key-metric", "act+query"));
-  options.values = folding::parse_value_fold(text("values", "svd"));
-  options.value_metric = folding::parse_metric(text("value-metric", "act"));
-  options.grouping = folding::parse_grouping(text("grouping", "contiguous"));
-  options.allocation = folding::parse_allocation(text("budget", "uniform"));
+  options.keys = named("keys", rotates ? "rope-commuting" : "norope", folding::parse_key_fold);
+  options.key_metric = named("key-metric", "act+query", folding::parse_metric);
+  options.values = named("values", "svd", folding::parse_value_fold);
+  options.value_metric = named("value-metric", "act", folding::parse_metric);
+  options.grouping = named("grouping", "contiguous", folding::parse_grouping);
+  options.allocation = named("budget", "uniform", folding::parse_allocation);
   options.slow_band = parse_slow_band(text("slow-band", "off"));
   options.refit = values.count("refit") > 0;
   number("sink-weight", options.sink_weight);

@@ -99,6 +99,15 @@ struct Work {
   }
 };
 
+/// Tokens that questions are cut to. UsageError when the model does not take so many.
+std::int64_t question_length(const EvaluateOptions& options, const checkpoint::ModelConfig& config) {
+  const std::int64_t length = options.max_length > 0 ? options.max_length : evaluation::harness_max_length(config);
+  if (config.family == checkpoint::Family::llama && length > config.max_positions)
+    throw UsageError(fmt::format("--max-length {}: {} takes {} tokens", options.max_length, options.model.string(),
+                                 config.max_positions));
+  return length;
+}
+
 /// A task with a limit that may be a fraction of its items.
 evaluation::Task limited(double limit, const std::function<evaluation::Task(std::int64_t limit)>& make) {
   if (limit == 0 || limit >= 1) return make(static_cast<std::int64_t>(limit));
@@ -120,10 +129,7 @@ Work read_work(const Context& context, const EvaluateOptions& options) {
   if (work.reference) require_same_tokenizer(*work.tokenizer, options);
   work.length = std::min(options.seq_len, config.max_positions);
   if (work.reference) work.length = std::min(work.length, work.reference->config().max_positions);
-  work.question_length = options.max_length > 0 ? options.max_length : evaluation::harness_max_length(config);
-  if (config.family == checkpoint::Family::llama && work.question_length > config.max_positions)
-    throw UsageError(fmt::format("--max-length {}: {} takes {} tokens", options.max_length, options.model.string(),
-                                 config.max_positions));
+  work.question_length = question_length(options, config);
 
   // The harness's rolling windows are as long as its questions. ALiBi has no longest position, a LLaMA reference has.
   work.rolling_length = options.seq_len_given ? work.length : work.question_length;
@@ -449,10 +455,21 @@ OrderedJson own_facts(const Context& context, const EvaluateOptions& options, co
 
 }  // namespace
 
+void check_evaluate(const Planned& planned, const std::vector<std::string>& arguments) {
+  const EvaluateOptions options = read_evaluate_options(read_values("evaluate", evaluate_job_options(), arguments));
+  question_length(options, planned.config_of(options.model));
+  evaluation::check_tasks(options.names, options.suite);
+}
+
 void evaluate(const Context& context, const std::vector<std::string>& arguments) {
   const auto start = std::chrono::steady_clock::now();
   const auto elapsed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
-  const EvaluateOptions options = read_evaluate_options(context, arguments);
+  const EvaluateOptions options = read_evaluate_options(
+      parse(context, "evaluate",
+            "headfold evaluate --model DIR --tasks NAME,… --data-dir DIR --out DIR [options]\n"
+            "       headfold evaluate --model DIR --data FILE… --out DIR [--reference DIR] [options]\n"
+            "       headfold evaluate --list [--data-dir DIR]",
+            evaluate_job_options(), arguments));
   const bool speaks = context.world.root();
   if (options.list) {
     if (speaks)

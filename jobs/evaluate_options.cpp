@@ -101,13 +101,7 @@ std::vector<double> numbers(const po::variables_map& values, const char* name, d
 
 }  // namespace
 
-EvaluateOptions read_evaluate_options(const Context& context, const std::vector<std::string>& arguments) {
-  const po::variables_map values =
-      parse(context, "evaluate",
-            "headfold evaluate --model DIR --tasks NAME,… --data-dir DIR --out DIR [options]\n"
-            "       headfold evaluate --model DIR --data FILE… --out DIR [--reference DIR] [options]\n"
-            "       headfold evaluate --list [--data-dir DIR]",
-            evaluate_job_options(), arguments);
+EvaluateOptions read_evaluate_options(const po::variables_map& values) {
   const auto texts = [&](const char* name) {
     return values.count(name) > 0 ? values[name].as<std::vector<std::string>>() : std::vector<std::string>();
   };

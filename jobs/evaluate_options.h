@@ -32,6 +32,6 @@ struct EvaluateOptions {
 };
 
 /// UsageError for values that mean nothing.
-EvaluateOptions read_evaluate_options(const Context& context, const std::vector<std::string>& arguments);
+EvaluateOptions read_evaluate_options(const po::variables_map& values);
 
 }  // namespace headfold::jobs

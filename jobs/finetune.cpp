@@ -201,6 +201,7 @@ Settings read_settings(const po::variables_map& values, const checkpoint::ModelC
   s.train.shard_optimizer = values["shard-optimizer"].as<bool>();
   s.max_shard_bytes = parse_bytes("max-shard-size", values["max-shard-size"].as<std::string>());
   s.train.folder = s.out;
+  if (!s.lora.full) finetune::target_modules(s.lora, config);  // refuses wrong names
   return s;
 }
 
@@ -454,6 +455,11 @@ CachedTeachers cached_teachers(const Context& context, const Settings& s, const 
 
 }  // namespace
 
+void check_finetune(const Planned& planned, const std::vector<std::string>& arguments) {
+  const po::variables_map values = read_values("finetune", finetune_options(), arguments);
+  read_settings(values, planned.config_of(values["model"].as<std::string>()));
+}
+
 void finetune_model(const Context& context, const std::vector<std::string>& arguments) {
   const po::variables_map values =
       parse(context, "finetune", "headfold finetune --model DIR --data FILE... --out DIR [options]", finetune_options(),
@@ -469,7 +475,6 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
     if (world.root()) spdlog::info("sequences are clipped to the {} positions of the model", config.max_positions);
     s.data.length = config.max_positions;
   }
-  if (!s.lora.full) finetune::target_modules(s.lora, config);  // refuses wrong names before anything is read
   std::optional<checkpoint::ModelConfig> teacher_config;
   if (!s.teacher.empty()) teacher_config = checkpoint::read_config(s.teacher);
   finetune::MemoryEstimate memory = estimate_of(context, s, config, teacher_config ? &*teacher_config : nullptr,

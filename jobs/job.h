@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <headfold/base/error.h>
 #include <headfold/base/json.h>
+#include <headfold/checkpoint/config.h>
 #include <headfold/comm/communicator.h>
 
 #include <boost/program_options.hpp>
@@ -21,11 +22,23 @@ struct Context {
   comm::Communicator world;
 };
 
-/// A sub-command. `run` returns normally when done and throws otherwise.
+/// What is known of a run's models and files before its first stage.
+struct Planned {
+  std::filesystem::path model;                                ///< the original
+  checkpoint::ModelConfig original;                           ///< its config
+  std::function<bool(const std::filesystem::path&)> is_made;  ///< whether a stage of the run writes that path
+  /// Of a model of the run: those that stages make are the original but for their KV heads.
+  checkpoint::ModelConfig config_of(const std::filesystem::path& folder) const;
+};
+
+/// A sub-command. `run` returns normally when done and throws otherwise. `check` throws what `run` would throw because
+/// of the arguments alone; it opens small files only, writes nothing, and knows neither the ranks nor the machine that
+/// the job will have. Null: nothing beyond what its options take.
 struct Job {
   const char* name;
   const char* summary;
   void (*run)(const Context& context, const std::vector<std::string>& arguments);
+  void (*check)(const Planned& planned, const std::vector<std::string>& arguments) = nullptr;
 };
 
 void bench_machine(const Context& context, const std::vector<std::string>& arguments);
@@ -41,6 +54,12 @@ void report(const Context& context, const std::vector<std::string>& arguments);
 void run_pipeline(const Context& context, const std::vector<std::string>& arguments);
 void synthesize(const Context& context, const std::vector<std::string>& arguments);
 void verify(const Context& context, const std::vector<std::string>& arguments);
+
+/// Job::check of the jobs that `run` runs.
+void check_calibrate(const Planned& planned, const std::vector<std::string>& arguments);
+void check_convert(const Planned& planned, const std::vector<std::string>& arguments);
+void check_evaluate(const Planned& planned, const std::vector<std::string>& arguments);
+void check_finetune(const Planned& planned, const std::vector<std::string>& arguments);
 
 /// Own options of the jobs that `run` runs (that of convert: convert_options.h): its configuration is checked against
 /// them.
@@ -63,6 +82,11 @@ po::options_description common_options();
 po::variables_map parse(const Context& context, const std::string& job, const std::string& usage,
                         const po::options_description& own, const std::vector<std::string>& arguments,
                         const std::string& positional = {});
+
+/// What parse() begins with, for Job::check: the values alone, without effect on the process. UsageError as parse(),
+/// but for limits that depend on the machine.
+po::variables_map read_values(const std::string& job, const po::options_description& own,
+                              const std::vector<std::string>& arguments, const std::string& positional = {});
 
 /// float32 / bfloat16 from a --dtype value; "auto" gives bfloat16 for 16-bit checkpoints on GPUs and on CPUs with AMX,
 /// else float32. UsageError otherwise.

@@ -17,10 +17,10 @@ namespace headfold::jobs {
 namespace {
 
 constexpr Job kJobs[] = {
-    {"calibrate", "collect calibration statistics of a model over a text", calibrate},
-    {"convert", "fold KV heads: statistics + model -> smaller model", convert},
-    {"finetune", "train adapters of a model on text, from a teacher or without one", finetune_model},
-    {"evaluate", "perplexity, KL divergence and agreement of a model", evaluate},
+    {"calibrate", "collect calibration statistics of a model over a text", calibrate, check_calibrate},
+    {"convert", "fold KV heads: statistics + model -> smaller model", convert, check_convert},
+    {"finetune", "train adapters of a model on text, from a teacher or without one", finetune_model, check_finetune},
+    {"evaluate", "perplexity, KL divergence and agreement of a model", evaluate, check_evaluate},
     {"verify", "measure what a fold changed, layer by layer, against what was predicted", verify},
     {"export", "write a folded model for runtimes that do not know its layout", export_model},
     {"report", "HTML, Markdown and CSV report of a run folder", report},

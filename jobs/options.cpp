@@ -52,10 +52,15 @@ std::string device_kind() {
   return model::compute().on_host() ? text : text.substr(0, text.find(':'));
 }
 
-po::variables_map parse(const Context& context, const std::string& job, const std::string& usage,
-                        const po::options_description& own, const std::vector<std::string>& arguments,
-                        const std::string& positional) {
-  po::options_description all(120, 60);
+checkpoint::ModelConfig Planned::config_of(const fs::path& folder) const {
+  checkpoint::ModelConfig config = original;
+  if (folder != model && config.family == checkpoint::Family::bloom) config.split_qkv = true;  // as folds write it
+  return config;
+}
+
+po::variables_map read_values(const std::string& job, const po::options_description& own,
+                              const std::vector<std::string>& arguments, const std::string& positional) {
+  po::options_description all;
   all.add(own).add(common_options());
   po::variables_map values;
   try {
@@ -64,22 +69,37 @@ po::variables_map parse(const Context& context, const std::string& job, const st
     // Abbreviations are off: a script must not change its meaning when an option is added.
     const int style = po::command_line_style::default_style & ~po::command_line_style::allow_guessing;
     po::store(po::command_line_parser(arguments).options(all).positional(bare).style(style).run(), values);
-    if (values.count("help") > 0) {
-      if (context.world.root()) std::cout << "usage: " << usage << "\n\n" << all;
-      throw HelpShown{};
-    }
+    if (values.count("help") > 0) return values;
     po::notify(values);
   } catch (const po::error& error) {
     throw UsageError(error.what(), fmt::format("headfold {} --help", job));
   }
-  const auto threads = values["threads"].as<int>();
-  const int most = std::max(64, 4 * device::usable_cores());
-  if (threads < 0 || threads > most)
-    throw UsageError(fmt::format("--threads {}: must be between 0 and {} here", threads, most));
+  if (const auto threads = values["threads"].as<int>(); threads < 0)
+    throw UsageError(fmt::format("--threads {}: must be 0 (automatic) or more", threads));
   const auto timeout = values["comm-timeout"].as<double>();
   if (!std::isfinite(timeout) || timeout < 0)
     throw UsageError(fmt::format("--comm-timeout {}: seconds, 0 or more", timeout), "0 waits for ever");
-  comm::set_timeout_seconds(timeout);
+  // Which GPUs there are is for the machine that computes to say.
+  if (values.count("device") > 0)
+    if (const auto device = values["device"].as<std::string>(); device != "auto" && device.rfind("cuda", 0) != 0)
+      model::parse_device(device, -1);
+  return values;
+}
+
+po::variables_map parse(const Context& context, const std::string& job, const std::string& usage,
+                        const po::options_description& own, const std::vector<std::string>& arguments,
+                        const std::string& positional) {
+  const po::variables_map values = read_values(job, own, arguments, positional);
+  if (values.count("help") > 0) {
+    po::options_description all(120, 60);
+    all.add(own).add(common_options());
+    if (context.world.root()) std::cout << "usage: " << usage << "\n\n" << all;
+    throw HelpShown{};
+  }
+  const auto threads = values["threads"].as<int>();
+  const int most = std::max(64, 4 * device::usable_cores());
+  if (threads > most) throw UsageError(fmt::format("--threads {}: must be between 0 and {} here", threads, most));
+  comm::set_timeout_seconds(values["comm-timeout"].as<double>());
   open_session(context, job, values, arguments);
   return values;
 }

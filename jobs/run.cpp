@@ -11,6 +11,7 @@
 #include <chrono>
 #include <iostream>
 
+#include "run_check.h"
 #include "run_flags.h"
 #include "scale.h"
 #include "session.h"
@@ -241,7 +242,12 @@ void run_pipeline(const Context& context, const std::vector<std::string>& argume
     return;
   }
   std::unique_ptr<RunFlags> flags;
-  world.on_root([&] { flags = std::make_unique<RunFlags>(plan); });
+  world.on_root([&] {
+    std::vector<std::pair<std::string, const RunElement*>> elements;
+    for (const Task& task : tasks) elements.emplace_back(task.stage->name, &task.element());
+    check_run(plan, elements);
+    flags = std::make_unique<RunFlags>(plan);
+  });
   const bool as_json = values.count("json") > 0;
   if (values["list"].as<bool>() || as_json) {
     if (!world.root()) return;

@@ -172,9 +172,6 @@ class PlanReader {
   [[noreturn]] void wrong(int line, const std::string& what, const std::string& hint = {}) const {
     wrong_line(file_, line, what, hint);
   }
-  static std::string title(const IniSection& section) {
-    return section.name.empty() ? "[" + section.kind + "]" : "[" + section.kind + " " + section.name + "]";
-  }
   fs::path resolved(const std::string& path) const {
     return (base_ / path).lexically_normal();  // an absolute path replaces the base
   }
@@ -224,6 +221,9 @@ class PlanReader {
       if (entry(run, needed) == nullptr) wrong(run.line, fmt::format("[run] needs {} = DIR", needed));
     plan_.folder = resolved(entry(run, "folder")->value);
     model_ = resolved(entry(run, "model")->value);
+    plan_.file = file_;
+    plan_.model = model_;
+    plan_.model_line = entry(run, "model")->line;
   }
 
   /// Where the models of this run stand, by name.
@@ -270,6 +270,7 @@ class PlanReader {
     const JobKeys keys = keys_of(section.kind);
     RunElement element;
     element.name = section.name.empty() ? section.kind : section.name;
+    element.said = section;
     std::map<std::string, std::string> said;
     for (const IniEntry& one : section.entries) {
       check_key(section, one, keys);
@@ -279,7 +280,10 @@ class PlanReader {
         said[one.key] = fmt::format("{}", fmt::join(split_words(one.value), " "));
     }
     for (const IniEntry& one : common_)
-      if (entry(section, one.key) == nullptr) add_option(section, one, keys, element);
+      if (entry(section, one.key) == nullptr) {
+        add_option(section, one, keys, element);
+        element.said.entries.push_back(one);
+      }
     OrderedJson described;
     described["job"] = section.kind;
     described["options"] = said;
@@ -313,6 +317,8 @@ class PlanReader {
         for (std::string& value : values) {
           value = resolved(value).string();
           element.inputs.emplace_back(value);
+          // Tasks know which of a folder's files they need, and whether they may go without.
+          if (one.key != "data-dir") element.files.emplace_back(one.key, value);
         }
       const bool together = option.semantic()->max_tokens() > 1;
       for (std::size_t i = 0; i < values.size(); ++i) {
@@ -528,6 +534,10 @@ class PlanReader {
 };
 
 }  // namespace
+
+std::string title(const IniSection& section) {
+  return section.name.empty() ? "[" + section.kind + "]" : "[" + section.kind + " " + section.name + "]";
+}
 
 std::vector<std::string> split_words(const std::string& text) {
   std::vector<std::string> words;

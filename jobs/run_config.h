@@ -12,6 +12,17 @@
 
 namespace headfold::jobs {
 
+/// Sections and keys of an INI file.
+struct IniEntry {
+  std::string key, value;
+  int line = 0;
+};
+struct IniSection {
+  std::string kind, name;  ///< of "[convert half]": convert, half
+  int line = 0;
+  std::vector<IniEntry> entries;
+};
+
 /// One thing that a stage does: one command of a job.
 struct RunElement {
   std::string name;                           ///< "half", "text/half"; of stages with one element the stage's name
@@ -20,6 +31,9 @@ struct RunElement {
   std::vector<std::filesystem::path> inputs;  ///< files and folders that it reads and that no stage makes
   std::vector<std::string> upstream;          ///< elements whose results it reads, "convert-0"
   std::filesystem::path output;               ///< file or folder that it makes
+  IniSection said;                            ///< what it comes from; after its own entries those of [run]
+  std::vector<std::pair<std::string, std::filesystem::path>>
+      files;  ///< files that it reads, by the key that names them
   std::vector<std::filesystem::path>
       evidence;  ///< files that exist once it is done; none: a results file below `output`
 };
@@ -36,7 +50,9 @@ struct RunStage {
 
 /// What a configuration file asks for. All paths are absolute.
 struct RunPlan {
-  std::filesystem::path folder;
+  std::filesystem::path file, folder;
+  std::filesystem::path model;   ///< the original
+  int model_line = 0;            ///< where the file names it
   std::vector<RunStage> stages;  ///< in the order in which they run
 };
 
@@ -45,19 +61,12 @@ struct RunPlan {
 /// the nearest legal ones), for values that the job's own options refuse, and for names that clash or are not there.
 RunPlan read_run_plan(std::string_view text, const std::filesystem::path& file);
 
-/// Sections and keys of an INI file.
-struct IniEntry {
-  std::string key, value;
-  int line = 0;
-};
-struct IniSection {
-  std::string kind, name;  ///< of "[convert half]": convert, half
-  int line = 0;
-  std::vector<IniEntry> entries;
-};
 /// Lines "key = value" under "[kind name]"; what follows `#` or `;` at the beginning of a line or after a space is a
 /// comment. InputError naming file and line for anything else, and for a key or section that appears twice.
 std::vector<IniSection> parse_ini(std::string_view text, const std::string& file);
+
+/// "[convert half]".
+std::string title(const IniSection& section);
 
 /// Words of a list: separated by spaces or commas, in double quotes where they contain them.
 std::vector<std::string> split_words(const std::string& text);

@@ -258,8 +258,8 @@ void check_options(const FoldOptions& options, const checkpoint::ModelConfig& co
         "stay contiguous");
   const std::vector<std::int64_t> legal = legal_kv_heads(config);
   if (std::find(legal.begin(), legal.end(), options.kv_heads) == legal.end())
-    throw UsageError(fmt::format("{} KV heads cannot be folded to {}; legal numbers are {}", config.kv_heads,
-                                 options.kv_heads, fmt::join(legal, ", ")));
+    throw UsageError(fmt::format("--kv-heads {0}: {1} KV heads cannot be folded to {0}; legal numbers are {2}",
+                                 options.kv_heads, config.kv_heads, fmt::join(legal, ", ")));
   if (options.latent_groups < 0 || (options.latent_groups > 0 && config.kv_heads % options.latent_groups != 0))
     throw UsageError(
         fmt::format("--latent-groups {}: must divide the {} KV heads", options.latent_groups, config.kv_heads));

@@ -192,6 +192,58 @@ TEST_F(RunTest, refuses_what_the_file_gets_wrong) {
   refused("model = ", "#", {"[run] needs model"});
 }
 
+TEST_F(RunTest, refuses_at_its_start_what_later_stages_would_refuse) {
+  const std::string good = read_file(scratch_ / "run.ini");
+  const std::string heldout = "data = " + demo_text("heldout.jsonl").string(), model = "model = ";
+  using Changes = std::vector<std::pair<std::string, std::string>>;
+  // Each section names its first fault; the first section's decides the exit code.
+  const auto refused = [&](const Changes& changes, int code, const std::vector<std::string>& said, int ranks = 1,
+                           const std::vector<std::string>& more = {"--list"}) {
+    std::string text = good;
+    for (const auto& [from, to] : changes) {
+      const std::size_t at = text.find(from);
+      ASSERT_NE(at, std::string::npos) << from;
+      text.replace(at, from.size(), to);
+    }
+    write_file(scratch_ / "wrong.ini", text);
+    const Outcome outcome = run(ranks, "wrong", more);
+    EXPECT_EQ(outcome.code, code) << outcome.output;
+    for (const std::string& part : said) EXPECT_THAT(outcome.output, HasSubstr(part));
+    EXPECT_FALSE(fs::exists(scratch_ / "run"));
+  };
+  refused({{"kv-heads = 4", "kv-heads = 3"},
+           {"steps = 4", "steps = -5"},
+           {"micro-batch = 2\ndtype = float32", "dtype = float99"},
+           {"tasks = glosses", "tasks = nonesuch"}},
+          64,
+          {"wrong.ini:13: [convert half]: kv-heads = 3", "legal numbers are 1, 2, 4",
+           "wrong.ini:17: [finetune healed]: steps = -5", "at least 0", "[evaluate text]: dtype = float99", "bfloat16",
+           "[evaluate questions]: tasks = nonesuch", "--list shows all"},
+          2, {});
+  refused({{"kv-heads = 4", "kv-heads = 0"}, {"batch = 4", "batch = 0"}, {heldout, "data = gone.jsonl"}}, 64,
+          {"[convert half]: kv-heads = 0", "legal numbers are 1, 2, 4", "wrong.ini:18: [finetune healed]: batch = 0",
+           "at least 1", "[evaluate text]: data = gone.jsonl", "there is no such file"},
+          1, {"--dry-run"});
+  refused({{"kv-heads = 4", "kv-heads = 4\nratio = 0.5"}, {"steps = 4", "learning-rate = nan"}}, 64,
+          {"[convert half]: kv-heads = 4", "--ratio", "give one", "[finetune healed]: learning-rate = nan",
+           "positive number"});
+  refused({{"save-every = 2", "device = abacus"},
+           {"kv-heads = 4", "kv-heads = 4\nkey-metric = bananas"},
+           {"targets = q,v", "targets = q,w"},
+           {"tasks = glosses", "tasks = arc_easy"}},
+          64,
+          {"[calibrate]: device = abacus", "cpu, cuda", "[convert half]: key-metric = bananas", "act+query",
+           "[finetune healed]: targets = q,w", "q_proj (q)", "[evaluate questions]: tasks = arc_easy", "--data-dir"});
+  refused({{model, "model = gone"}, {"task-file = ", "task-file = gone"}}, 74,
+          {"wrong.ini:4: [run]: model = ", "does not exist", "[evaluate questions]: task-file = gone",
+           "there is no such file"});
+  // The first alone, with its own code.
+  refused({{heldout, "data = gone.jsonl"}}, 74, {"[evaluate text]: data = gone.jsonl", "there is no such file"});
+  // Of a run's own files nothing is asked before they are made.
+  write_file(scratch_ / "wrong.ini", good + "[convert again]\nplan = run/half/convert.json\n");
+  EXPECT_EQ(run(1, "wrong", {"--list"}).code, 0);
+}
+
 TEST_F(RunTest, interrupted_in_every_stage_it_ends_with_the_same_results) {
   constexpr int ranks = 2;
   const Outcome calm = run(ranks);
