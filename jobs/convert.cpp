@@ -202,7 +202,7 @@ bool is_planned(const fs::path& file, const OrderedJson& request, bool overwrite
 }
 
 /// What the options say, held against the model. Nothing of the statistics, which may not be made yet.
-struct Settings {
+struct ConvertSettings {
   FoldOptions options;
   std::vector<folding::LayerTarget> given_targets;  ///< of a plan; empty without one
   folding::GroupingOptions grouping;
@@ -224,9 +224,9 @@ std::optional<folding::Plan> given_plan(const po::variables_map& values) {
   return folding::plan_from_json(read_json(file), file);
 }
 
-Settings read_settings(const po::variables_map& values, const checkpoint::ModelConfig& config,
-                       const std::optional<folding::Plan>& given) {
-  Settings s;
+ConvertSettings read_settings(const po::variables_map& values, const checkpoint::ModelConfig& config,
+                              const std::optional<folding::Plan>& given) {
+  ConvertSettings s;
   s.shard = parse_bytes("max-shard-size", values["max-shard-size"].as<std::string>());
   s.options = given ? given->options : fold_options(values, config);
   if (values.count("refit") > 0) s.options.refit = true;
@@ -321,7 +321,7 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
                     given->model_hash.substr(0, 12), reader.folder().string(), reader.fingerprint().substr(0, 12)),
         "plan again with headfold convert --plan-only");
   const bool from_plan = given.has_value();
-  const Settings settings = read_settings(values, config, given);
+  const ConvertSettings settings = read_settings(values, config, given);
   FoldOptions options = settings.options;
   const bool by_layer = settings.by_layer, has_statistics = settings.has_statistics;
   const std::vector<folding::LayerTarget>& given_targets = settings.given_targets;
