@@ -26,6 +26,8 @@ po::options_description run_options() {
       "stage", po::value<std::string>(), "run this stage alone: calibrate, convert, finetune, evaluate, report")(
       "element", po::value<std::int64_t>(), "run one element of --stage alone, from 0 (--list shows them)")(
       "list", po::bool_switch(), "show stages and elements, and what is finished; then stop")(
+      "unchecked", po::bool_switch(),
+      "with --list: do not look whether stages would refuse their values, or models and files are there")(
       "json", po::value<std::string>()->implicit_value(""),
       "print the list, or a prediction, as JSON; --json FILE writes it to a file")(
       "dry-run", po::bool_switch(),
@@ -231,6 +233,8 @@ void run_pipeline(const Context& context, const std::vector<std::string>& argume
     world.on_root([&] { predict_run(values, {}); });
     return;
   }
+  if (values["unchecked"].as<bool>() && !values["list"].as<bool>())
+    throw UsageError("--unchecked is for --list: what runs is checked", "leave it out");
   const fs::path file = values["config"].as<std::string>();
   const RunPlan plan = read_run_plan(shared_text(world, file), file);
   const std::vector<Task> tasks = chosen_tasks(plan, values);
@@ -243,10 +247,11 @@ void run_pipeline(const Context& context, const std::vector<std::string>& argume
   }
   std::unique_ptr<RunFlags> flags;
   world.on_root([&] {
-    std::vector<std::pair<std::string, const RunElement*>> elements;
-    for (const Task& task : tasks) elements.emplace_back(task.stage->name, &task.element());
-    check_run(plan, elements);
     flags = std::make_unique<RunFlags>(plan);
+    std::vector<std::pair<std::string, const RunElement*>> elements;  // what is finished may have lost its inputs
+    for (const Task& task : tasks)
+      if (!flags->finished(task.id)) elements.emplace_back(task.stage->name, &task.element());
+    if (!elements.empty() && !values["unchecked"].as<bool>()) check_run(plan, elements);
   });
   const bool as_json = values.count("json") > 0;
   if (values["list"].as<bool>() || as_json) {

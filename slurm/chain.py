@@ -188,11 +188,11 @@ def program(environment):
     return [headfold]
 
 
-def read_stages(command, environment, config):
-    """The pipeline as `headfold run --list --json` tells it."""
+def read_stages(command, environment, config, checked=False):
+    """The pipeline as `headfold run --list --json` tells it; checked: refused where a stage would refuse its values, model or files."""
     if not os.path.isfile(config):
         raise Failure("no pipeline at {}".format(config), 65)
-    code, output, errors = execute(command + ["run", "--config", config, "--list", "--json"], environment)
+    code, output, errors = execute(command + ["run", "--config", config, "--list", "--json"] + ([] if checked else ["--unchecked"]), environment)
     if code != 0:
         raise Failure("{} run --config {} --list --json failed with {}:\n{}".format(
             command[0], config, code, errors.strip() or output.strip()), code if code in (64, 65, 74) else 65)

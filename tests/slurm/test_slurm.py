@@ -436,7 +436,7 @@ def test_scripts(arguments, scratch):
     empty = os.path.join(scratch, "empty.env")
     open(empty, "w").close()
     for folder in sorted(glob.glob(os.path.join(arguments.source, "slurm", "examples", "*"))):
-        output = execute([submit, "--config", os.path.join(folder, "pipeline.ini"), "--site", empty, "--dry-run"], nowhere)
+        output = execute([submit, "--config", os.path.join(folder, "pipeline.ini"), "--site", empty, "--unchecked", "--dry-run"], nowhere)
         scripts = {re.search(r"/slurm/(\w+)\.sbatch$", part.split("\n")[0]).group(1): part for part in re.split(r"^# (?=/.*\.sbatch$)", output, flags=re.M)[1:]}
         check(sorted(scripts) == sorted(STAGES), "{}: stages {}".format(folder, sorted(scripts)))
         for stage, text in scripts.items():
@@ -459,6 +459,9 @@ def test_scripts(arguments, scratch):
     execute([submit, "--config", config, "--site", empty, "--dry-run"], dict(nowhere, HEADFOLD_CONTAINER="apptainer"), code=65)
     execute([submit, "--config", config, "--dry-run"], dict(nowhere, HEADFOLD_SITE=""))
     check(not os.path.exists(run), "something was written into {}".format(run))
+    # What a stage would refuse is refused now, unless this machine cannot know; status and cancel never ask.
+    example = os.path.join(arguments.source, "slurm", "examples", "llama2-7b", "pipeline.ini")
+    check("/models/llama2-7b" in execute([submit, "--config", example, "--site", empty, "--dry-run"], nowhere, code=74), "a model that is not there")
     # status and cancel --stop need no Slurm.
     execute([os.path.join(arguments.source, "slurm", "cancel"), "--config", config, "--site", empty, "--stop"], nowhere)
     check(os.path.exists(os.path.join(run, "STOP")), "no STOP file")
