@@ -166,7 +166,7 @@ void Optimizer::finish_gradients() {
 }
 
 double Optimizer::gradient_norm() const {
-  if (!own_gradients_.is_cpu()) {
+  if (in_tensors_) {
     double sum = 0;
     for (const at::Tensor& piece : own_gradients_.split(std::int64_t{1} << 24))
       sum += piece.to(at::kDouble).square().sum().item<double>();

@@ -113,7 +113,7 @@ class Optimizer {
   std::vector<Parameter>* parameters_;
   AdamOptions options_;
   bool shard_;
-  bool in_tensors_ = false;           // the step runs in libtorch's operations
+  bool in_tensors_ = false;           // norm and step run in libtorch's operations
   std::vector<std::int64_t> begins_;  // of the parameters in the flat buffers
   at::Tensor values_, gradients_;     // flat, float32
   at::Tensor own_gradients_;          // with shard: own slices one after the other; otherwise gradients_
