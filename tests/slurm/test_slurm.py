@@ -7,12 +7,14 @@ reference  runs the pipeline with mpirun into DIR: what an undisturbed run gives
 scripts    the examples and dry runs; no Slurm either
 chain      one slurm/submit; results equal those of the reference
 stop       SIGUSR1, scontrol requeue, preemption, STOP: ends in time, goes on, same results
-kill       SIGKILL of a random rank at random moments of every stage (HEADFOLD_SLURM_KILLS per stage, 1 by default)
+limit      a real time limit of a minute: Slurm's signal before it, and a stage that Slurm ends at it; long, hence only when asked
+kill       SIGKILL of a random rank at random moments of every stage: once, ten times when asked
 node       SIGKILL of a slurmd
 disk       a full disk, several times
 hang       a rank that sleeps, one that does not answer at all
 
-Python's standard library only. Exit code 77: Slurm is not installed here, or (disk) nothing may be mounted.
+Python's standard library only. Exit code 77: Slurm is not installed here, (disk) nothing may be mounted, or a long form was not asked for
+(HEADFOLD_LONG_TESTS=1; HEADFOLD_SLURM_KILLS=N for another number of kills).
 """
 
 import argparse
@@ -116,6 +118,7 @@ def say(message):
 
 
 START = time.monotonic()
+LONG = os.environ.get("HEADFOLD_LONG_TESTS", "") not in ("", "0")
 
 
 def execute(command, environment=None, code=0):
@@ -713,8 +716,59 @@ def test_stop(arguments, cluster, scratch):
     cluster.check_nothing_left(run)
 
 
+def test_limit(arguments, cluster, scratch):
+    run = Run(cluster, os.path.join(scratch, "run"), timeout=600)
+
+    def limited(seconds):
+        """The time limit is a minute, and the signal comes so many seconds before it, or up to half a minute earlier."""
+        with open(run.config) as file:
+            text = file.read()
+        with open(run.config, "w") as file:
+            file.write(re.sub(r"time = .*\n(signal-seconds = .*\n)?", "time = 1\nsignal-seconds = {}\n".format(seconds), text, count=1))
+
+    def freeze(stage):
+        """Ranks that compute are stopped: a stage that lasts without costing processor time."""
+        check(run.wait_until_it_computes(stage), "{} was over before it could be stopped".format(stage))
+        ranks = run.ranks(stage)
+        for rank in ranks:
+            os.kill(rank, signal.SIGSTOP)
+        check(len(ranks) == 2, "ranks of {}: {}".format(stage, ranks))
+        return ranks
+
+    # A stage that hangs (for less than --comm-timeout) does not react to signals: Slurm kills it at its limit, and cancels what follows.
+    limited(1)
+    cluster.environment["HEADFOLD_TEST_HANG"] = "1:all-reduce:3"
+    run.submit()
+    del cluster.environment["HEADFOLD_TEST_HANG"]
+    check(run.wait_until_it_computes("calibrate"), "calibrate was over at once")
+    start = time.monotonic()
+    wait_for("Slurm ends the stage", lambda: not cluster.call("squeue", "--noheader").strip(), 240, 0.5)
+    say("ended {:.0f} s after it had begun to compute".format(time.monotonic() - start))
+    check(not run.ranks("calibrate"), "ranks live")
+    check(run.slurm("calibrate")["JobState"] == "TIMEOUT", "the job ended as {}".format(run.slurm("calibrate")["JobState"]))
+    states = {entry["stage"]: entry["state"] for entry in run.status()}
+    check(states["calibrate"] == "failed" and states["report"] == "cancelled", "after the limit: {}".format(states))
+    check(not run.is_finished("calibrate"), "the stage is taken for finished")
+    cluster.check_nothing_left()
+    # The same command goes on. Slurm's signal comes before the limit: saved, 75, requeued.
+    limited(50)
+    run.submit()
+    ranks = freeze("calibrate")
+    start = time.monotonic()
+    # Slurm lets them go on for its signal.
+    wait_for("ranks end before the limit", lambda: not set(run.ranks("calibrate")) & set(ranks), 59, 0.2)
+    say("SIGUSR1 came {:.0f} s after the stage was stopped".format(time.monotonic() - start))
+    run.wait()
+    run.check_finished()
+    log = run.logs("calibrate")
+    check("stopped with everything saved; back into the queue (1 of at most 200)" in log, "not requeued:\n" + log[-5000:])
+    check(int(run.slurm("calibrate")["Restarts"]) >= 1, "restarts of {}".format(run.slurm("calibrate")))
+    check_equal(arguments, arguments.reference, run.folder)
+    cluster.check_nothing_left(run)
+
+
 def test_kill(arguments, cluster, scratch):
-    kills = int(os.environ.get("HEADFOLD_SLURM_KILLS", "1"))
+    kills = int(os.environ.get("HEADFOLD_SLURM_KILLS", "10" if LONG else "1"))
     run = Run(cluster, os.path.join(scratch, "run"), retries=1000)
     run.submit()
     # Kills are spread over how long an undisturbed stage takes, start included.
@@ -811,7 +865,7 @@ def test_hang(arguments, cluster, scratch):
         cluster.check_nothing_left()
 
 
-CASES = {"chain": test_chain, "stop": test_stop, "kill": test_kill, "node": test_node, "disk": test_disk, "hang": test_hang}
+CASES = {"chain": test_chain, "stop": test_stop, "limit": test_limit, "kill": test_kill, "node": test_node, "disk": test_disk, "hang": test_hang}
 
 
 def main():
@@ -829,6 +883,9 @@ def main():
     if arguments.case == "reference":
         make_reference(arguments)
         return 0
+    if arguments.case == "limit" and not LONG:
+        print("skipped: three minutes of waiting; HEADFOLD_LONG_TESTS=1, or launch/test --thorough")
+        return 77
     attempts = 3
     for attempt in range(1, attempts + 1):
         scratch = tempfile.mkdtemp(prefix="hf-slurm-", dir="/tmp")
