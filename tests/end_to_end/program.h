@@ -5,6 +5,7 @@
 #include <headfold/base/files.h>
 #include <sys/types.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cstdlib>
@@ -35,6 +36,25 @@ class Variable {
  private:
   const char* name_;
 };
+
+/// Ranks share memory through files of their own folder instead of /dev/shm: those of a killed rank stay behind, and the
+/// tests of slurm/, which run meanwhile, would take them for theirs.
+class SharedMemoryOfRanks : public testing::Environment {
+ public:
+  void SetUp() override {
+    folder_ = std::filesystem::temp_directory_path() / fmt::format("headfold-shared-{}", ::getpid());
+    std::filesystem::create_directories(folder_);
+    ::setenv("OMPI_MCA_btl_vader_backing_directory", folder_.c_str(), 1);
+  }
+  void TearDown() override {
+    std::error_code code;
+    std::filesystem::remove_all(folder_, code);
+  }
+
+ private:
+  std::filesystem::path folder_;
+};
+inline testing::Environment* const kSharedMemoryOfRanks = testing::AddGlobalTestEnvironment(new SharedMemoryOfRanks);
 
 inline std::string quoted(const std::string& text) {
   std::string result = "'";

@@ -28,20 +28,37 @@ class FinetuneTest : public testing::Test {
   FinetuneTest() : root_(fs::temp_directory_path() / fmt::format("headfold-finetune-{}", ::getpid())) {
     fs::remove_all(root_);
     fs::create_directories(root_);
-    // A folded model to heal, the folds in it poor on purpose.
-    const Outcome folded = run({"convert", "--model", demo_model("prose-llama"), "--kv-heads", "4", "--keys",
-                                "meanpool", "--values", "meanpool", "--out", root_ / "folded"});
-    EXPECT_EQ(folded.code, 0) << folded.output;
+    fs::copy(base(), root_ / "folded");
     std::ifstream text(demo_text("calibration.jsonl"));
     std::ofstream part(root_ / "train.jsonl");
     std::string line;
-    for (int i = 0; i < 40 && std::getline(text, line); ++i) part << line << '\n';
+    for (int i = 0; i < 24 && std::getline(text, line); ++i) part << line << '\n';
     std::ofstream held(root_ / "validation.jsonl");
-    for (int i = 0; i < 4 && std::getline(text, line); ++i) held << line << '\n';
+    for (int i = 0; i < 2 && std::getline(text, line); ++i) held << line << '\n';
   }
   ~FinetuneTest() override {
     std::error_code code;
     fs::remove_all(root_, code);
+  }
+  /// A folded model to heal, the folds in it poor on purpose; made once.
+  static const fs::path& base() {
+    static const struct Folded {
+      Folded() : path(fs::temp_directory_path() / fmt::format("headfold-folded-{}", ::getpid())) {
+        const Outcome made =
+            run_headfold(1,
+                         {"convert", "--model", demo_model("prose-llama"), "--kv-heads", "4", "--keys", "meanpool",
+                          "--values", "meanpool", "--out", path},
+                         path.string() + ".log");
+        EXPECT_EQ(made.code, 0) << made.output;
+      }
+      fs::path path;
+    } folded;
+    return folded.path;
+  }
+  static void TearDownTestSuite() {
+    std::error_code code;
+    fs::remove_all(base(), code);
+    fs::remove(base().string() + ".log", code);
   }
   Outcome run(const Arguments& arguments, int ranks = 1) const {
     return run_headfold(ranks, arguments, root_ / "log", 120);
