@@ -468,6 +468,7 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   listen_for_stop();
   // Activations come and go in many sizes: holes between kept ones cost a tenth of the memory at 7B shapes.
   device::keep_freed_memory(8 << 20);
+  device::reuse_freed_tensors();
   const comm::Communicator& world = context.world;
   const checkpoint::ModelConfig config = checkpoint::read_config(values["model"].as<std::string>());
   Settings s = read_settings(values, config);

@@ -1,4 +1,5 @@
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
 #include <dlfcn.h>
 #include <headfold/base/files.h>
 #include <headfold/base/log.h>
@@ -7,12 +8,40 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <new>
 #include <thread>
+#include <utility>
 
 namespace headfold::device {
+namespace {
+
+/// Tensors in blocks of malloc, aligned inside. It has what libtorch 1.13 (allocate is const) and 2.x (it is not, and
+/// there is copy_data) ask for.
+class PlainBlocks : public c10::Allocator {  // NOLINT(cppcoreguidelines-virtual-class-destructor)
+ public:
+  c10::DataPtr allocate(std::size_t bytes) const {  // NOLINT(modernize-use-override)
+    constexpr std::size_t kAlignment = 64;
+    if (bytes == 0) return {nullptr, nullptr, &std::free, c10::Device(c10::kCPU)};
+    void* const block = std::malloc(bytes + kAlignment);
+    if (block == nullptr) throw std::bad_alloc();
+    const auto aligned = (reinterpret_cast<std::uintptr_t>(block) + kAlignment - 1) / kAlignment * kAlignment;
+    return {reinterpret_cast<void*>(aligned), block, &std::free, c10::Device(c10::kCPU)};
+  }
+  c10::DataPtr allocate(std::size_t bytes) { return std::as_const(*this).allocate(bytes); }              // NOLINT
+  void copy_data(void* to, const void* from, std::size_t bytes) const { std::memcpy(to, from, bytes); }  // NOLINT
+};
+
+}  // namespace
+
+void reuse_freed_tensors() {
+  static PlainBlocks blocks;
+  c10::SetCPUAllocator(&blocks, 1);
+}
 
 void keep_freed_memory(int largest) {
   constexpr int largest_threshold = 32 << 20;  // what glibc accepts on 64-bit machines

@@ -15,6 +15,11 @@ int use_threads(const comm::Communicator& world, int threads);
 /// in main. Larger blocks than `largest` bytes (at most 32 MiB) go back all the same: they are few, and kept ones would
 /// leave holes that nothing else fits into.
 void keep_freed_memory(int largest = 32 << 20);
+/// Makes libtorch's tensors on the CPU fit into the places of freed ones of the same size. Its own allocator asks for
+/// aligned blocks, for which glibc before 2.38 wants a place that is larger than the block: among tensors that live on,
+/// the place of a freed one then fits no other, and every step of a training takes new memory. For all tensors made
+/// after the call. Call once.
+void reuse_freed_tensors();
 /// Gives memory that was freed and kept (keep_freed_memory) back to the kernel: between stages of a job whose sizes
 /// have nothing in common.
 void release_freed_memory();
