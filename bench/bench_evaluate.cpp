@@ -4,15 +4,18 @@
 //
 //   bench_evaluate --model DIR [--text FILE.jsonl] [--questions 50] [--context 200] [--choice 6] [--dtype float32]
 //                  [--max-batch-tokens 4096] [--threads N] [--repeat 3]
+//                  [--task NAME --data-dir DIR [--shots K]]
 //
-// --context and --choice count words of the text. Both scorers answer the same requests right after one another in
-// every repetition, so that a busy machine slows both; the median ratio is printed. The plain scorer computes logits of
-// the scored positions alone, like headfold; "all logits" is what it takes with those of every position, as is common.
+// With --task, the first --questions documents of a task of the suite, or of each task of a group. --context and
+// --choice count words of the text. Both scorers answer the same requests right after one another in every repetition,
+// so that a busy machine slows both; the median ratio is printed. The plain scorer computes logits of the scored
+// positions alone, like headfold; "all logits" is what it takes with those of every position, as is common.
 
 #include <ATen/Parallel.h>
 #include <headfold/base/error.h>
 #include <headfold/calibration/text.h>
 #include <headfold/device/measure.h>
+#include <headfold/evaluation/registry.h>
 #include <headfold/evaluation/responder.h>
 
 #include <time.h>
@@ -55,6 +58,19 @@ std::vector<evaluation::Request> questions(const std::filesystem::path& file, st
   return requests;
 }
 
+/// Requests of a task of the suite.
+std::vector<evaluation::Request> task_requests(const std::string& name, const std::string& data_dir,
+                                               std::int64_t questions, const std::string& shots) {
+  evaluation::SuiteOptions options;
+  options.data_dir = data_dir;
+  options.limit = static_cast<double>(questions);
+  if (!shots.empty()) options.shots = std::strtoll(shots.c_str(), nullptr, 10);
+  std::vector<evaluation::Request> requests;
+  for (const evaluation::BenchmarkTask& task : evaluation::make_tasks({name}, options).tasks)
+    requests.insert(requests.end(), task.requests.begin(), task.requests.end());
+  return requests;
+}
+
 /// One request after the other through the layers.
 class Plain {
  public:
@@ -89,7 +105,9 @@ int run(int argc, char** argv) {
                                                 {"--questions", "50"},
                                                 {"--context", "200"},
                                                 {"--choice", "6"},
-                                                {"--shots", "0"},
+                                                {"--shots", ""},
+                                                {"--task", ""},
+                                                {"--data-dir", ""},
                                                 {"--dtype", "float32"},
                                                 {"--threads", "0"},
                                                 {"--max-batch-tokens", "4096"},
@@ -107,7 +125,10 @@ int run(int argc, char** argv) {
   const checkpoint::Reader reader(options["--model"]);
   const auto tokenizer = tokenizer::load_tokenizer(reader.folder());
   const std::vector<evaluation::Request> requests =
-      questions(options["--text"], number("--questions"), number("--context"), number("--choice"), number("--shots"));
+      options["--task"].empty()
+          ? questions(options["--text"], number("--questions"), number("--context"), number("--choice"),
+                      number("--shots"))
+          : task_requests(options["--task"], options["--data-dir"], number("--questions"), options["--shots"]);
   std::vector<const evaluation::Request*> pointers;
   for (const evaluation::Request& request : requests) pointers.push_back(&request);
   const evaluation::Responder responder(reader, *tokenizer, {},
