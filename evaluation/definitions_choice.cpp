@@ -58,7 +58,7 @@ std::vector<Item> read_science(const FoundSplit& split, const std::string& stem_
                    {stem_key, stem},
                    {"choices", choices.json()},
                    {"answerKey", record.fields["answerKey"]}};
-    item.context = before + stem + after;
+    item.context = fmt::format("{}{}{}", before, stem, after);
     item.choices = choices.texts;
     set_gold(item, label_index(choices.labels, key, record.where, "answerKey"));
     items.push_back(std::move(item));
@@ -165,7 +165,7 @@ std::vector<Item> read_hellaswag(const FoundSplit& split) {
     const std::vector<std::string> endings = text_list_field(record, "endings");
     if (endings.size() != 4)
       throw InputError(fmt::format("{}: key \"endings\" has {} texts, expected 4", record.where, endings.size()));
-    item.context = hellaswag_text(activity + ": " + before + " " + capitalize(after));
+    item.context = hellaswag_text(fmt::format("{}: {} {}", activity, before, capitalize(after)));
     for (const std::string& ending : endings) item.choices.push_back(hellaswag_text(ending));
     set_gold(item, number_field(record, "label", 0, 3));
     const auto copy = [&](const char* key) {
@@ -241,8 +241,8 @@ std::vector<Item> read_boolq(const FoundSplit& split) {
     const bool google = has_field(record, "title");
     const std::string question = text_field(record, "question");
     std::string passage = text_field(record, "passage");
-    if (google) passage = text_field(record, "title") + " -- " + passage;
-    item.context = passage + "\nQuestion: " + question + "?\nAnswer:";
+    if (google) passage = fmt::format("{} -- {}", text_field(record, "title"), passage);
+    item.context = fmt::format("{}\nQuestion: {}?\nAnswer:", passage, question);
     item.choices = {"no", "yes"};
     set_gold(item, number_field(record, has_field(record, "label") ? "label" : (google ? "answer" : "label"), 0, 1));
     item.fields = {
@@ -324,7 +324,7 @@ std::vector<Item> read_lambada(const FoundSplit& split) {
       text = text_field(record, "text");
     } else {
       const std::string context = text_field(record, "context"), continuation = text_field(record, "continuation");
-      text = context + (leading_space_bytes(continuation) == 0 ? " " : "") + continuation;
+      text = fmt::format("{}{}{}", context, leading_space_bytes(continuation) == 0 ? " " : "", continuation);
     }
     const std::size_t space = text.rfind(' ');
     item.context = space == std::string::npos ? "" : text.substr(0, space);

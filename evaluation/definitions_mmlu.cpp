@@ -92,8 +92,8 @@ std::vector<Definition> mmlu_definitions() {
         return std::vector<Place>{{"mmlu/" + file, ""},
                                   {"mmlu/data/" + file, ""},
                                   {"data/" + file, ""},
-                                  {"mmlu/" + name + "/" + split + ".jsonl", ""},
-                                  {"mmlu/" + name + "_" + split + ".jsonl", ""}};
+                                  {fmt::format("mmlu/{}/{}.jsonl", name, split), ""},
+                                  {fmt::format("mmlu/{}_{}.jsonl", name, split), ""}};
       };
       task.evaluated = {"test", places("test"), questions};
       task.shots = {"dev", places("dev"), 5};

@@ -86,7 +86,7 @@ std::pair<std::vector<std::int64_t>, std::vector<std::int64_t>> Encoder::pair(co
     if (!bos_text_.empty() && continuation.starts_with(bos_text_)) ids = encode(continuation);
     const std::int64_t first = prefix();
     if (!ids.empty() && ids.front() == first) ids.erase(ids.begin());
-    return {{first}, std::move(ids)};
+    return {std::vector<std::int64_t>{first}, std::move(ids)};
   }
   const std::string bare = context.substr(0, context.size() - trailing_space(context));
   if (last_context_ == nullptr || bare != last_text_) {

@@ -125,6 +125,7 @@ DocumentScorer choice_scorer(std::vector<std::string> metrics) {
 DocumentScorer true_probability_scorer() {
   return [](const Item& item, const std::vector<Answer>& answers) {
     std::vector<double> values;
+    values.reserve(answers.size());
     for (const Answer& answer : answers) values.push_back(answer.log_likelihood);
     DocumentScore score;
     score.metrics.emplace_back("acc", true_probability(values, item.labels));

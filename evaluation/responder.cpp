@@ -189,10 +189,11 @@ bool Responder::State::score_all(const std::vector<const Request*>& requests, co
   PackingOptions packing{options.max_tokens, options.share};
   std::vector<BatchPlan> plans = plan_batches(sequences, packing, pipeline.config());
   // Ranks without work are worse than small batches.
-  if (std::ssize(plans) < 2 * grid.replicas) {
+  const std::int64_t busy = std::int64_t{2} * grid.replicas;
+  if (std::ssize(plans) < busy) {
     std::int64_t rows = 0;
     for (const BatchPlan& plan : plans) rows += plan.rows;
-    packing.max_tokens = std::min(packing.max_tokens, std::max(kFewestTokens, rows / (2 * grid.replicas)));
+    packing.max_tokens = std::min(packing.max_tokens, std::max(kFewestTokens, rows / busy));
     plans = plan_batches(sequences, packing, pipeline.config());
   }
   const auto replicas = static_cast<std::size_t>(grid.replicas);
