@@ -306,9 +306,9 @@ finetune::MemoryEstimate estimate_of(const Context& context, const Settings& s, 
       finetune::memory_of(config, s.lora, s.dtype, s.train.micro_batch, s.data.length, !s.keep_activations, ranks,
                           s.train.shard_optimizer, live ? teacher : nullptr);
   memory.process = process;
-  // A cached teacher's rows of a micro-batch: copied from the file, joined, those that are scored taken, tokens widened
-  // (4 + 4, 4, 4 + 4 + 8 bytes at the most).
-  if (s.distills() && !s.cache.empty()) memory.teacher += s.train.micro_batch * s.data.length * s.teacher_top * 28;
+  if (s.distills() && !s.cache.empty())
+    finetune::add_cached_teacher(memory, config, s.dtype, s.train.micro_batch, s.data.length, s.teacher_top,
+                                 fs::exists(s.cache) ? nullptr : teacher);
   return memory;
 }
 

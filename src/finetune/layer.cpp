@@ -523,12 +523,13 @@ at::Tensor TrainableLayer::attention_backward(const Pass& pass, LayerState& stat
   if (value_up_.defined())
     dheads = HeadProducts{pass.value(value_up_.weight), config_.heads, 1, repeat}.backward(
         state.attended, dattended, pass.gradient(value_up_.weight));
-  at::Tensor dx = wants_input ? rows_like(dattended, config_.hidden) : at::Tensor();
-  const at::Tensor dqueries = rows_like(dattended, q_.out);
+  const auto input_gradient = [&] { return wants_input ? rows_like(dattended, config_.hidden) : at::Tensor(); };
   if (fused_) {
+    const at::Tensor dqueries = rows_like(dattended, q_.out);
     const auto part = [&](const at::Tensor& x, std::int64_t i) { return fused_part(x, i, config_.heads, d); };
     attend_backward(plan, part(state.queries, 0), part(state.queries, 1), part(state.queries, 2), heads_of(dheads, d),
                     part(dqueries, 0), part(dqueries, 1), part(dqueries, 2));
+    at::Tensor dx = input_gradient();
     project_backward(pass, q_, state.q, state.normed, dqueries, dx, true);
     return dx;
   }
@@ -561,6 +562,7 @@ at::Tensor TrainableLayer::attention_backward(const Pass& pass, LayerState& stat
   if (rebuilds)
     dk = HeadProducts{pass.value(key_up_.weight), widths_.source_heads, widths_.source_heads / widths_.shape.kv_heads}
              .backward(state.latents, dk, pass.gradient(key_up_.weight));
+  at::Tensor dx = input_gradient();
   project_backward(pass, q_, state.q, state.normed, dq, dx, true);
   project_backward(pass, k_, state.k, state.normed, dk, dx, false);
   project_backward(pass, v_, state.v, state.normed, dv, dx, false);

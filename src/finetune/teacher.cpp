@@ -34,6 +34,10 @@ TeacherView LiveTeacher::view(const Batch& batch, std::span<const std::int64_t>)
   return view;
 }
 
+std::int64_t teacher_chunk_rows(std::int64_t vocab) {
+  return std::max<std::int64_t>(1, (std::int64_t{16} << 20) / vocab);
+}
+
 void write_teacher_cache(const comm::Communicator& world, const std::filesystem::path& path, const LiveTeacher& teacher,
                          const std::string& fingerprint, const Dataset& data, std::int64_t width,
                          std::int64_t micro_batch, const std::function<void(double)>& advance) {
@@ -83,7 +87,7 @@ void write_teacher_cache(const comm::Communicator& world, const std::filesystem:
       const auto rows = static_cast<std::int64_t>(sequences.size());
       at::Tensor log_probs = at::zeros({rows * data.length(), width}, at::kFloat);
       at::Tensor tokens = at::zeros({rows * data.length(), width}, at::kInt);
-      const std::int64_t chunk = std::max<std::int64_t>(1, (std::int64_t{16} << 20) / vocab);
+      const std::int64_t chunk = teacher_chunk_rows(vocab);
       for (std::int64_t begin = 0; begin < scored.numel(); begin += chunk) {
         const std::int64_t end = std::min(scored.numel(), begin + chunk);
         const auto [top, which] =

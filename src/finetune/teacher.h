@@ -59,6 +59,9 @@ std::filesystem::path validation_cache(const std::filesystem::path& file);
 /// Bytes of such a file.
 std::uint64_t teacher_cache_bytes(const Dataset& data, std::int64_t width);
 
+/// Positions whose logits are formed at a time while such a file is written: 64 MiB of them.
+std::int64_t teacher_chunk_rows(std::int64_t vocab);
+
 /// Runs every sequence of `data` through `teacher` and writes its `width` most probable tokens by position. Ranks share
 /// the sequences; the file appears when it is complete. Collective. `advance` is called on every rank with the
 /// sequences just finished over all ranks (estimated). IoError, also when the space does not suffice.

@@ -128,5 +128,10 @@ std::int64_t process_bytes();
 MemoryEstimate memory_of(const checkpoint::ModelConfig& config, const LoraOptions& options, at::ScalarType dtype,
                          std::int64_t batch, std::int64_t tokens, bool activation_checkpointing, std::int64_t ranks,
                          bool shard_optimizer, const checkpoint::ModelConfig* teacher);
+/// Adds what distillation from cached rows of `width` tokens needs to an estimate without a teacher: rows of a batch of
+/// `batch` sequences of `tokens`, and, beyond all that, the writing of the file where `writer` has yet to do that.
+void add_cached_teacher(MemoryEstimate& memory, const checkpoint::ModelConfig& config, at::ScalarType dtype,
+                        std::int64_t batch, std::int64_t tokens, std::int64_t width,
+                        const checkpoint::ModelConfig* writer);
 
 }  // namespace headfold::finetune
