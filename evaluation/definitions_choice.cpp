@@ -309,6 +309,7 @@ std::vector<Item> read_truthfulqa(const FoundSplit& split, const std::string& us
     if (used == "mc1_targets" && std::count(item.labels.begin(), item.labels.end(), 1) != 1)
       throw InputError(fmt::format("{}: key \"mc1_targets\" has more than one choice with the label 1", record.where));
     set_gold(item, first);
+    if (used == "mc2_targets") item.target = "0";  // the harness's doc_to_target, whatever the labels are
     items.push_back(std::move(item));
   }
   return items;

@@ -33,6 +33,7 @@ const std::vector<NamedText>& named_texts() {
     };
     PerplexityText& rolling = add("wikitext", "word perplexity of WikiText-2 pages, as the harness", wiki, wikitext);
     rolling.rolling = true;
+    rolling.published = 62;
     rolling.recipe = "WikiText-2 test, pages detokenised, rolling windows";
     PerplexityText& blocks = add("wikitext2", "perplexity of WikiText-2 in blocks, as papers", wiki, wikitext);
     blocks.rows = true;
@@ -67,7 +68,7 @@ std::string joined_text(const PerplexityText& text) {
   } else {
     const std::string raw = read_file(text.file);
     tokenizer::check_utf8(raw, text.file.string());
-    documents = text_rows(raw);
+    documents = text_rows(tokenizer::unix_lines(raw));
     if (!text.rows) {
       // Sentences: one per line, without its break and the space Penn Treebank's files put at both ends.
       std::vector<std::string> sentences;

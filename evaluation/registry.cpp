@@ -243,6 +243,10 @@ BenchmarkTask make_task(const Definition& definition, const SuiteOptions& option
   }
   task.documents_original = static_cast<std::int64_t>(items->size());
   const std::int64_t count = limited_count(task.documents_original, options.limit);
+  // Elsewhere the first documents stand for all of them; here lengths and depths come one after the other.
+  if (definition.make && count < task.documents_original)
+    task.notes.push_back(fmt::format("the first {} of {} documents only: other lengths and depths are left out", count,
+                                     task.documents_original));
 
   std::vector<std::string> shots;
   if (files.shots) {
@@ -258,6 +262,10 @@ BenchmarkTask make_task(const Definition& definition, const SuiteOptions& option
   }
   items->resize(static_cast<std::size_t>(count));
   task.requests = make_requests(*items, count, shots, rules);
+  for (Request& request : task.requests) {
+    const std::string& where = (*items)[static_cast<std::size_t>(request.document)].where;
+    request.source = definition.name + (where.empty() ? "" : ", " + where);
+  }
   task.config = configuration(definition, options, task.shots, task.output_type);
   for (std::int64_t d = 0; d < count; ++d) {
     Item& item = (*items)[static_cast<std::size_t>(d)];
@@ -530,6 +538,10 @@ std::string listing_text(const std::vector<TaskListing>& tasks) {
       places += fmt::format("  {}, {}: {}\n", task.name, file.purpose, fmt::join(file.wanted, ", "));
     }
     if (!task.ready()) missing.push_back(fmt::format("  {}: {}", task.name, task.obtain));
+    for (const FileListing& file : task.files)
+      if (task.ready() && file.purpose == "shots" && file.found.empty())
+        missing.push_back(fmt::format("  {}, examples for the prompt ({}): {}", task.name,
+                                      fs::path(file.wanted[0]).filename().string(), task.obtain));
   }
   if (documents.subjects > 0) {
     for (const SubjectFiles* files : {&documents, &shots}) {

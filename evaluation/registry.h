@@ -56,6 +56,7 @@ struct PerplexityText {
   bool rows = false;           ///< documents are the file's lines, each with its newline, blank ones empty (blocks)
   std::int64_t documents = 0;  ///< only the first so many, which the file must have; 0: all
   std::int64_t blocks = 0;     ///< only the first so many windows; 0: all
+  std::int64_t published = 0;  ///< documents of the published text (rolling); 0: not known
   std::string recipe;          ///< for people
 };
 /// The one text of a blocks form. IoError, CorruptFile (file, line), InputError (too few documents, no text).

@@ -19,6 +19,7 @@ struct Request {
   std::string continuation;         ///< log_likelihood only; brings its own leading space
   std::vector<std::string> stops;   ///< generation only: the task's stop strings, in order; the end of text is added
   std::int64_t max_new_tokens = 0;  ///< generation only
+  std::string source = {};  ///< for messages: the task, and where in which file the document stands; may be empty
 };
 
 /// What the model said, in the order of the requests.

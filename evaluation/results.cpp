@@ -43,9 +43,10 @@ bool higher_is_better(const std::string& metric) {
   return metric == "top1_agreement";
 }
 
-/// [text, "id"] of a special token as tokenizer_config.json or special_tokens_map.json names it; null where there is
-/// none.
-OrderedJson special_token(const fs::path& folder, const std::string& key, std::int64_t id) {
+/// [text, "id"] of a special token as tokenizer_config.json or special_tokens_map.json names it, else as the tokenizer
+/// itself does; null where there is none.
+OrderedJson special_token(const fs::path& folder, const std::string& key, const tokenizer::Tokenizer& tokenizer,
+                          std::int64_t id) {
   OrderedJson text = nullptr;
   for (const char* name : {"tokenizer_config.json", "special_tokens_map.json"}) {
     if (!text.is_null() || !fs::exists(folder / name)) continue;
@@ -57,6 +58,7 @@ OrderedJson special_token(const fs::path& folder, const std::string& key, std::i
       text = value.at("content").get<std::string>();
   }
   if (text.is_null() && id < 0) return nullptr;
+  if (text.is_null()) text = tokenizer.token_text(id);
   return OrderedJson::array({text, id < 0 ? OrderedJson(nullptr) : OrderedJson(std::to_string(id))});
 }
 
@@ -194,6 +196,9 @@ OrderedJson describe_model(const checkpoint::Reader& reader, at::ScalarType comp
   model["name"] = folder.filename().string();
   model["folder"] = reader.folder().string();
   model["fingerprint"] = reader.fingerprint();
+  // What was done to the weights: SHA-256 of the conversion's record.
+  const fs::path record = reader.folder() / "headfold.json";
+  model["conversion"] = fs::exists(record) ? OrderedJson(sha256_hex(read_file(record))) : OrderedJson(nullptr);
   model["layout"] = checkpoint::name_of(config.layout);
   model["kv_heads"] = config.kv_heads;
   model["heads"] = config.heads;
@@ -377,9 +382,9 @@ OrderedJson harness_results(const RunInfo& run, const Results& all) {
   file["pretty_env_info"] = run.environment;
   for (const char* key : {"transformers_version", "lm_eval_version", "upper_git_hash"}) file[key] = nullptr;
   const std::int64_t eos = run.tokenizer->eos();
-  file["tokenizer_pad_token"] = special_token(folder, "pad_token", -1);
-  file["tokenizer_eos_token"] = special_token(folder, "eos_token", eos);
-  file["tokenizer_bos_token"] = special_token(folder, "bos_token", run.tokenizer->bos());
+  file["tokenizer_pad_token"] = special_token(folder, "pad_token", *run.tokenizer, -1);
+  file["tokenizer_eos_token"] = special_token(folder, "eos_token", *run.tokenizer, eos);
+  file["tokenizer_bos_token"] = special_token(folder, "bos_token", *run.tokenizer, run.tokenizer->bos());
   file["eot_token_id"] = eos >= 0 ? OrderedJson(eos) : OrderedJson(nullptr);
   file["max_length"] = run.max_length;
   file["task_hashes"] = hashes;

@@ -132,7 +132,11 @@ Task perplexity_task(const tokenizer::Tokenizer& tokenizer, const PerplexityText
     TextSource source;
     source.files = {text.file};
     source.bos = bos;
-    return rolling_task(tokenizer, source, length, limit);
+    Task task = rolling_task(tokenizer, source, length, limit);
+    if (text.published > 0 && task.items_original != text.published)
+      task.recipe += fmt::format("; {} pages, the published text has {}: not comparable with published figures",
+                                 task.items_original, text.published);
+    return task;
   }
   Task task;
   task.kind = TaskKind::blocks;

@@ -297,6 +297,10 @@ Definition user_definition(const std::filesystem::path& file, const std::filesys
           std::string::npos)
     throw InputError(
         fmt::format("{} is {}, expected letters, digits and _ . - only", json.source("task"), shown(task.name)));
+  constexpr std::size_t kLongest = 100;  // file names are made of it
+  if (task.name.size() > kLongest)
+    throw InputError(
+        fmt::format("{} has {} characters, at most {} are allowed", json.source("task"), task.name.size(), kLongest));
   task.about = json.text("about", "described by " + file.filename().string());
   task.version = json.text("version", "1.0");
   task.obtain = json.text("obtain", "the file named in " + file.string());

@@ -435,6 +435,8 @@ OrderedJson own_facts(const Context& context, const EvaluateOptions& options, co
   benchmarks["repeated"] = run.repeated;
   benchmarks["seconds"] = run.request_seconds;
   benchmarks["tokens_computed"] = run.computed_tokens;
+  if (run.request_seconds > 0 && run.computed_tokens > 0)
+    benchmarks["tokens_per_second"] = static_cast<double>(run.computed_tokens) / run.request_seconds;
   benchmarks["tokens_one_by_one"] = run.asked_tokens;
   benchmarks["continuations_cut"] = run.cut;
   benchmarks["skipped"] = OrderedJson::array();
@@ -451,6 +453,26 @@ OrderedJson own_facts(const Context& context, const EvaluateOptions& options, co
   for (const evaluation::TaskGroup& group : work.suite.groups)
     if (!group.notes.empty()) benchmarks["notes"][group.name] = group.notes;
   return facts;
+}
+
+/// All tasks, or those that --tasks names.
+void list_tasks(const EvaluateOptions& options) {
+  const fs::path& folder = options.suite.data_dir;
+  if (!folder.empty() && !fs::is_directory(folder))
+    throw IoError(folder.string(), "--data-dir names no folder");
+  std::vector<evaluation::TaskListing> tasks = evaluation::list_tasks(options.suite, !folder.empty());
+  if (!options.names.empty()) {
+    evaluation::SuiteOptions known = options.suite;
+    known.skip_missing = true;
+    evaluation::check_tasks(options.names, known);
+    const auto named = [&](const std::string& name) {
+      return std::find(options.names.begin(), options.names.end(), name) != options.names.end();
+    };
+    std::erase_if(tasks, [&](const evaluation::TaskListing& task) {
+      return !named(task.name) && std::none_of(task.groups.begin(), task.groups.end(), named);
+    });
+  }
+  std::cout << evaluation::listing_text(tasks) << std::flush;
 }
 
 }  // namespace
@@ -472,9 +494,7 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
             evaluate_job_options(), arguments));
   const bool speaks = context.world.root();
   if (options.list) {
-    if (speaks)
-      std::cout << evaluation::listing_text(evaluation::list_tasks(options.suite, !options.suite.data_dir.empty()))
-                << std::flush;
+    context.world.on_root([&] { list_tasks(options); });
     return;
   }
   // From here on a signal, or a file STOP in the output folder, ends the job in good order: with everything that is

@@ -81,7 +81,7 @@ std::vector<std::string> read_documents(const std::vector<std::filesystem::path>
     if (text.starts_with(byte_order_mark)) text.remove_prefix(byte_order_mark.size());
     if (!lines) {
       tokenizer::check_utf8(text, path.string());
-      documents.emplace_back(text);
+      documents.push_back(tokenizer::unix_lines(text));
       bytes += text.size();
       continue;
     }

@@ -172,11 +172,15 @@ class Writer {
                             points(change_of(m)), averaged_.size(), averaged_.size() == 1 ? "" : "s",
                             percent(*average(averaged_, m, false))));
       if (tested > 0)
-        words.add(lost == 0 ? "; no loss is significant"
-                            : fmt::format("; the loss is significant on {} of {}", lost, tested));
+        words.add((lost == 0 ? "; no loss is significant"
+                             : fmt::format("; the loss is significant on {} of {}", lost, tested)) +
+                  (tested < averaged_.size() ? fmt::format(" ({} of {} could be tested)", tested, averaged_.size())
+                                             : std::string()));
       words.add(". ");
     }
-    if (words.empty()) words.add("Scores on the same documents; there is nothing to compare them with yet.");
+    if (words.empty())
+      words.add(models_.size() > 1 ? "Scores of each model; no average can be compared with the original's."
+                                   : "Scores of one model; there is nothing to compare them with yet.");
     return words;
   }
 

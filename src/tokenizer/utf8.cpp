@@ -107,6 +107,18 @@ void append_utf8(std::string& text, char32_t value) {
   }
 }
 
+std::string unix_lines(std::string_view text) {
+  std::string lines;
+  lines.reserve(text.size());
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    if (text[i] != '\r')
+      lines.push_back(text[i]);
+    else if (i + 1 == text.size() || text[i + 1] != '\n')
+      lines.push_back('\n');
+  }
+  return lines;
+}
+
 bool is_white_space(char32_t value) {
   if (value < 0x80) return value == 0x20 || (value >= 0x09 && value <= 0x0D);
   switch (value) {

@@ -17,6 +17,9 @@ void check_utf8(std::string_view text, std::string_view what);
 /// Well-formed UTF-8 from any bytes: each maximal broken part becomes one U+FFFD, as the Unicode standard recommends.
 std::string replace_invalid_utf8(std::string_view bytes);
 
+/// `text` with the line ends CR LF and CR as LF, as Python reads text files.
+std::string unix_lines(std::string_view text);
+
 struct CodePoint {
   char32_t value;
   std::size_t bytes;  ///< length of its UTF-8 form, 1 to 4

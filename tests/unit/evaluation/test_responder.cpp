@@ -367,7 +367,10 @@ TEST(Responder, a_broken_model_and_impossible_requests_are_refused) {
   const Model demo(demo_model("prose-llama"));
   // The whole world encodes: an empty continuation fails on the rank that has it.
   if (world().size() == 1) {
-    EXPECT_THAT(refused(demo, scored(3, 1, "What", "")), HasSubstr("a continuation without a token"));
+    Request empty = scored(3, 1, "What", "");
+    EXPECT_THAT(refused(demo, empty), HasSubstr("a continuation without a token"));
+    empty.source = "lambada_openai, test.jsonl, line 4";
+    EXPECT_THAT(refused(demo, empty), HasSubstr("lambada_openai, test.jsonl, line 4: request 1"));
     EXPECT_THAT(refused(demo, scored(3, 1, " ", ""), {.bos = tokenizer::Bos::never}), HasSubstr("without a token"));
   }
   Request long_one = prompts(1, 6).front();

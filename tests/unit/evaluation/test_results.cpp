@@ -118,6 +118,8 @@ TEST(Results, file_has_every_key_and_the_numbers_follow_from_the_samples) {
   EXPECT_EQ(file["n-samples"]["rolling"]["original"], rolling.items_original);
   EXPECT_EQ(file["tokenizer_bos_token"][1], "1");
   EXPECT_EQ(file["tokenizer_eos_token"][1], "2");
+  EXPECT_EQ(file["tokenizer_bos_token"][0], "<s>");  // from tokenizer.model, as there is no tokenizer_config.json
+  EXPECT_EQ(file["tokenizer_eos_token"][0], "</s>");
   EXPECT_EQ(file["higher_is_better"]["ppl_blocks@32"]["perplexity"], false);
   EXPECT_EQ(file["higher_is_better"]["ppl_blocks@32"]["top1_agreement"], true);
   EXPECT_EQ(file["config"]["model_num_parameters"], 6843648) << "parameters of the demo model, counted from its shapes";
@@ -307,6 +309,25 @@ TEST(Results, benchmarks_stand_beside_perplexities_key_by_key) {
   EXPECT_THAT(table, testing::ContainsRegex("acc +↑ +0.5000 +± +0.5000"));
   EXPECT_THAT(table, testing::ContainsRegex("loss +↓ +0.2500 +± +N/A"));
   fs::remove_all(folder);
+}
+
+TEST(WikiText, with_other_pages_is_not_comparable) {
+  const ScratchFolder folder;
+  if (world().root()) write_file(folder / "wiki.test.raw", " = A = \r\n One page .\r\n = B = \n Another page .\n");
+  world().barrier("written");
+  const auto tokenizer = tokenizer::load_tokenizer(demo_model("prose-llama"));
+  PerplexityText text;
+  text.name = "wikitext";
+  text.rolling = true;
+  text.file = folder / "wiki.test.raw";
+  text.published = 62;
+  const Task two = perplexity_task(*tokenizer, text, 64, tokenizer::Bos::model_default, 0);
+  EXPECT_EQ(two.items_original, 2);
+  EXPECT_EQ(two.documents.at(0).original, " = A = \n One page .");
+  EXPECT_THAT(two.recipe, testing::HasSubstr("2 pages, the published text has 62: not comparable"));
+  text.published = 2;
+  EXPECT_THAT(perplexity_task(*tokenizer, text, 64, tokenizer::Bos::model_default, 0).recipe,
+              testing::Not(testing::HasSubstr("comparable")));
 }
 
 }  // namespace

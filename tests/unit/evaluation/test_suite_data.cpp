@@ -176,6 +176,22 @@ TEST(BadData, is_refused_with_file_line_and_field) {
   }
 }
 
+TEST(Documents, of_truthfulqa_have_the_harness_target) {
+  ScratchFolder folder;
+  write_file(folder / "truthfulqa/mc_task.json",
+             R"([{"question":"q","mc1_targets":{"a":0,"b":1},"mc2_targets":{"a":0,"b":1,"c":1}}])");
+  SuiteOptions options;
+  options.data_dir = folder.path();
+  const Suite suite = make_tasks({"truthfulqa_mc1", "truthfulqa_mc2"}, options);
+  EXPECT_EQ(suite.tasks.at(0).documents.at(0).target, "1");
+  EXPECT_EQ(suite.tasks.at(1).documents.at(0).target, "0");  // doc_to_target: 0, whatever is true
+  for (const BenchmarkTask& task : suite.tasks)
+    for (const Request& request : task.requests) {
+      EXPECT_THAT(request.source, HasSubstr(task.name + ", "));
+      EXPECT_THAT(request.source, HasSubstr("mc_task.json"));
+    }
+}
+
 /// A file that lacks something is damaged; --skip-missing is for files that are not there.
 TEST(BadData, skip_missing_does_not_pass_over_it) {
   ScratchFolder scratch;

@@ -445,6 +445,10 @@ TEST(Retrieval, prompts_fill_the_length_and_hide_at_the_depth) {
     EXPECT_EQ(scored.metrics[2].name, "acc@512");
     EXPECT_EQ(scored.metrics[2].value, 0);
   }
+  EXPECT_TRUE(one_task("needle", options).notes.empty());
+  options.limit = 3;
+  EXPECT_THAT(one_task("needle", options).notes, testing::ElementsAre(HasSubstr("the first 3 of")));
+  options.limit = 0;
   options.retrieval.lengths = {1000};
   EXPECT_THROW(one_task("needle", options), UsageError);
   options.retrieval.lengths = {10};

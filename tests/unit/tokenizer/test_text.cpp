@@ -47,6 +47,10 @@ TEST(ReadDocumentsTest, text_files_are_one_document_and_lines_many) {
               ElementsAre("first\nsecond\n", "one", "twö\n", "last line without end", "mark"));
   EXPECT_THAT(read_documents({folder / "b.jsonl", folder / "a.txt"}),
               ElementsAre("one", "twö\n", "last line without end", "first\nsecond\n"));
+  // Line ends as Python reads them; JSON says itself what it means.
+  write_file(folder / "ends.txt", "a\r\nb\rc\r\r\n\nd\r");
+  write_file(folder / "ends.jsonl", "{\"text\": \"a\\r\\nb\"}\r\n");
+  EXPECT_THAT(read_documents({folder / "ends.txt", folder / "ends.jsonl"}), ElementsAre("a\nb\nc\n\n\nd\n", "a\r\nb"));
   write_file(folder / "d.jsonl", "\xEF\xBB\xBF{\"prompt\": \"p\", \"text\": \"t\"}\n{\"prompt\": \"\"}\n");
   EXPECT_THAT(read_documents({folder / "d.jsonl"}, "prompt"), ElementsAre("p", ""));
 }
