@@ -24,34 +24,44 @@ void add_identities(const fs::path& path, Identities& identities) {
     identities[path.string()] = file_identity(path);
     return;
   }
-  for (const char* name : {"config.json", "headfold.json", "model.safetensors.index.json"})
+  for (const char* name : {"config.json", "headfold.json", "model.safetensors.index.json", "tokenizer.model",
+                           "tokenizer.json", "tokenizer_config.json"})
     if (fs::exists(path / name, code)) identities[(path / name).string()] = file_identity(path / name);
   for (auto entry = fs::directory_iterator(path, code); !code && entry != fs::directory_iterator();
        entry.increment(code)) {
-    if (entry->path().extension() != ".safetensors") continue;
-    std::error_code unknown;
-    const std::uintmax_t size = fs::file_size(entry->path(), unknown);
-    identities[entry->path().string()] = unknown ? kAbsent : fmt::format("{} bytes", size);
+    if (entry->path().extension() == ".safetensors") identities[entry->path().string()] = file_identity(entry->path());
   }
 }
 
 }  // namespace
 
 std::string file_identity(const fs::path& path) {
-  constexpr std::uintmax_t kPart = std::uintmax_t{1} << 16;
+  // Weights of one shape have one size, and most of what tells two models apart may lie in a few matrices: parts are
+  // closer to one another than a matrix of a large model is long.
+  constexpr std::uintmax_t kWhole = std::uintmax_t{64} << 20, kPart = std::uintmax_t{1} << 16;
+  constexpr std::uintmax_t kSample = 4096, kStep = std::uintmax_t{8} << 20, kMostSamples = 1024;
   std::error_code code;
   if (!fs::is_regular_file(path, code)) return kAbsent;
   const std::uintmax_t size = fs::file_size(path, code);
   std::ifstream file(path, std::ios::binary);
   if (code || !file) return kAbsent;
   Sha256 hash;
-  std::string part(static_cast<std::size_t>(std::min(size, kPart)), '\0');
-  for (const std::uintmax_t begin : {std::uintmax_t{0}, size - part.size()}) {
+  std::string part;
+  const auto add = [&](std::uintmax_t begin, std::uintmax_t bytes) {
+    part.resize(static_cast<std::size_t>(bytes));
     file.seekg(static_cast<std::streamoff>(begin));
-    file.read(part.data(), static_cast<std::streamsize>(part.size()));
-    if (!file) return kAbsent;
+    file.read(part.data(), static_cast<std::streamsize>(bytes));
     hash.update(part);
+  };
+  if (size <= kWhole) {
+    for (std::uintmax_t begin = 0; begin < size && file; begin += kPart) add(begin, std::min(kPart, size - begin));
+  } else {
+    add(0, kPart);
+    const std::uintmax_t step = std::max(kStep, size / kMostSamples);
+    for (std::uintmax_t begin = step; begin < size - kPart && file; begin += step) add(begin, kSample);
+    add(size - kPart, kPart);
   }
+  if (!file) return kAbsent;
   return fmt::format("{} bytes, {}", size, hash.hex().substr(0, 16));
 }
 

@@ -9,8 +9,9 @@
 
 namespace headfold::comm {
 
-/// What tells one file from another within milliseconds, on any file system: size and a hash of its first and last 64
-/// KiB ("1234 bytes, 1f0c…"); "not there" for what is absent or cannot be read.
+/// What tells one file from another quickly: size and a hash ("1234 bytes, 1f0c…"), of everything up to 64 MiB, else of
+/// its first and last 64 KiB and of 4 KiB every 8 MiB (at most 1024 times); "not there" for what is absent or cannot be
+/// read.
 std::string file_identity(const std::filesystem::path& path);
 
 /// Throws InputError on every rank when ranks see different `paths`: it names the first such file, who sees what, and

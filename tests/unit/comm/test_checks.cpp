@@ -1,6 +1,7 @@
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
 #include <headfold/comm/checks.h>
+#include <fstream>
 
 #include <gmock/gmock.h>
 
@@ -13,6 +14,17 @@ namespace {
 
 using testing::HasSubstr;
 using testing_support::world;
+
+TEST(FileIdentityTest, samples_large_files) {
+  const testing_support::ScratchFolder folder;
+  const fs::path file = folder / fmt::format("file{}", world().rank());
+  write_file(file, "");
+  fs::resize_file(file, (std::uintmax_t{65} << 20) + 5);  // sparse
+  const std::string first = file_identity(file);
+  EXPECT_THAT(first, HasSubstr("68157445 bytes, "));
+  std::fstream(file, std::ios::in | std::ios::out | std::ios::binary).seekp(std::streamoff{40} << 20) << 'x';
+  EXPECT_NE(file_identity(file), first);
+}
 
 TEST(FileIdentityTest, sees_size_head_and_tail) {
   const testing_support::ScratchFolder folder;
@@ -29,6 +41,10 @@ TEST(FileIdentityTest, sees_size_head_and_tail) {
   write_file(file, content);
   EXPECT_NE(file_identity(file), first);
   content.front() = 'a';
+  content[150000] = 'b';
+  write_file(file, content);
+  EXPECT_NE(file_identity(file), first);
+  content[150000] = 'a';
   content.back() = 'b';
   write_file(file, content);
   EXPECT_NE(file_identity(file), first);
@@ -59,6 +75,17 @@ TEST(RequireSameFilesTest, difference_is_named_with_ranks_and_hosts) {
   EXPECT_THAT(message, HasSubstr("rank 1 on " + Environment::host() + ": 3 bytes"));
   EXPECT_THAT(message, HasSubstr(": 2 bytes"));
   world().barrier("first difference seen");
+  // Weights of the same size, as two folds of one model are.
+  write_file(own / "model" / "config.json", "{}");
+  write_file(own / "model" / "model.safetensors", world().rank() == 1 ? "one" : "two");
+  message.clear();
+  try {
+    require_same_files(world(), {"model"});
+  } catch (const InputError& error) {
+    message = error.what();
+  }
+  EXPECT_THAT(message, HasSubstr("model/model.safetensors is not the same file for all ranks"));
+  world().barrier("second difference seen");
   // A folder that one rank does not see.
   if (world().rank() == 0) fs::remove_all(own / "model");
   message.clear();
