@@ -25,7 +25,7 @@ struct ResponderOptions {
   std::int64_t hidden_bytes = std::int64_t{1} << 30;   ///< bound on waiting hidden states per rank (streamed layers)
   std::int64_t cache_bytes = std::int64_t{2} << 30;    ///< bound on the KV cache of generation per replica
   std::int64_t most_slots = 64;                        ///< texts that are generated together at most
-  double round_seconds = 20;                           ///< aimed at between two calls of `finished`
+  double round_seconds = 10;                           ///< aimed at between two calls of `finished`
 };
 
 /// InputError naming `what` unless 1 <= new_tokens < max_length.

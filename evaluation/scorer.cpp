@@ -163,10 +163,12 @@ std::vector<WindowScore> Scorer::score(const std::vector<Window>& windows, const
       own.push_back(&batches[b]);
       ids.push_back(padded_ids(batches[b], windows));
     }
+    double round_tokens = 0;  // of all replicas
+    for (std::size_t b = round; b < round_end; ++b)
+      for (const std::size_t window : batches[b].windows)
+        round_tokens += static_cast<double>(windows[window].inputs.size());
     const auto progress = [&](double micro_batches_done) {
-      if (!advance) return;
-      const auto tokens = static_cast<double>(own.front()->length) * static_cast<double>(own.front()->windows.size());
-      advance(micro_batches_done * tokens * static_cast<double>(replicas) / (two ? 2.0 : 1.0));
+      if (advance) advance(micro_batches_done / static_cast<double>(own.size()) * round_tokens / (two ? 2.0 : 1.0));
     };
     std::vector<at::Tensor> reference_hidden(own.size());
     if (!own.empty()) {

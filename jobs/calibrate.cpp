@@ -437,7 +437,8 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
     tokens_here = tokens_all - static_cast<double>(dealt_with * settings.length);
     own_batches = micro_batches;
     if (dealt_with > 0) emit_event("resume", {{"step", dealt_with}, {"of", settings.samples}, {"unit", "sequence"}});
-    progress = std::make_unique<Progress>("calibrate", "tokens", tokens_here, world.root());
+    progress = std::make_unique<Progress>("calibrate", "tokens", tokens_all, world.root());
+    progress->skip(tokens_all - tokens_here);
   };
   // Rank 0's share stands for all: the replicas have equal work.
   collected.progress = [&](double done) {

@@ -29,6 +29,11 @@ double Progress::seconds() const {
   return std::chrono::duration<double>(Clock::now() - start_).count();
 }
 
+void Progress::skip(double amount) {
+  done_ += amount;
+  skipped_ += amount;
+}
+
 void Progress::advance(double amount) {
   done_ += amount;
   set_latest_progress(what_, unit_, done_, total_);
@@ -39,7 +44,7 @@ void Progress::advance(double amount) {
   const bool ended = !told_end_ && done_ >= total_ * (1 - 1e-9);
   if (!due && told_first_ && !ended) return;
   const double elapsed = seconds();
-  const double rate = elapsed > 0 ? done_ / elapsed : 0;
+  const double rate = elapsed > 0 ? (done_ - skipped_) / elapsed : 0;
   emit_progress(what_, unit_, done_, total_, rate);
   told_first_ = true;
   told_end_ = told_end_ || ended;

@@ -14,6 +14,8 @@ class Progress {
   Progress(std::string what, std::string unit, double total, bool active, double every_seconds = 10.0);
   /// Adds finished work. On every rank a test point "progress WHAT" (base/test_point.h).
   void advance(double amount);
+  /// Adds work that was finished before this run: it counts, but not for the rate.
+  void skip(double amount);
   /// Seconds since construction.
   double seconds() const;
   double done() const { return done_; }
@@ -23,7 +25,7 @@ class Progress {
   std::string what_;
   std::string unit_;
   double total_;
-  double done_ = 0;
+  double done_ = 0, skipped_ = 0;
   bool active_;
   bool told_first_ = false, told_end_ = false;  // by event
   double every_seconds_;

@@ -62,6 +62,13 @@ TEST_F(EventsTest, lines_say_who_what_and_when) {
   EXPECT_EQ(lines[2].at("eta_s"), 0);
   EXPECT_EQ(lines[3].at("resident_bytes"), 5);
   EXPECT_EQ(latest_progress(), "fold: 3/3 layer");
+  // What an earlier run did counts, at no rate.
+  Progress resumed("fold", "layer", 1e9, true);
+  resumed.skip(9e8);
+  resumed.advance(1);
+  const Json last = lines_of(file_).back();
+  EXPECT_EQ(last.at("step"), 900000001);
+  EXPECT_LT(last.at("rate").get<double>(), 1e8);
 }
 
 TEST_F(EventsTest, ranks_that_do_not_speak_only_fail) {

@@ -42,7 +42,13 @@ WindowScore plain_score(const model::Decoder& decoder, const model::Decoder* ref
 
 std::vector<WindowScore> scores_of(const checkpoint::Reader& model, const checkpoint::Reader* reference,
                                    const comm::Grid& grid, const Task& task, ScorerOptions options) {
-  return Scorer(model, reference, grid, options).score(task.windows, task.name);
+  double told = 0;
+  auto scores =
+      Scorer(model, reference, grid, options).score(task.windows, task.name, [&](double tokens) { told += tokens; });
+  if (world().root()) {
+    EXPECT_NEAR(told, static_cast<double>(task.input_tokens()), 1e-6 * told) << "tokens by progress";
+  }
+  return scores;
 }
 
 void expect_equal_bits(const std::vector<WindowScore>& a, const std::vector<WindowScore>& b) {
