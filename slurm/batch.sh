@@ -13,11 +13,11 @@
 set -euo pipefail
 
 batch_say() {
-  printf '%s %s\n' "$(date '+%F %T')" "$*"
+  printf '%s %s\n' "$(date '+%F %T')" "$*" || true  # a full disk must not end the script here
 }
 
 batch_refuse() {
-  printf 'headfold batch script: %s\n' "$1" >&2
+  printf 'headfold batch script: %s\n' "$1" >&2 || true
   exit "${2:-64}"
 }
 
@@ -82,7 +82,11 @@ batch_check_node() {
 batch_check_nodes() {
   local code=0
   export HEADFOLD_TOKEN=$HEADFOLD_FOLDER/slurm/.token-$SLURM_JOB_ID
-  echo "$SLURM_JOB_ID" >"$HEADFOLD_TOKEN" || batch_refuse "cannot write into $HEADFOLD_FOLDER/slurm" 74
+  if ! echo "$SLURM_JOB_ID" >"$HEADFOLD_TOKEN"; then
+    batch_say "cannot write into $HEADFOLD_FOLDER/slurm: is the disk full?"
+    rm -f "$HEADFOLD_TOKEN"
+    return 74
+  fi
   srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
     ${container_options[@]+"${container_options[@]}"} \
     bash -c "$(declare -f batch_check_node); batch_check_node \"\$@\"" headfold-check "${program[@]}" || code=$?
@@ -162,7 +166,8 @@ run_stage() {
   mkdir -p "$HEADFOLD_FOLDER/slurm"
   failures_file=$HEADFOLD_FOLDER/slurm/.failures-$stage-$element
   # Slurm's SIGTERM is for the ranks, which save and stop; this script waits for them.
-  trap 'batch_say "SIGTERM"' TERM
+  local asked=false
+  trap 'asked=true; batch_say "SIGTERM"' TERM
 
   batch_program
   batch_say "stage $stage, element $element; job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)); nodes ${SLURM_JOB_NODELIST:-?}"
@@ -177,7 +182,11 @@ run_stage() {
     grep -qw "${HEADFOLD_MPI:-pmix}" <<<"$mpi_types" ||
       batch_refuse "this Slurm has no --mpi=${HEADFOLD_MPI:-pmix}; 'srun --mpi=list' says: $mpi_types (HEADFOLD_MPI in site.env)"
     batch_check_nodes || code=$?
-    if ((code != 0)); then batch_say "the nodes named above are not fit for the job"; fi
+    case "$code" in
+      0) ;;
+      138 | 143) batch_say "the check of the nodes was interrupted" ;;
+      *) batch_say "the nodes are not fit for the job, for the reasons above" ;;
+    esac
   fi
 
   if ((code == 0)); then
@@ -205,20 +214,31 @@ run_stage() {
       rm -f "$failures_file"
       batch_requeue "stopped with everything saved"
       ;;
-    # SIGUSR1 or SIGTERM came before headfold listened to them.
-    138 | 143) batch_requeue "stopped before it had begun" ;;
+    # SIGUSR1 came before headfold listened to it.
+    138) batch_requeue "stopped before it had begun" ;;
     64 | 65) ;;
     *)
+      # Of SIGTERM before headfold listens, only this script knows whether somebody asked for it: srun sends it to the others when a rank dies.
+      if ((code == 143)) && { $asked || ! batch_still_running; }; then
+        batch_requeue "stopped before it had begun"
+        exit "$code"
+      fi
       failures=$(cat "$failures_file" 2>/dev/null) || failures=0
-      failures=$((failures + 1))
+      failures=$((${failures:-0} + 1))
       if ! batch_still_running; then
         batch_say "Slurm is ending this job"
-      elif ((failures > retries)); then
-        rm -f "$failures_file"
-        batch_say "failed $failures times in a row: given up (max-retries is $retries)"
       else
-        echo "$failures" >"$failures_file" || batch_refuse "cannot count failures in $failures_file" "$code"
-        batch_requeue "failed $failures times in a row"
+        # Where failures cannot be counted, every start is taken for one.
+        if ((failures <= retries)) && ! echo "$failures" 2>/dev/null >"$failures_file"; then
+          failures=$((${SLURM_RESTART_COUNT:-0} + 1))
+          batch_say "cannot count failures in $failures_file: is the disk full?"
+        fi
+        if ((failures > retries)); then
+          rm -f "$failures_file"
+          batch_say "failed $failures times in a row: given up (max-retries is $retries)"
+        else
+          batch_requeue "failed $failures times in a row"
+        fi
       fi
       ;;
   esac

@@ -248,6 +248,10 @@ def write_file(path, text, mode=0o644):
         os.chmod(temporary, mode)
         os.rename(temporary, path)
     except OSError as error:
+        try:
+            os.remove(temporary)
+        except OSError:
+            pass
         raise Failure("cannot write {}: {}".format(path, error.strerror), 74)
 
 
@@ -352,6 +356,8 @@ def query_states(jobs, folder, environment):
             if not script or stage_of_script(script.group(1), folder) != stages[job]:
                 continue
             members = array_members(fields["ArrayTaskId"]) if "ArrayTaskId" in fields else [0]
+            if members and members[0] > 2**31:  # an array that ended before it was split up
+                members = [member for (number, member) in jobs.values() if str(number) == job]
             for member in members:
                 states[(job, member)] = {
                     "state": fields["JobState"], "reason": fields.get("Reason", ""), "restarts": int(fields.get("Restarts", 0)),
