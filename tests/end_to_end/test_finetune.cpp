@@ -44,11 +44,10 @@ class FinetuneTest : public testing::Test {
   static const fs::path& base() {
     static const struct Folded {
       Folded() : path(fs::temp_directory_path() / fmt::format("headfold-folded-{}", ::getpid())) {
-        const Outcome made =
-            run_headfold(1,
-                         {"convert", "--model", demo_model("prose-llama"), "--kv-heads", "4", "--keys", "meanpool",
-                          "--values", "meanpool", "--out", path},
-                         path.string() + ".log");
+        const Outcome made = run_headfold(1,
+                                          {"convert", "--model", demo_model("prose-llama"), "--kv-heads", "4", "--keys",
+                                           "meanpool", "--values", "meanpool", "--out", path},
+                                          path.string() + ".log");
         EXPECT_EQ(made.code, 0) << made.output;
       }
       fs::path path;
