@@ -37,8 +37,8 @@ class Variable {
   const char* name_;
 };
 
-/// Ranks share memory through files of their own folder instead of /dev/shm: those of a killed rank stay behind, and the
-/// tests of slurm/, which run meanwhile, would take them for theirs.
+/// Ranks share memory through files of their own folder instead of /dev/shm: those of a killed rank stay behind, and
+/// the tests of slurm/, which run meanwhile, would take them for theirs.
 class SharedMemoryOfRanks : public testing::Environment {
  public:
   void SetUp() override {
