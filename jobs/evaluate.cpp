@@ -458,8 +458,7 @@ OrderedJson own_facts(const Context& context, const EvaluateOptions& options, co
 /// All tasks, or those that --tasks names.
 void list_tasks(const EvaluateOptions& options) {
   const fs::path& folder = options.suite.data_dir;
-  if (!folder.empty() && !fs::is_directory(folder))
-    throw IoError(folder.string(), "--data-dir names no folder");
+  if (!folder.empty() && !fs::is_directory(folder)) throw IoError(folder.string(), "--data-dir names no folder");
   std::vector<evaluation::TaskListing> tasks = evaluation::list_tasks(options.suite, !folder.empty());
   if (!options.names.empty()) {
     evaluation::SuiteOptions known = options.suite;
