@@ -194,7 +194,7 @@ TEST_F(FinetuneTest, memory_is_what_the_plan_says) {
   };
   const std::string wide = root_ / "wide";
   // Blocks below the 8 MiB that go back to the kernel, over several steps: places of freed ones must be taken again.
-  const fs::path projected = root_ / "projected";
+  const fs::path projected = root_ / "folded-projected";
   const Outcome folded =
       run({"convert", "--model", demo_model("prose-llama"), "--kv-heads", "4", "--keys", "post-rotation",
            "--key-metric", "weights", "--values", "svd", "--value-metric", "weights", "--out", projected});
