@@ -145,7 +145,7 @@ class Description {
     return optional<std::vector<std::string>>(json_, key, fallback, file_.string());
   }
   std::string one_of(const std::string& key, const std::vector<std::string>& allowed) {
-    const std::string value = text(key, allowed[0]);
+    std::string value = text(key, allowed[0]);
     if (std::find(allowed.begin(), allowed.end(), value) == allowed.end())
       throw InputError(
           fmt::format("{} is {}, expected one of: {}", source(key), shown(value), fmt::join(allowed, ", ")));

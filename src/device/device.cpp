@@ -29,8 +29,9 @@ class PlainBlocks : public c10::Allocator {  // NOLINT(cppcoreguidelines-virtual
     if (bytes == 0) return {nullptr, nullptr, &std::free, c10::Device(c10::kCPU)};
     void* const block = std::malloc(bytes + kAlignment);
     if (block == nullptr) throw std::bad_alloc();
-    const auto aligned = (reinterpret_cast<std::uintptr_t>(block) + kAlignment - 1) / kAlignment * kAlignment;
-    return {reinterpret_cast<void*>(aligned), block, &std::free, c10::Device(c10::kCPU)};
+    const std::size_t past = reinterpret_cast<std::uintptr_t>(block) % kAlignment;
+    char* const aligned = static_cast<char*>(block) + (past == 0 ? 0 : kAlignment - past);
+    return {aligned, block, &std::free, c10::Device(c10::kCPU)};
   }
   c10::DataPtr allocate(std::size_t bytes) { return std::as_const(*this).allocate(bytes); }              // NOLINT
   void copy_data(void* to, const void* from, std::size_t bytes) const { std::memcpy(to, from, bytes); }  // NOLINT
