@@ -86,6 +86,7 @@ class Bench {
   double timed(const std::function<void()>& work) const {
     work();
     std::vector<double> times;
+    times.reserve(static_cast<std::size_t>(settings_.repeat));
     for (int i = 0; i < settings_.repeat; ++i) times.push_back(bench::seconds(work));
     return std::max(1e-9, median(times));
   }

@@ -89,7 +89,7 @@ po::variables_map read_values(const std::string& job, const po::options_descript
 po::variables_map parse(const Context& context, const std::string& job, const std::string& usage,
                         const po::options_description& own, const std::vector<std::string>& arguments,
                         const std::string& positional) {
-  const po::variables_map values = read_values(job, own, arguments, positional);
+  po::variables_map values = read_values(job, own, arguments, positional);
   if (values.count("help") > 0) {
     po::options_description all(120, 60);
     all.add(own).add(common_options());

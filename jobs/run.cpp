@@ -240,6 +240,7 @@ void run_pipeline(const Context& context, const std::vector<std::string>& argume
   const std::vector<Task> tasks = chosen_tasks(plan, values);
   if (predicts) {
     std::vector<PredictedElement> elements;
+    elements.reserve(tasks.size());
     for (const Task& task : tasks)
       elements.push_back({task.stage->name, task.element().name, task.element().arguments, task.element().output});
     world.on_root([&] { predict_run(values, elements); });

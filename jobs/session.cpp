@@ -203,6 +203,7 @@ void open_session(const Context& context, const std::string& job, const po::vari
   if (world.size() == 1 && chooses && may_use_gpu && rank_facts[0].gpus.empty())
     rank_facts[0].gpus = device::visible_gpus();
   std::vector<device::RankGpus> seen;
+  seen.reserve(rank_facts.size());
   for (const RankFacts& facts : rank_facts)
     seen.push_back({facts.machine, may_use_gpu ? facts.gpus : std::vector<std::string>()});
   // A GPU named by its number is everybody's own choice.

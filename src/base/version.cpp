@@ -20,6 +20,7 @@ int find_build_id(dl_phdr_info* info, std::size_t, void* result) {
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const ElfW(Phdr)& part = info->dlpi_phdr[i];
     if (part.p_type != PT_NOTE) continue;
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): dl_iterate_phdr gives addresses as numbers
     const auto* at = reinterpret_cast<const unsigned char*>(info->dlpi_addr + part.p_vaddr);
     const auto* end = at + part.p_memsz;
     const auto padded = [](std::size_t bytes) { return (bytes + 3) / 4 * 4; };

@@ -174,7 +174,7 @@ std::string origin_of(const Reader& reader, const std::string& prefix, const std
 
 /// Rounds once, from float64 to the stored dtype; a value that does not fit is an error, not an infinity.
 at::Tensor rounded(const at::Tensor& tensor, const std::string& dtype, const Reader& reader, const std::string& name) {
-  const at::Tensor result = tensor.to(checkpoint::scalar_type(dtype)).contiguous();
+  at::Tensor result = tensor.to(checkpoint::scalar_type(dtype)).contiguous();
   // A sum that is finite has finite terms, at a tenth of the time that looking at each takes.
   const double sum = result.sum(at::kFloat).item<double>();
   if (!std::isfinite(sum) && !at::isfinite(result).all().item<bool>()) {

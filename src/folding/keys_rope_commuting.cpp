@@ -99,7 +99,7 @@ Problem band_problem(const GroupWeights& group, const LayerMoments* moments, Met
 linalg::LowRank place_band(Basis& basis, const Problem& problem, const GroupWeights& group, std::int64_t band,
                            double weight_ridge) {
   const auto [slots, of_heads] = band_index(group, band);
-  const linalg::LowRank kept =
+  linalg::LowRank kept =
       linalg::weighted_low_rank(problem.sigma, problem.lambda, 2 * band, problem.lambda.empty() ? 0.0 : weight_ridge);
   basis.encoder = basis.encoder.clone();
   basis.decoder = basis.decoder.clone();

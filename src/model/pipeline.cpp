@@ -7,6 +7,7 @@
 #include <deque>
 #include <future>
 #include <optional>
+#include <utility>
 
 namespace headfold::model {
 namespace {
@@ -139,13 +140,14 @@ struct Pipeline::State {
   Route route(int first_stage) const { return {&grid.pipeline, links[first_stage % 2].get()}; }
 };
 
-Pipeline::Pipeline(const checkpoint::Reader& reader, const comm::Grid& grid, PipelineOptions options)
+Pipeline::Pipeline(const checkpoint::Reader& reader, const comm::Grid& grid, PipelineOptions given)
     : state_(std::make_unique<State>()) {
-  if (options.dtype != at::kFloat && options.dtype != at::kBFloat16)
-    throw UsageError(fmt::format("models compute in float32 or bfloat16, not {}", c10::toString(options.dtype)));
+  if (given.dtype != at::kFloat && given.dtype != at::kBFloat16)
+    throw UsageError(fmt::format("models compute in float32 or bfloat16, not {}", c10::toString(given.dtype)));
   state_->reader = &reader;
   state_->grid = grid;
-  state_->options = options;
+  state_->options = std::move(given);
+  const PipelineOptions& options = state_->options;
   range_ = stage_layers(reader.config(), grid.stages)[static_cast<std::size_t>(grid.stage)];
   if (options.residency == Residency::resident) {
     if (grid.first_stage()) state_->embedding.emplace(reader, options.dtype);

@@ -213,7 +213,8 @@ class Collector {
       }
     }
     // Groups that were asked for without their parts, or that name themselves, are tasks like any other.
-    for (auto& [group, parts] : parts_) {
+    for (auto& [name, parts] : parts_) {
+      const std::string& group = name;
       std::erase_if(parts, [&](const std::string& part) { return part == group || !tasks_.contains(part); });
       for (const std::string& part : parts) above_[part].insert(group);
     }

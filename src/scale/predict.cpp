@@ -128,6 +128,7 @@ int choose_stages(int given, int world, std::int64_t layers, double budget, cons
 
 std::vector<int> peers_of(int stage, int stages, int replicas) {
   std::vector<int> ranks;
+  ranks.reserve(static_cast<std::size_t>(replicas));
   for (int replica = 0; replica < replicas; ++replica) ranks.push_back(replica * stages + stage);
   return ranks;
 }
@@ -344,8 +345,8 @@ Prediction predict(const Rates& rates, const Cluster& cluster, const CalibrateSt
       ranges.empty() ? 0 : std::max_element(ranges.begin(), ranges.end(), [](const auto& a, const auto& b) {
                              return a.size() < b.size();
                            })->size();
-  builder.files("writing statistics", "statistics",
-                static_cast<double>((most_layers + replicas - 1) / replicas) * layer_bytes);
+  const std::int64_t written_layers = (most_layers + replicas - 1) / replicas;  // by one rank
+  builder.files("writing statistics", "statistics", static_cast<double>(written_layers) * layer_bytes);
   result.moved.written = static_cast<double>(config.layers) * layer_bytes;
 
   const double device = widest_stage(config, settings, stages).total();
@@ -372,7 +373,8 @@ Prediction predict(const Rates& rates, const Cluster& cluster, const ConvertStag
     Share share;
     const auto [begin, end] = folding::share_of(config.layers * kept, rank, world);
     if (end > begin) {
-      const auto layers = static_cast<double>((end - 1) / kept - begin / kept + 1);
+      const std::int64_t touched = (end - 1) / kept - begin / kept + 1;
+      const auto layers = static_cast<double>(touched);
       const double groups = static_cast<double>(end - begin) / static_cast<double>(kept);
       share.read += layers * (work.read_weights + work.read_statistics);
       share.plan = groups * work.plan;
