@@ -10,7 +10,6 @@ Asked ask(const comm::Communicator& world, const Responder& responder, const std
   Asked result;
   std::vector<const Request*> open;  // one of each question without an answer
   std::vector<std::string> open_keys;
-  std::vector<const BenchmarkTask*> open_tasks;
   std::unordered_map<std::string, std::size_t> position;
   constexpr auto kKnown = static_cast<std::size_t>(-1);
   std::vector<std::vector<std::size_t>> source(tasks.size());  // by task and request: index into `open`
@@ -31,7 +30,6 @@ Asked ask(const comm::Communicator& world, const Responder& responder, const std
       if (fresh) {
         open.push_back(&requests[r]);
         open_keys.push_back(key);
-        open_tasks.push_back(&tasks[t]);
       } else {
         ++result.repeated;
       }
@@ -43,10 +41,6 @@ Asked ask(const comm::Communicator& world, const Responder& responder, const std
   std::size_t answered = 0;
   ResponderHooks hooks;
   hooks.progress = options.progress;
-  hooks.name = [&](std::size_t index) {
-    return fmt::format("{}: request {} of document {}", open_tasks[index]->name, open[index]->index,
-                       open[index]->document);
-  };
   hooks.finished = [&](const std::vector<std::size_t>& indices, const std::vector<Answer>& answers) {
     answered += indices.size();
     if (options.store != nullptr) {

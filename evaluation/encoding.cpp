@@ -19,11 +19,9 @@ std::size_t trailing_space(std::string_view text) {
 }
 
 [[noreturn]] void refuse(const Request& request, const char* what) {
-  throw InputError(
-      fmt::format("{}: request {} of document {} (both counted from 0) has {}: context \"{}\", continuation \"{}\"",
-                  request.source.empty() ? "a request" : request.source, request.index, request.document, what,
-                  request.context.substr(0, 60), request.continuation.substr(0, 60)),
-      "the harness scores continuations of at least one token after a context of at least one");
+  throw InputError(fmt::format("{} (both counted from 0) has {}: context \"{}\", continuation \"{}\"", name_of(request),
+                               what, request.context.substr(0, 60), request.continuation.substr(0, 60)),
+                   "the harness scores continuations of at least one token after a context of at least one");
 }
 
 }  // namespace

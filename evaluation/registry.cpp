@@ -491,14 +491,25 @@ bool TaskListing::ready() const {
                      [](const FileListing& file) { return file.purpose != "documents" || !file.found.empty(); });
 }
 
-std::vector<TaskListing> list_tasks(const SuiteOptions& options, bool checksums) {
+std::vector<TaskListing> list_tasks(const SuiteOptions& options, bool checksums,
+                                    const std::vector<std::string>& names) {
+  std::set<std::string> chosen;
+  SuiteOptions whatever_is_there = options;
+  whatever_is_there.skip_missing = true;
+  use_names(names, whatever_is_there,
+            {[](const NamedGroup&) {}, [&](const NamedText& text, const fs::path&) { chosen.insert(text.text.name); },
+             [&](const Definition& definition) { chosen.insert(definition.name); },
+             [&](const std::string& name, const MissingData&) { chosen.insert(name); }});
+  const auto wanted = [&](const std::string& name) { return names.empty() || chosen.contains(name); };
   std::vector<TaskListing> all;
   for (const NamedText& entry : named_texts()) {
+    if (!wanted(entry.text.name)) continue;
     TaskListing listing{entry.text.name, entry.about, groups_of(entry.text.name), {}, entry.obtain};
     listing.files.push_back(list_place("documents", entry.split, false, options, checksums));
     all.push_back(std::move(listing));
   }
   for (const Definition& task : all_definitions(options)) {
+    if (!wanted(task.name)) continue;
     TaskListing listing{task.name, task.about, groups_of(task.name), {}, task.obtain};
     const auto add = [&](const std::string& purpose, const Split& split, bool labels) {
       FileListing file = list_place(purpose, split, labels, options, checksums);
@@ -537,9 +548,12 @@ std::string listing_text(const std::vector<TaskListing>& tasks) {
                  file.found.empty() ? "no" : file.found.string(), file.sha256, first ? task.about : ""});
       places += fmt::format("  {}, {}: {}\n", task.name, file.purpose, fmt::join(file.wanted, ", "));
     }
-    if (!task.ready()) missing.push_back(fmt::format("  {}: {}", task.name, task.obtain));
+    if (!task.ready()) {
+      missing.push_back(fmt::format("  {}: {}", task.name, task.obtain));
+      continue;
+    }
     for (const FileListing& file : task.files)
-      if (task.ready() && file.purpose == "shots" && file.found.empty())
+      if (file.purpose == "shots" && file.found.empty())
         missing.push_back(fmt::format("  {}, examples for the prompt ({}): {}", task.name,
                                       fs::path(file.wanted[0]).filename().string(), task.obtain));
   }

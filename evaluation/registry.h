@@ -123,8 +123,10 @@ struct TaskListing {
   std::string obtain;              ///< where to get them on a connected machine
   bool ready() const;              ///< all files but those of shots are there
 };
-/// Every task, those of `options.user_tasks` too. `checksums`: hash the found files (large ones take a while).
-std::vector<TaskListing> list_tasks(const SuiteOptions& options, bool checksums);
+/// Every task, those of `options.user_tasks` too, or those that `names` stand for, as in make_tasks(). `checksums`:
+/// hash the found files (large ones take a while). UsageError for unknown names.
+std::vector<TaskListing> list_tasks(const SuiteOptions& options, bool checksums,
+                                    const std::vector<std::string>& names = {});
 /// The same as a table for the terminal: a row per file, the subjects of mmlu together; below it all places, the
 /// groups, and how to obtain what is missing. The checksum of several files is the SHA-256 of their checksums, one
 /// after the other in the order of their names.

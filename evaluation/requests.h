@@ -1,6 +1,8 @@
 #pragma once
 // What a benchmark asks of a model: continuations to score and texts to generate, by document.
 
+#include <fmt/format.h>
+
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -21,6 +23,12 @@ struct Request {
   std::int64_t max_new_tokens = 0;  ///< generation only
   std::string source = {};  ///< for messages: the task, and where in which file the document stands; may be empty
 };
+
+/// What messages call a request: "request 2 of document 7", after its source; both are counted from 0.
+inline std::string name_of(const Request& request) {
+  return fmt::format("{}{}request {} of document {}", request.source, request.source.empty() ? "" : ": ", request.index,
+                     request.document);
+}
 
 /// What the model said, in the order of the requests.
 struct Answer {

@@ -126,23 +126,16 @@ struct Responder::State {
     }
   }
 
-  static std::string name_of(const std::vector<const Request*>& requests, std::size_t index,
-                             const ResponderHooks& hooks) {
-    if (hooks.name) return hooks.name(index);
-    return fmt::format("request {} of document {}", requests[index]->index, requests[index]->document);
-  }
-
   /// InputError for what the model cannot read, before anything is computed.
-  void check(const std::vector<const Request*>& requests, const std::vector<EncodedRequest>& encoded,
-             const ResponderHooks& hooks) {
+  void check(const std::vector<const Request*>& requests, const std::vector<EncodedRequest>& encoded) {
     for (std::size_t i = 0; i < requests.size(); ++i) {
       const Request& request = *requests[i];
       if (request.type == RequestType::generation) {
-        check_new_tokens(name_of(requests, i, hooks), request.max_new_tokens, options.max_length);
+        check_new_tokens(name_of(request), request.max_new_tokens, options.max_length);
       } else if (std::ssize(encoded[i].continuation) > options.max_length && work.cut++ == 0 && grid.world.root()) {
         spdlog::warn(
             "{}: a continuation of {} tokens, and the model reads {}: only its end is scored (the harness refuses it)",
-            name_of(requests, i, hooks), encoded[i].continuation.size(), options.max_length);
+            name_of(request), encoded[i].continuation.size(), options.max_length);
       }
     }
   }
@@ -158,7 +151,7 @@ struct Responder::State {
       if (!std::isfinite(answer.log_likelihood))
         throw InputError(
             fmt::format("{}: the log-likelihood of {} is not finite (NaN or infinite logits)", reader.folder().string(),
-                        name_of(requests, all.indices[i], hooks)),
+                        name_of(*requests[all.indices[i]])),
             "the weights or the compute dtype are at fault: try --dtype float32, or headfold inspect on the model");
       answers[all.indices[i]] = answer;
     }
@@ -352,7 +345,7 @@ std::vector<Answer> Responder::answer(const std::vector<Request>& requests, cons
 std::vector<Answer> Responder::answer(const std::vector<const Request*>& requests, const ResponderHooks& hooks) const {
   std::vector<Answer> answers(requests.size());
   const std::vector<EncodedRequest> encoded = encode_requests(state_->grid.world, state_->encoder, requests);
-  state_->check(requests, encoded, hooks);
+  state_->check(requests, encoded);
   std::vector<std::size_t> scored, generated;
   for (std::size_t i = 0; i < requests.size(); ++i)
     (requests[i]->type == RequestType::generation ? generated : scored).push_back(i);

@@ -38,8 +38,6 @@ struct ResponderHooks {
   std::function<bool(const std::vector<std::size_t>& indices, const std::vector<Answer>& answers)> finished;
   /// Work done since the last call over all ranks, in requests.
   std::function<void(double requests)> progress;
-  /// What messages call a request; "request 2 of document 7" by default.
-  std::function<std::string(std::size_t index)> name;
 };
 
 /// Continuations are scored without padding: sequences of a batch stand one after the other, and what two of them

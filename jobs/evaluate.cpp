@@ -459,19 +459,8 @@ OrderedJson own_facts(const Context& context, const EvaluateOptions& options, co
 void list_tasks(const EvaluateOptions& options) {
   const fs::path& folder = options.suite.data_dir;
   if (!folder.empty() && !fs::is_directory(folder)) throw IoError(folder.string(), "--data-dir names no folder");
-  std::vector<evaluation::TaskListing> tasks = evaluation::list_tasks(options.suite, !folder.empty());
-  if (!options.names.empty()) {
-    evaluation::SuiteOptions known = options.suite;
-    known.skip_missing = true;
-    evaluation::check_tasks(options.names, known);
-    const auto named = [&](const std::string& name) {
-      return std::find(options.names.begin(), options.names.end(), name) != options.names.end();
-    };
-    std::erase_if(tasks, [&](const evaluation::TaskListing& task) {
-      return !named(task.name) && std::none_of(task.groups.begin(), task.groups.end(), named);
-    });
-  }
-  std::cout << evaluation::listing_text(tasks) << std::flush;
+  std::cout << evaluation::listing_text(evaluation::list_tasks(options.suite, !folder.empty(), options.names))
+            << std::flush;
 }
 
 }  // namespace

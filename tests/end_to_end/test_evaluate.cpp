@@ -207,10 +207,15 @@ TEST(Evaluate, lists_tasks_and_skips_only_when_asked) {
   for (const char* expected : {"arc_easy", "mmlu", "gsm8k", "ARC-Easy-Test.jsonl"})
     EXPECT_THAT(outcome.output, HasSubstr(expected));
   EXPECT_THAT(outcome.output, HasSubstr("arc_easy, examples for the prompt (ARC-Easy-Train.jsonl): https"));
-  outcome = run_headfold(1, {"evaluate", "--list", "--tasks", "arc,piqa", "--data-dir", run / "data"}, run / "log.txt");
+  outcome = run_headfold(1, {"evaluate", "--list", "--tasks", "arc,piqa,c4,mmlu", "--data-dir", run / "data"},
+                         run / "log.txt");
   ASSERT_EQ(outcome.code, 0) << outcome.output;
-  EXPECT_THAT(outcome.output,
-              testing::AllOf(HasSubstr("\narc_challenge "), HasSubstr("\npiqa "), testing::Not(HasSubstr("\ngsm8k "))));
+  EXPECT_THAT(
+      outcome.output,
+      testing::AllOf(HasSubstr("\narc_challenge "), HasSubstr("\npiqa "), HasSubstr("\nc4-palu "), HasSubstr("\nmmlu "),
+                     testing::Not(HasSubstr("\ngsm8k ")), testing::Not(HasSubstr("\nc4-svdllm "))));
+  outcome = run_headfold(1, {"evaluate", "--list", "--tasks", "arc_hard"}, run / "log.txt");
+  EXPECT_EQ(outcome.code, 64) << outcome.output;
   outcome = run_headfold(1, {"evaluate", "--list", "--data-dir", run / "nowhere"}, run / "log.txt");
   EXPECT_EQ(outcome.code, 74) << outcome.output;
   EXPECT_THAT(outcome.output, HasSubstr("nowhere"));
