@@ -219,15 +219,13 @@ run_stage() {
     64 | 65) ;;
     *)
       # Of SIGTERM before headfold listens, only this script knows whether somebody asked for it: srun sends it to the others when a rank dies.
-      if ((code == 143)) && { $asked || ! batch_still_running; }; then
+      if ((code == 143)) && $asked; then
         batch_requeue "stopped before it had begun"
-        exit "$code"
-      fi
-      failures=$(cat "$failures_file" 2>/dev/null) || failures=0
-      failures=$((${failures:-0} + 1))
-      if ! batch_still_running; then
+      elif ! batch_still_running; then
         batch_say "Slurm is ending this job"
       else
+        failures=$(cat "$failures_file" 2>/dev/null) || failures=0
+        failures=$((${failures:-0} + 1))
         # Where failures cannot be counted, every start is taken for one.
         if ((failures <= retries)) && ! echo "$failures" 2>/dev/null >"$failures_file"; then
           failures=$((${SLURM_RESTART_COUNT:-0} + 1))

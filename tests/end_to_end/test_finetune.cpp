@@ -188,39 +188,37 @@ TEST_F(FinetuneTest, memory_is_what_the_plan_says) {
                 .code,
             0);
   struct Case {
-    const char* name;
+    std::string name;
+    fs::path model;
     Arguments more;
     int ranks;
   };
-  const std::string wide = root_ / "wide";
+  const fs::path wide = root_ / "wide";
   // Blocks below the 8 MiB that go back to the kernel, over several steps: places of freed ones must be taken again.
   const fs::path projected = root_ / "folded-projected";
   const Outcome folded =
       run({"convert", "--model", demo_model("prose-llama"), "--kv-heads", "4", "--keys", "post-rotation",
            "--key-metric", "weights", "--values", "svd", "--value-metric", "weights", "--out", projected});
   ASSERT_EQ(folded.code, 0) << folded.output;
+  const Arguments once = {"--steps", "1", "--batch", "2"};
+  const auto with = [](Arguments some, const Arguments& more) {
+    some.insert(some.end(), more.begin(), more.end());
+    return some;
+  };
   const std::vector<Case> cases = {
-      {"float32", {"--dtype", "float32", "--seq-len", "512"}, 1},
-      {"bfloat16", {"--dtype", "bfloat16", "--seq-len", "1024", "--micro-batch", "2", "--merge"}, 2},
-      {"teacher", {"--dtype", "float32", "--seq-len", "256", "--teacher", wide}, 1},
-      {"full", {"--dtype", "float32", "--seq-len", "256", "--full"}, 1},
-      {"projected", {"--dtype", "float32", "--seq-len", "96", "--batch", "32", "--micro-batch", "32"}, 1},
+      {"float32", wide, with(once, {"--dtype", "float32", "--seq-len", "512"}), 1},
+      {"bfloat16", wide, with(once, {"--dtype", "bfloat16", "--seq-len", "1024", "--micro-batch", "2", "--merge"}), 2},
+      {"teacher", wide, with(once, {"--dtype", "float32", "--seq-len", "256", "--teacher", wide}), 1},
+      {"full", wide, with(once, {"--dtype", "float32", "--seq-len", "256", "--full"}), 1},
+      {"projected",
+       projected,
+       {"--steps", "4", "--batch", "32", "--micro-batch", "32", "--dtype", "float32", "--seq-len", "96"},
+       1},
   };
   for (const Case& one : cases) {
-    const bool small = one.name == std::string("projected");
-    Arguments arguments = {"finetune",
-                           "--model",
-                           small ? projected.string() : wide,
-                           "--data",
-                           root_ / "train.jsonl",
-                           "--threads",
-                           "1",
-                           "--steps",
-                           small ? "4" : "1",
-                           "--out",
-                           root_ / one.name};
-    if (!small) arguments.insert(arguments.end(), {"--batch", "2"});
-    arguments.insert(arguments.end(), one.more.begin(), one.more.end());
+    const Arguments arguments = with({"finetune", "--model", one.model, "--data", root_ / "train.jsonl", "--threads",
+                                      "1", "--out", root_ / one.name},
+                                     one.more);
     Arguments planned = arguments;
     planned.emplace_back("--dry-run");
     const Outcome plan = run(planned, one.ranks);

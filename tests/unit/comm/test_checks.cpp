@@ -1,9 +1,10 @@
 #include <headfold/base/error.h>
 #include <headfold/base/files.h>
 #include <headfold/comm/checks.h>
-#include <fstream>
 
 #include <gmock/gmock.h>
+
+#include <fstream>
 
 #include <cstdlib>
 

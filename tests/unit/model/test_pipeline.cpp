@@ -231,7 +231,8 @@ TEST_F(PipelineTest, expanded_models_have_the_same_logits_and_bytes_at_any_rank_
 
 TEST_F(PipelineTest, streaming_keeps_one_layer_in_memory) {
   const auto folder = scratch_ / "larger";
-  if (world().root()) make_model(llama_json(512, 8, 8, 8)).write(folder);
+  // Layers so large that what MPI and the allocator take now and then does not count.
+  if (world().root()) make_model(llama_json(1024, 8, 8, 8)).write(folder);
   world().barrier("model written");
   const checkpoint::Reader reader(folder);
   const comm::Grid grid = comm::make_grid(world(), 1);
@@ -252,7 +253,7 @@ TEST_F(PipelineTest, streaming_keeps_one_layer_in_memory) {
   const auto layer = static_cast<double>(load_layer(reader, 0, at::kFloat)->bytes());
   const double streamed = bytes_while(Residency::streamed);
   const double resident = bytes_while(Residency::resident);
-  EXPECT_LE(streamed, 2.5 * layer + 8e6);  // beside the layers: what MPI and the allocator take now and then
+  EXPECT_LE(streamed, 2.5 * layer);
   EXPECT_GE(resident, 6 * layer);
 }
 
