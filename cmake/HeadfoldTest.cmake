@@ -59,3 +59,12 @@ function(headfold_test name)
   endif()
   headfold_register_ranks(${name} COMMAND $<TARGET_FILE:${name}> RANKS ${arg_RANKS} LABELS ${arg_LABELS} TIMEOUT ${arg_TIMEOUT})
 endfunction()
+
+# headfold_test_without_avx512(NAME [ARGUMENT...]): registers a test of one rank a second time, as on an x86 processor without AVX-512, for which
+# oneDNN has no products of bfloat16.
+function(headfold_test_without_avx512 name)
+  if(HEADFOLD_WITH_ONEDNN)
+    headfold_register_ranks(${name}_without_avx512 COMMAND "${CMAKE_COMMAND}" -E env ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2
+                            $<TARGET_FILE:${name}> ${ARGN} RANKS 1 LABELS unit)
+  endif()
+endfunction()

@@ -1,13 +1,12 @@
 #include <ATen/Parallel.h>
 #include <headfold/base/error.h>
+#include <headfold/base/onednn.h>
 #include <headfold/linalg/linalg.h>
 
 #include "cublas.h"
 #include "gram_blocks.h"
 
-#ifdef HEADFOLD_WITH_ONEDNN
-#include <oneapi/dnnl/dnnl.hpp>
-#elif defined(HEADFOLD_WITH_CBLAS)
+#if !defined(HEADFOLD_WITH_ONEDNN) && defined(HEADFOLD_WITH_CBLAS)
 #include <cblas.h>
 #endif
 
@@ -70,12 +69,15 @@ void add_columns(double* packed, const float* scratch, std::int64_t n, std::int6
   });
 }
 
-/// float32 or bfloat16 (exact products), accumulated in float32. Its kernels are chosen by what the processor can do,
-/// while OpenBLAS goes by the processor's name and takes its slowest kernels for one that it does not know (virtual
-/// machines, new models). Column blocks: each part of x is packed once, and the left side is read as it lies.
+/// float32 or bfloat16 (exact products; widened where oneDNN has none), accumulated in float32. Its kernels are chosen
+/// by what the processor can do, while OpenBLAS goes by the processor's name and takes its slowest kernels for one that
+/// it does not know (virtual machines, new models). Column blocks: each part of x is packed once, and the left side is
+/// read as it lies.
 void add_rows_of(at::Tensor& packed, const at::Tensor& x, std::int64_t skip) {
   using dnnl::memory;
-  static dnnl::engine engine(dnnl::engine::kind::cpu, 0);
+  if (x.scalar_type() == at::kBFloat16 && !onednn::multiplies_bfloat16())
+    return add_rows_of(packed, x.to(at::kFloat), skip);
+  const dnnl::engine& engine = onednn::engine();
   thread_local dnnl::stream stream(engine);
   const auto type = x.scalar_type() == at::kFloat ? memory::data_type::f32 : memory::data_type::bf16;
   const std::int64_t n = x.size(1);
@@ -96,11 +98,7 @@ void add_rows_of(at::Tensor& packed, const at::Tensor& x, std::int64_t skip) {
       const memory::desc right({tokens, last - first}, type, memory::dims{n, 1});
       const memory::desc wanted({tokens, last - first}, type, memory::format_tag::any);
       const memory::desc out({n - first, last - first}, memory::data_type::f32, memory::dims{last - first, 1});
-#if DNNL_VERSION_MAJOR >= 3
-      const dnnl::matmul::primitive_desc description(engine, left, wanted, out);
-#else
-      const dnnl::matmul::primitive_desc description(dnnl::matmul::desc(left, wanted, out), engine);
-#endif
+      const auto description = onednn::describe_product(left, wanted, nullptr, out);
       memory a(left, engine, static_cast<char*>(turned.data_ptr()) + first * tokens * element);
       memory b(right, engine, static_cast<char*>(x.data_ptr()) + first * element);
       memory c(out, engine, buffer.data_ptr());

@@ -2,18 +2,18 @@
 
 #include <ATen/Parallel.h>
 #include <headfold/base/error.h>
+#include <headfold/base/onednn.h>
 #include <omp.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <optional>
 #include <unordered_map>
+#include <vector>
 
 #include "kernels.h"
-
-#ifdef HEADFOLD_WITH_ONEDNN
-#include <oneapi/dnnl/dnnl.hpp>
-#endif
 
 namespace headfold::model {
 namespace {
@@ -39,10 +39,7 @@ void use_onednn([[maybe_unused]] bool on) {
 #ifdef HEADFOLD_WITH_ONEDNN
 namespace {
 
-const dnnl::engine& engine() {
-  static const dnnl::engine cpu(dnnl::engine::kind::cpu, 0);
-  return cpu;
-}
+using onednn::engine;
 
 dnnl::stream& stream() {
   thread_local dnnl::stream own(engine());
@@ -63,23 +60,35 @@ dnnl::memory::desc describe_matrix(std::int64_t rows, std::int64_t columns, std:
                     : dnnl::memory::desc(Dims{rows, columns}, type_of(type), Dims{stride, 1});
 }
 
-dnnl::matmul::primitive_desc describe_product(const dnnl::memory::desc& a, const dnnl::memory::desc& b,
-                                              const dnnl::memory::desc* bias, const dnnl::memory::desc& c,
-                                              bool accumulate) {
+dnnl::matmul describe_product(const dnnl::memory::desc& a, const dnnl::memory::desc& b, const dnnl::memory::desc* bias,
+                              const dnnl::memory::desc& c, bool accumulate) {
   dnnl::primitive_attr attributes;
   if (accumulate) {
     dnnl::post_ops sum;
     sum.append_sum(1.0F);
     attributes.set_post_ops(sum);
   }
-#if DNNL_VERSION_MAJOR >= 3
-  return bias != nullptr ? dnnl::matmul::primitive_desc(engine(), a, b, *bias, c, attributes)
-                         : dnnl::matmul::primitive_desc(engine(), a, b, c, attributes);
-#else
-  return bias != nullptr ? dnnl::matmul::primitive_desc(dnnl::matmul::desc(a, b, *bias, c), attributes, engine())
-                         : dnnl::matmul::primitive_desc(dnnl::matmul::desc(a, b, c), attributes, engine());
-#endif
+  return dnnl::matmul(onednn::describe_product(a, b, bias, c, attributes));
 }
+
+/// oneDNN's kernels from before AVX-512 split long sums among threads: what comes out depends on their number. There
+/// products are cut into tiles that are one thread's, the same for any number of threads.
+constexpr std::int64_t kTileOfThread = 256;
+bool splits_sums() {
+  return !onednn::multiplies_bfloat16();
+}
+
+/// One thread for what is started in its scope.
+class SingleThread {
+ public:
+  SingleThread() : before_(omp_get_max_threads()) { omp_set_num_threads(1); }
+  ~SingleThread() { omp_set_num_threads(before_); }
+  SingleThread(const SingleThread&) = delete;
+  SingleThread& operator=(const SingleThread&) = delete;
+
+ private:
+  int before_;
+};
 
 /// A primitive is built for one number of threads, so that number is part of its key.
 int threads_here() {
@@ -123,8 +132,88 @@ struct WeightProduct {
   dnnl::memory::desc x, weight, bias, y;
 };
 
+/// multiply() of float32, tile by tile.
+void multiply_in_tiles(const Matrix& a, const Matrix& b, const Operation& operation, float* c, std::int64_t c_stride) {
+  const std::int64_t m = operation.transpose_a ? a.columns : a.rows;
+  const std::int64_t n = operation.transpose_b ? b.rows : b.columns;
+  const auto part = [](const Matrix& matrix, bool columns, std::int64_t first, std::int64_t count) {
+    return Matrix{static_cast<const float*>(matrix.data) + first * (columns ? 1 : matrix.stride),
+                  columns ? matrix.rows : count, columns ? count : matrix.columns, matrix.stride};
+  };
+  const std::int64_t across = (n + kTileOfThread - 1) / kTileOfThread;
+  const std::int64_t tiles = (m + kTileOfThread - 1) / kTileOfThread * across;
+  at::parallel_for(0, tiles, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t tile = begin; tile < end; ++tile) {
+      const std::int64_t i = tile / across * kTileOfThread, j = tile % across * kTileOfThread;
+      multiply(part(a, operation.transpose_a, i, std::min(kTileOfThread, m - i)),
+               part(b, !operation.transpose_b, j, std::min(kTileOfThread, n - j)), operation, at::kFloat,
+               c + i * c_stride + j, c_stride, at::kFloat);
+    }
+  });
+}
+
 }  // namespace
 #endif
+
+namespace {
+
+/// Whether the library at hand has kernels for bfloat16 on this processor. ATen's, without them, are plain loops.
+bool multiplies_bfloat16() {
+#ifdef HEADFOLD_WITH_ONEDNN
+  if (uses_onednn()) return onednn::multiplies_bfloat16();
+#endif
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return true;
+#endif
+}
+
+/// multiply() of bfloat16 operands by products of float32 (x86 before AVX-512), and `bias` [n] if it is defined, with
+/// one rounding at the end. In tiles: a wider copy of a whole weight would cost twice its memory, and widening a tile
+/// costs little beside the products it takes part in. Five MiB a thread are kept for them.
+void multiply_widened(const Matrix& a, const Matrix& b, const Operation& operation, const at::Tensor& bias, void* c,
+                      std::int64_t c_stride, at::ScalarType result) {
+  const std::int64_t m = operation.transpose_a ? a.columns : a.rows;
+  const std::int64_t k = operation.transpose_a ? a.rows : a.columns;
+  const std::int64_t n = operation.transpose_b ? b.rows : b.columns;
+  constexpr std::int64_t kTile = std::int64_t{1} << 19;  // elements of an operand's tile, unless k is very large
+  const std::int64_t step = std::clamp<std::int64_t>(kTile / std::max<std::int64_t>(k, 1), 64, 512);
+  const auto view = [](const void* data, at::IntArrayRef sizes, std::int64_t stride, at::ScalarType type) {
+    return at::from_blob(const_cast<void*>(data), sizes, {stride, 1}, at::TensorOptions().dtype(type));
+  };
+  thread_local std::array<std::vector<float>, 3> tiles;
+  const auto tile = [](std::vector<float>& memory, at::IntArrayRef sizes) {
+    const auto wanted = static_cast<std::size_t>(sizes[0] * sizes[1]);
+    if (memory.size() < wanted) memory.resize(wanted);
+    return at::from_blob(memory.data(), sizes, at::kFloat);
+  };
+  const auto matrix = [](const at::Tensor& part) {
+    return Matrix{part.data_ptr(), part.size(0), part.size(1), part.size(1)};
+  };
+  const at::Tensor left = view(a.data, {a.rows, a.columns}, a.stride, at::kBFloat16);
+  const at::Tensor right = view(b.data, {b.rows, b.columns}, b.stride, at::kBFloat16);
+  const at::Tensor out = view(c, {m, n}, c_stride, result);
+  for (std::int64_t i = 0; i < m; i += step) {
+    const std::int64_t rows = std::min(step, m - i);
+    const at::Tensor narrow_x = left.narrow(operation.transpose_a ? 1 : 0, i, rows);
+    const at::Tensor x = tile(tiles[0], narrow_x.sizes()).copy_(narrow_x);
+    for (std::int64_t j = 0; j < n; j += step) {
+      const std::int64_t columns = std::min(step, n - j);
+      const at::Tensor narrow_w = right.narrow(operation.transpose_b ? 0 : 1, j, columns);
+      const at::Tensor w = tile(tiles[1], narrow_w.sizes()).copy_(narrow_w);
+      const at::Tensor part = out.narrow(0, i, rows).narrow(1, j, columns);
+      const at::Tensor sum = result == at::kFloat ? part : tile(tiles[2], {rows, columns});
+      if (operation.accumulate && result != at::kFloat) sum.copy_(part);
+      multiply(matrix(x), matrix(w), operation, at::kFloat, sum.data_ptr(), sum.stride(0), at::kFloat);
+      if (bias.defined()) sum.add_(bias.narrow(0, j, columns));
+      if (result != at::kFloat) part.copy_(sum);
+    }
+  }
+}
+
+}  // namespace
 
 at::Tensor large_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   at::Tensor tensor = at::empty(sizes, dtype);
@@ -158,6 +247,17 @@ void Product::apply(const at::Tensor& x, const at::Tensor& y, bool accumulate) c
   constexpr std::int64_t kFewRows = 4;
   if (rows <= kFewRows) return apply_to_few_rows(x, y, accumulate);
 #ifdef HEADFOLD_WITH_ONEDNN
+  if (uses_onednn() && dtype == at::kFloat && splits_sums()) {
+    multiply({x.data_ptr(), rows, in(), x.stride(0)}, {weight_.data_ptr(), out(), in(), in()},
+             {.transpose_b = true, .accumulate = accumulate}, dtype, y.data_ptr(), y.stride(0), dtype);
+    if (bias_.defined()) at::Tensor(y).add_(bias_);
+    return;
+  }
+#endif
+  if (dtype == at::kBFloat16 && !multiplies_bfloat16())
+    return multiply_widened({x.data_ptr(), rows, in(), x.stride(0)}, {weight_.data_ptr(), out(), in(), in()},
+                            {.transpose_b = true, .accumulate = accumulate}, bias_, y.data_ptr(), y.stride(0), dtype);
+#ifdef HEADFOLD_WITH_ONEDNN
   if (uses_onednn()) {
     thread_local PrimitiveCache<WeightProduct> cache;
     // Keyed by shape, not by weight: all layers share the entries.
@@ -169,8 +269,7 @@ void Product::apply(const at::Tensor& x, const at::Tensor& y, bool accumulate) c
       const auto w = describe_matrix(out(), in(), in(), dtype, true);
       const auto c = describe_matrix(rows, out(), y.stride(0), dtype, false);
       const auto b = describe_matrix(1, out(), out(), dtype, false);
-      return WeightProduct{dnnl::matmul(describe_product(a, w, bias_.defined() ? &b : nullptr, c, accumulate)), a, w, b,
-                           c};
+      return WeightProduct{describe_product(a, w, bias_.defined() ? &b : nullptr, c, accumulate), a, w, b, c};
     });
     std::unordered_map<int, dnnl::memory> arguments{
         {DNNL_ARG_SRC, dnnl::memory(product.x, engine(), x.data_ptr())},
@@ -243,8 +342,14 @@ void multiply(const Matrix& a, const Matrix& b, const Operation& operation, at::
                                     operation.transpose_a ? "^T" : "", b.rows, b.columns,
                                     operation.transpose_b ? "^T" : ""));
   if (m == 0 || n == 0) return;
+  if (dtype == at::kBFloat16 && !multiplies_bfloat16())
+    return multiply_widened(a, b, operation, at::Tensor(), c, c_stride, result);
 #ifdef HEADFOLD_WITH_ONEDNN
   if (uses_onednn() && dtype != at::kDouble) {
+    if (splits_sums() && (m > kTileOfThread || n > kTileOfThread))
+      return multiply_in_tiles(a, b, operation, static_cast<float*>(c), c_stride);
+    std::optional<SingleThread> single;
+    if (splits_sums()) single.emplace();
     thread_local PrimitiveCache<PlainProduct> cache;
     const Key key{m,
                   n,
@@ -260,7 +365,7 @@ void multiply(const Matrix& a, const Matrix& b, const Operation& operation, at::
       const auto x = describe_matrix(a.rows, a.columns, a.stride, dtype, operation.transpose_a);
       const auto w = describe_matrix(b.rows, b.columns, b.stride, dtype, operation.transpose_b);
       const auto y = describe_matrix(m, n, c_stride, result, false);
-      return PlainProduct{dnnl::matmul(describe_product(x, w, nullptr, y, operation.accumulate)), x, w, y};
+      return PlainProduct{describe_product(x, w, nullptr, y, operation.accumulate), x, w, y};
     });
     product.primitive.execute(stream(),
                               {{DNNL_ARG_SRC, dnnl::memory(product.a, engine(), const_cast<void*>(a.data))},

@@ -1,6 +1,6 @@
 #pragma once
 // Internal: matrix products at the full rate of the processor. oneDNN where it is compiled in (its own kernels for
-// AVX-512 and AMX), ATen otherwise.
+// AVX-512 and AMX), ATen otherwise. Processors without products of bfloat16 (x86 before AVX-512) widen it in tiles.
 
 #include <ATen/ATen.h>
 

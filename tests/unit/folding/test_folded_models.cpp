@@ -154,7 +154,7 @@ TEST(FoldedModelTest, equal_heads_merge_without_changing_logits) {
       const Plan plan = fold(scratch / "model", out, fold_of(keys, metric, 2));
       EXPECT_LT(difference(out, scratch / "model"), 1e-5) << out;
       for (const LayerPlan& layer : plan.layers)
-        EXPECT_LT(layer.key_relative_loss() + layer.value_relative_loss(), 1e-9) << out;
+        EXPECT_LT(layer.key_relative_loss() + layer.value_relative_loss(), 5e-9) << out;
     }
 }
 
