@@ -36,7 +36,7 @@ Asked ask(const comm::Communicator& world, const Responder& responder, const std
       source[t][r] = found->second;
     }
   }
-  if (options.progress) options.progress(static_cast<double>(result.known + result.repeated));
+  if (options.skipped) options.skipped(static_cast<double>(result.known + result.repeated));
 
   std::size_t answered = 0;
   ResponderHooks hooks;

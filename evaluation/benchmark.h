@@ -14,6 +14,7 @@ struct AskOptions {
   AnswerStore* store = nullptr;                        ///< where answers are kept; null: nowhere
   std::function<bool()> stop = {};                     ///< asked between shards on every rank; true ends the run
   std::function<void(double requests)> progress = {};  ///< new answers, over all ranks
+  std::function<void(double requests)> skipped = {};   ///< what needs no new answer, told once
 };
 
 struct Asked {

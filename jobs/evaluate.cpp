@@ -381,6 +381,7 @@ std::vector<evaluation::BenchmarkResult> ask_benchmarks(const Context& context, 
   asking.store = &store;
   asking.stop = [] { return stop_requested(); };
   asking.progress = [&](double requests) { progress.advance(requests); };
+  asking.skipped = [&](double requests) { progress.skip(requests); };
   evaluation::Asked asked = evaluation::ask(world, responder, work.suite.tasks, asking);
   run.request_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   run.requests = asked.requests;

@@ -549,7 +549,10 @@ TEST(Resume, equals_an_uninterrupted_run) {
   // All is known now; a damaged shard is asked again.
   const auto again = [&](const OrderedJson& own_identity) {
     AnswerStore store(world(), scratch / "answers", own_identity);
-    const Asked asked = ask(world(), responder, tasks, {.store = &store});
+    double skipped = 0;
+    const Asked asked =
+        ask(world(), responder, tasks, {.store = &store, .skipped = [&](double requests) { skipped += requests; }});
+    EXPECT_EQ(skipped, static_cast<double>(asked.known + asked.repeated)) << "what needs no answer has no rate";
     for (std::size_t t = 0; t < tasks.size(); ++t) expect_close(asked.answers[t], whole.answers[t]);
     return std::pair(asked.known, store.afresh());
   };
