@@ -264,7 +264,7 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
 
   const comm::Grid grid = comm::make_grid(world, 1);
   const auto layers = static_cast<std::size_t>(config.layers), hidden = static_cast<std::size_t>(config.hidden);
-  const bool centred = config.family == checkpoint::Family::bloom || config.attention_bias;
+  const bool centred = folding::needs_mean_input(config, fold.options);
   Progress progress("verify", "sequence", static_cast<double>(mine.size()) * (centred ? 2 : 1), world.root());
   std::vector<double> means(layers * hidden, 0.0), counts(layers, 0.0);
   if (centred) {

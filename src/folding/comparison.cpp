@@ -70,7 +70,37 @@ at::Tensor mean_or_zero(const at::Tensor& mean_input, const at::Tensor& weight, 
 
 constexpr std::int64_t kQueryRows = 512;  // scores are formed [512, tokens] at a time
 
+/// Attention mass at every distance, all heads together, sum one; query [tokens, heads, d] and key [tokens, kv_heads,
+/// d] rotated.
+at::Tensor attention_by_distance(const at::Tensor& query, const at::Tensor& key, double scale) {
+  const std::int64_t tokens = query.size(0), heads = query.size(1), repeat = heads / key.size(1);
+  const at::Tensor positions = at::arange(tokens, at::kLong);
+  at::Tensor mass = at::zeros({tokens}, at::kDouble);
+  for (std::int64_t begin = 0; begin < tokens; begin += kQueryRows) {
+    const std::int64_t end = std::min(tokens, begin + kQueryRows);
+    const at::Tensor distance = positions.slice(0, begin, end).unsqueeze(1) - positions.slice(0, 0, end).unsqueeze(0);
+    at::Tensor attention = at::zeros({end - begin, end}, at::kFloat);
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const at::Tensor scores =
+          at::matmul(query.select(1, h).slice(0, begin, end), key.select(1, h / repeat).slice(0, 0, end).t()) * scale;
+      attention += at::softmax(scores.masked_fill(distance < 0, -std::numeric_limits<double>::infinity()), 1);
+    }
+    mass.index_add_(0, distance.clamp_min(0).flatten(), attention.to(at::kDouble).flatten());
+  }
+  return mass / mass.sum();
+}
+
+/// Whether the fold's loss leaves out a part of the mean key under rotation.
+bool leaves_out_mean_key(const FoldOptions& options) {
+  return options.keys == KeyFold::rope_commuting && options.key_metric == Metric::act_query_dist &&
+         (options.slow_band != 0 || options.mean_weight != 1.0);
+}
+
 }  // namespace
+
+bool needs_mean_input(const checkpoint::ModelConfig& original, const FoldOptions& options) {
+  return original.family != Family::llama || original.attention_bias || leaves_out_mean_key(options);
+}
 
 LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config, const LayerWeights& original,
                                  const checkpoint::ModelConfig& folded_config, const LayerWeights& folded,
@@ -100,6 +130,12 @@ LayerComparison::LayerComparison(const checkpoint::ModelConfig& original_config,
   folded_key_mean_ = mean_or_zero(mean_input, folded.key, folded.key_bias, folded_keys, !rotates_);
   value_mean_ = mean_or_zero(mean_input, original.value, original.value_bias, source_heads, centred_values);
   folded_value_mean_ = mean_or_zero(mean_input, folded.value, folded.value_bias, group_count, centred_values);
+  if (rotates_ && !projected_ && !folded.key_up.defined() && leaves_out_mean_key(options)) {
+    if (!mean_input.defined()) throw InternalError("this comparison needs the mean input");
+    left_out_ = at::full({d / 2}, 1.0 - std::sqrt(options.mean_weight), at::kDouble);
+    mean_key_ = mean_or_zero(mean_input, original.key, original.key_bias, source_heads, true).to(at::kDouble);
+    folded_mean_key_ = mean_or_zero(mean_input, folded.key, folded.key_bias, group_count, true).to(at::kDouble);
+  }
 
   // Commuting maps rebuild rotated keys as well as plain ones; a slow band, or refitted queries, mix frequencies.
   const bool commuting =
@@ -171,6 +207,25 @@ std::optional<double> ErrorSums::deviation(int part, int whole, int squares) con
   if (n < 2 || total <= 0) return std::nullopt;
   const double residual = at(squares) - 2 * share * at(squares + 1) + share * share * at(squares + 2);
   return std::sqrt(std::max(residual, 0.0) * n / (n - 1)) / total;
+}
+
+at::Tensor LayerComparison::left_out_keys(const at::Tensor& mean_key, const at::Tensor& law) const {
+  const std::int64_t tokens = law.size(0), half = mean_key.size(1) / 2;
+  const at::Tensor frequencies = frequencies_.to(at::kDouble);
+  // The channels of a slow band as the plan chose them.
+  at::Tensor share = left_out_.clone();
+  const double context = static_cast<double>(options_.context > 0 ? options_.context : tokens);
+  const std::int64_t band = options_.slow_band == kSlowBandAuto
+                                ? (frequencies * context < 0.5).sum().item<std::int64_t>()
+                                : options_.slow_band;
+  share.slice(0, half - band).fill_(1.0);
+  // E[e^(-i theta tau)] times the mean key, pair by pair.
+  const at::Tensor angles = at::outer(frequencies, at::arange(tokens, at::kDouble));
+  const at::Tensor cosine = share * at::matmul(at::cos(angles), law), sine = -share * at::matmul(at::sin(angles), law);
+  const at::Tensor x = mean_key.slice(1, 0, half), y = mean_key.slice(1, half);
+  const at::Tensor met = at::cat({x * cosine - y * sine, x * sine + y * cosine}, 1).to(at::kFloat);
+  return model::apply_rope(met.unsqueeze(0).expand({tokens, -1, -1}).contiguous().unsqueeze(0), frequencies_, 0)
+      .squeeze(0);
 }
 
 void LayerComparison::add(const at::Tensor& inputs) {
@@ -248,6 +303,20 @@ void LayerComparison::add(const at::Tensor& inputs) {
   std::array<at::Tensor, 3> distances;  // sums of squared errors, squared scores and attention, [tokens]
   if (by_distance)
     for (at::Tensor& sum : distances) sum = at::zeros({tokens}, at::kDouble);
+  // What is left out of every score of a query, [tokens, heads]: of the original's, of the error's.
+  at::Tensor constant, constant_error;
+  if (left_out_.defined()) {
+    const at::Tensor law = attention_by_distance(query, key, scale);
+    const auto met = [&](const at::Tensor& queries, const at::Tensor& mean_key) {
+      return (queries * left_out_keys(mean_key, law).repeat_interleave(repeat, 1)).sum(-1) * scale;
+    };
+    constant = met(query, mean_key_);
+    std::vector<std::int64_t> place;  // of query heads
+    for (std::int64_t h = 0; h < heads; ++h)
+      place.push_back(place_of_head_[static_cast<std::size_t>(h / repeat)] * repeat + h % repeat);
+    constant_error = constant - met(folded_query.index_select(1, at::tensor(place, at::kLong)),
+                                    folded_mean_key_.index_select(0, group_index));
+  }
   for (std::int64_t begin = 0; begin < tokens; begin += kQueryRows) {
     const std::int64_t end = std::min(tokens, begin + kQueryRows);
     const at::Tensor future = positions.slice(0, 0, end).unsqueeze(0) > positions.slice(0, begin, end).unsqueeze(1);
@@ -265,8 +334,11 @@ void LayerComparison::add(const at::Tensor& inputs) {
       sums[ErrorSums::score_error] += linalg::square_sum(scores - folded_scores);
       sums[ErrorSums::score_total] += linalg::square_sum(scores);
       if (by_distance) {
-        over_heads[0] += (scores - folded_scores).square();
-        over_heads[1] += scores.square();
+        const auto less = [&](const at::Tensor& all, const at::Tensor& part) {
+          return part.defined() ? all - part.slice(0, begin, end).slice(1, h, h + 1) : all;
+        };
+        over_heads[0] += less(scores - folded_scores, constant_error).square();
+        over_heads[1] += less(scores, constant).square();
       }
       if (!rotates_) {
         const at::Tensor bias = slopes_[h] * positions.slice(0, 0, end).to(at::kFloat).unsqueeze(0);

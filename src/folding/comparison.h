@@ -61,11 +61,13 @@ struct ErrorSums {
 /// act+out the error of every query head's values behind the output projection, attn+out the same of the values that
 /// the original attention attends to. Decoders that are not stored are recovered by least squares from W_Q' = B^T W_Q
 /// and W_O' = P B, so after a refit `act` and `weights` measure what the refitted projections amount to. Models without
-/// rotation: keys, scores and values less `mean_input`'s (softmax drops a constant, the output bias carries one).
+/// rotation: keys, scores and values less `mean_input`'s (softmax drops a constant, the output bias carries one). With
+/// rotation, stock heads and act+query+dist: scores less what the mean key adds to all scores of a query, in the
+/// channels and to the share of which the fold leaves it out (methods.md, 3.6: all of it in a slow band).
 class LayerComparison {
  public:
   /// Weights in float64 (load_layer_weights), `groups` of source KV heads, `mean_input` [hidden] mean of attention
-  /// inputs, used without rotation only.
+  /// inputs: undefined unless needs_mean_input().
   LayerComparison(const checkpoint::ModelConfig& original_config, const LayerWeights& original,
                   const checkpoint::ModelConfig& folded_config, const LayerWeights& folded, const Groups& groups,
                   const FoldOptions& options, const at::Tensor& mean_input);
@@ -82,10 +84,19 @@ class LayerComparison {
   at::Tensor frequencies_, slopes_;
   at::Tensor key_decoder_, value_decoder_;  // [source_kv_heads, head_dim, width] float32
   at::Tensor key_mean_, folded_key_mean_, value_mean_, folded_value_mean_;  // [heads, width], zeros with rotation
+  at::Tensor left_out_;  // [head_dim / 2] share of the mean key that pairs leave out; undefined when all leave out none
+  at::Tensor mean_key_, folded_mean_key_;  // [heads, head_dim] float64, with left_out_ only
   std::vector<std::int64_t> group_of_head_,
       place_of_head_;  // of source KV heads: their group, their place in output order
   ErrorSums errors_;
+
+  /// Mean keys [heads, head_dim] as they reach the query at position i on average over distances, [tokens, heads,
+  /// head_dim] rotated; `law` [tokens] attention mass by distance.
+  at::Tensor left_out_keys(const at::Tensor& mean_key, const at::Tensor& law) const;
 };
+
+/// Whether LayerComparison takes something off by the mean of attention inputs.
+bool needs_mean_input(const checkpoint::ModelConfig& original, const FoldOptions& options);
 
 /// Rank correlation of two equally long lists (Spearman, ties get their mean rank); 0 for fewer than two points or a
 /// constant list.

@@ -508,59 +508,90 @@ TEST(ComparisonTest, errors_on_the_calibration_tokens_are_those_predicted) {
   }
 }
 
+/// Pair by pair. In the slow band, what the mean key adds to all scores of a query does not count.
 TEST(ComparisonTest, distance_aware_errors_weigh_pairs_by_the_attention_at_their_distance) {
   const ScratchFolder scratch;
-  write_model(scratch / "model", llama_config(4, 4), small_tensors(llama_config(4, 4), 23));
-  const fs::path out = scratch / "folded";
-  FoldOptions options = fold_of(KeyFold::rope_commuting, Metric::act_query_dist, 2);
-  options.slow_band = 0;
-  const Plan plan = fold(scratch / "model", out, options);
-  const checkpoint::Reader original(scratch / "model"), folded(out);
-  const LayerWeights before = load_layer_weights(original, 0), after = load_layer_weights(folded, 0);
-  InputRecorder recorder;
-  const std::int64_t tokens = 12;
-  model::load_layer(original, 0, at::kFloat)
-      ->forward(model::Embedding(original, at::kFloat).forward(random_ids(6, 2, tokens)), nullptr, &recorder);
-  LayerComparison comparison(original.config(), before, folded.config(), after, targets_of(plan)[0].groups,
-                             plan.options, {});
-  // Pair by pair.
-  double error = 0, total = 0;
-  for (std::int64_t s = 0; s < 2; ++s) {
-    comparison.add(recorder.inputs[s]);
-    const auto heads = [&](const at::Tensor& weight) {  // rotated, [tokens, heads, head_dim]
-      const at::Tensor y = at::matmul(recorder.inputs[s], weight.to(at::kFloat).t()).view({1, tokens, -1, kDim});
-      return model::apply_rope(y.contiguous(), model::rope_inverse_frequencies(original.config()), 0)[0].to(
-          at::kDouble);
-    };
-    const at::Tensor q = heads(before.query), k = heads(before.key), folded_q = heads(after.query),
-                     folded_k = heads(after.key);
-    std::vector<double> errors(tokens), squares(tokens), mass(tokens);
-    for (std::int64_t h = 0; h < 4; ++h)
-      for (std::int64_t n = 0; n < tokens; ++n) {
-        std::vector<double> scores;
-        double sum = 0;
-        for (std::int64_t m = 0; m <= n; ++m) {
-          scores.push_back(at::dot(q[n][h], k[m][h]).item<double>() / std::sqrt(kDim));
-          const double changed = at::dot(folded_q[n][h], folded_k[m][h / 2]).item<double>() / std::sqrt(kDim);
-          const auto distance = static_cast<std::size_t>(n - m);
-          errors[distance] += (scores.back() - changed) * (scores.back() - changed);
-          squares[distance] += scores.back() * scores.back();
-          sum += std::exp(scores.back());
-        }
-        for (std::int64_t m = 0; m <= n; ++m)
-          mass[static_cast<std::size_t>(n - m)] += std::exp(scores[static_cast<std::size_t>(m)]) / sum;
+  write_model(scratch / "model", llama_config(4, 4, true), small_tensors(llama_config(4, 4, true), 23));
+  for (const std::int64_t band : {0, 3}) {
+    const fs::path out = scratch / fmt::format("folded{}", band);
+    FoldOptions options = fold_of(KeyFold::rope_commuting, Metric::act_query_dist, 2);
+    options.slow_band = band;
+    const Plan plan = fold(scratch / "model", out, options);
+    const checkpoint::Reader original(scratch / "model"), folded(out);
+    const LayerWeights before = load_layer_weights(original, 0), after = load_layer_weights(folded, 0);
+    InputRecorder recorder;
+    const std::int64_t tokens = 12;
+    model::load_layer(original, 0, at::kFloat)
+        ->forward(model::Embedding(original, at::kFloat).forward(random_ids(6, 2, tokens)), nullptr, &recorder);
+    const at::Tensor mean = recorder.inputs.to(at::kDouble).mean(at::IntArrayRef{0, 1});
+    ASSERT_TRUE(needs_mean_input(original.config(), options));
+    LayerComparison comparison(original.config(), before, folded.config(), after, targets_of(plan)[0].groups,
+                               plan.options, mean);
+    const at::Tensor frequencies = model::rope_inverse_frequencies(original.config()).to(at::kDouble);
+    // y [kDim] turned as at `position`, in the slow band only.
+    const auto turned_slow = [&](const at::Tensor& y, std::int64_t position) {
+      at::Tensor result = at::zeros({kDim}, at::kDouble);
+      for (std::int64_t pair = kDim / 2 - band; pair < kDim / 2; ++pair) {
+        const double angle = frequencies[pair].item<double>() * static_cast<double>(position);
+        const double x = y[pair].item<double>(), z = y[pair + kDim / 2].item<double>();
+        result[pair] = x * std::cos(angle) - z * std::sin(angle);
+        result[pair + kDim / 2] = x * std::sin(angle) + z * std::cos(angle);
       }
-    for (std::int64_t distance = 0; distance < tokens; ++distance) {
-      const auto t = static_cast<std::size_t>(distance);
-      const double weight = mass[t] / static_cast<double>(4 * tokens * (tokens - distance));
-      error += weight * errors[t];
-      total += weight * squares[t];
+      return result;
+    };
+    const at::Tensor mean_key = (at::matmul(before.key, mean) + before.key_bias).view({-1, kDim}),
+                     folded_mean_key = (at::matmul(after.key, mean) + after.key_bias).view({-1, kDim});
+    double error = 0, total = 0;
+    for (std::int64_t s = 0; s < 2; ++s) {
+      comparison.add(recorder.inputs[s]);
+      const auto heads = [&](const at::Tensor& weight, const at::Tensor& bias) {  // rotated, [tokens, heads, head_dim]
+        const at::Tensor y = at::matmul(recorder.inputs[s].to(at::kDouble), weight.t()) + bias;
+        return model::apply_rope(y.to(at::kFloat).view({1, tokens, -1, kDim}).contiguous(),
+                                 model::rope_inverse_frequencies(original.config()), 0)[0]
+            .to(at::kDouble);
+      };
+      const at::Tensor q = heads(before.query, before.query_bias), k = heads(before.key, before.key_bias),
+                       folded_q = heads(after.query, after.query_bias), folded_k = heads(after.key, after.key_bias);
+      const auto score = [&](const at::Tensor& query, const at::Tensor& key) {
+        return at::dot(query, key).item<double>() / std::sqrt(kDim);
+      };
+      std::vector<double> mass(tokens);
+      for (std::int64_t h = 0; h < 4; ++h)
+        for (std::int64_t n = 0; n < tokens; ++n) {
+          double sum = 0;
+          for (std::int64_t m = 0; m <= n; ++m) sum += std::exp(score(q[n][h], k[m][h]));
+          for (std::int64_t m = 0; m <= n; ++m)
+            mass[static_cast<std::size_t>(n - m)] += std::exp(score(q[n][h], k[m][h])) / sum;
+        }
+      std::vector<double> errors(tokens), squares(tokens);
+      for (std::int64_t h = 0; h < 4; ++h)
+        for (std::int64_t n = 0; n < tokens; ++n) {
+          double constant = 0, folded_constant = 0;
+          for (std::int64_t t = 0; t < tokens; ++t) {
+            const double share = mass[static_cast<std::size_t>(t)] / static_cast<double>(4 * tokens);
+            constant += share * score(q[n][h], turned_slow(mean_key[h], n - t));
+            folded_constant += share * score(folded_q[n][h], turned_slow(folded_mean_key[h / 2], n - t));
+          }
+          for (std::int64_t m = 0; m <= n; ++m) {
+            const double kept = score(q[n][h], k[m][h]) - constant;
+            const double changed = score(folded_q[n][h], folded_k[m][h / 2]) - folded_constant;
+            const auto distance = static_cast<std::size_t>(n - m);
+            errors[distance] += (kept - changed) * (kept - changed);
+            squares[distance] += kept * kept;
+          }
+        }
+      for (std::int64_t distance = 0; distance < tokens; ++distance) {
+        const auto t = static_cast<std::size_t>(distance);
+        const double weight = mass[t] / static_cast<double>(4 * tokens * (tokens - distance));
+        error += weight * errors[t];
+        total += weight * squares[t];
+      }
     }
+    EXPECT_GT(error, 1e-3 * total) << band;
+    EXPECT_NEAR(comparison.errors().key() / (error / total), 1.0, 1e-4) << band;
+    // Not what all pairs alike would give.
+    EXPECT_GT(std::abs(comparison.errors().score() / comparison.errors().key() - 1), 1e-3) << band;
   }
-  EXPECT_GT(error, 1e-3 * total);
-  EXPECT_NEAR(comparison.errors().key() / (error / total), 1.0, 1e-4);
-  // Not what all pairs alike would give.
-  EXPECT_GT(std::abs(comparison.errors().score() / comparison.errors().key() - 1), 1e-3);
 }
 
 TEST(ComparisonTest, a_lossless_fold_measures_nothing) {
