@@ -10,6 +10,7 @@
 #include <headfold/base/table.h>
 #include <headfold/base/version.h>
 #include <headfold/calibration/text.h>
+#include <headfold/comm/checks.h>
 #include <headfold/comm/stopping.h>
 #include <headfold/device/device.h>
 #include <headfold/evaluation/benchmark.h>
@@ -115,6 +116,21 @@ evaluation::Task limited(double limit, const std::function<evaluation::Task(std:
   return make(static_cast<std::int64_t>(std::ceil(limit * static_cast<double>(all))));
 }
 
+/// Every rank reads texts and documents itself: what it reads must be what the others read.
+void require_same_documents(const comm::Communicator& world, const Work& work) {
+  if (world.size() == 1) return;
+  std::vector<fs::path> files;
+  for (const evaluation::Task& text : work.texts) files.insert(files.end(), text.files.begin(), text.files.end());
+  for (const evaluation::BenchmarkTask& task : work.suite.tasks)
+    files.insert(files.end(), task.files.begin(), task.files.end());
+  std::sort(files.begin(), files.end());
+  files.erase(std::unique(files.begin(), files.end()), files.end());
+  std::string names;
+  for (const fs::path& file : files) names += file.string() + "\n";
+  world.require_equal(names, "the files of the tasks");
+  comm::require_same_files(world, files);
+}
+
 Work read_work(const Context& context, const EvaluateOptions& options) {
   Work work;
   work.model = std::make_unique<checkpoint::Reader>(options.model);
@@ -163,6 +179,7 @@ Work read_work(const Context& context, const EvaluateOptions& options) {
       throw InputError("every task was left out: none of their files is there",
                        "headfold evaluate --list shows where they are looked for");
   }
+  require_same_documents(context.world, work);
   const bool blocks = std::any_of(work.texts.begin(), work.texts.end(), [](const evaluation::Task& task) {
     return task.kind == evaluation::TaskKind::blocks;
   });

@@ -10,6 +10,7 @@
 #include <boost/program_options.hpp>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -78,10 +79,10 @@ po::options_description common_options();
 /// Parses `arguments` against `own` plus the common options and applies the common ones (open_session() in session.h;
 /// time-out; warns once when libtorch runs on reference BLAS). `usage` is the text above the options in --help.
 /// `positional` names an option that takes bare arguments. UsageError for unknown, repeated or malformed options; the
-/// hint names `headfold JOB --help`.
+/// hint names `headfold JOB --help`. `timeout`: seconds instead of --comm-timeout's default.
 po::variables_map parse(const Context& context, const std::string& job, const std::string& usage,
                         const po::options_description& own, const std::vector<std::string>& arguments,
-                        const std::string& positional = {});
+                        const std::string& positional = {}, std::optional<double> timeout = {});
 
 /// What parse() begins with, for Job::check: the values alone, without effect on the process. UsageError as parse(),
 /// but for limits that depend on the machine.

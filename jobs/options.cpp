@@ -88,7 +88,7 @@ po::variables_map read_values(const std::string& job, const po::options_descript
 
 po::variables_map parse(const Context& context, const std::string& job, const std::string& usage,
                         const po::options_description& own, const std::vector<std::string>& arguments,
-                        const std::string& positional) {
+                        const std::string& positional, std::optional<double> timeout) {
   po::variables_map values = read_values(job, own, arguments, positional);
   if (values.count("help") > 0) {
     po::options_description all(120, 60);
@@ -99,7 +99,8 @@ po::variables_map parse(const Context& context, const std::string& job, const st
   const auto threads = values["threads"].as<int>();
   const int most = std::max(64, 4 * device::usable_cores());
   if (threads > most) throw UsageError(fmt::format("--threads {}: must be between 0 and {} here", threads, most));
-  comm::set_timeout_seconds(values["comm-timeout"].as<double>());
+  comm::set_timeout_seconds(timeout && values["comm-timeout"].defaulted() ? *timeout
+                                                                          : values["comm-timeout"].as<double>());
   open_session(context, job, values, arguments);
   return values;
 }

@@ -9,7 +9,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <iostream>
+#include <optional>
 
 #include "run_check.h"
 #include "run_flags.h"
@@ -215,6 +217,25 @@ void preview(const Context& context, const Task& task, const Standing& standing)
   run_job(context, find_job(task.stage->name), arguments);
 }
 
+/// comm-timeout of the file's [run], as this rank reads it: it holds for what ranks do before they have agreed upon the
+/// file, too. What is wrong with the file is told later.
+std::optional<double> own_timeout(const std::vector<std::string>& arguments) {
+  const po::variables_map values = read_values("run", run_options(), arguments);
+  if (values.count("help") > 0 || values.count("config") == 0) return {};
+  try {
+    const fs::path file = values["config"].as<std::string>();
+    if (!fs::is_regular_file(file)) return {};  // a pipe can be read once
+    for (const IniSection& section : parse_ini(read_file(file), file.string()))
+      for (const IniEntry& entry : section.entries)
+        if (section.kind == "run" && entry.key == "comm-timeout") {
+          const double seconds = std::stod(entry.value);
+          if (std::isfinite(seconds) && seconds >= 0) return seconds;
+        }
+  } catch (const std::exception&) {
+  }
+  return {};
+}
+
 }  // namespace
 
 void run_pipeline(const Context& context, const std::vector<std::string>& arguments) {
@@ -223,7 +244,7 @@ void run_pipeline(const Context& context, const std::vector<std::string>& argume
       "headfold run --config pipeline.ini [--stage STAGE [--element N]] [--dry-run]\n"
       "       headfold run --config pipeline.ini --list [--json]\n"
       "       headfold run --dry-run --nodes N --gpu h100 [--gpus-per-node G] [--config pipeline.ini | --shape SHAPE]",
-      run_options(), arguments);
+      run_options(), arguments, {}, own_timeout(arguments));
   const comm::Communicator& world = context.world;
   const bool predicts = asks_for_prediction(values);
   if (predicts && !values["dry-run"].as<bool>())

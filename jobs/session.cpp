@@ -115,6 +115,12 @@ std::vector<std::filesystem::path> shared_inputs(const po::variables_map& values
     if (const auto* text = boost::any_cast<std::string>(&value); text != nullptr && !text->empty())
       paths.emplace_back(*text);
   }
+  for (const char* name : {"data", "validation", "refit-data", "probe-data", "task-file"}) {
+    if (values.count(name) == 0) continue;
+    const boost::any& value = values[name].value();
+    if (const auto* texts = boost::any_cast<std::vector<std::string>>(&value))
+      paths.insert(paths.end(), texts->begin(), texts->end());
+  }
   return paths;
 }
 

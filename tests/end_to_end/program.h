@@ -62,21 +62,41 @@ inline std::string quoted(const std::string& text) {
   return result + "'";
 }
 
-/// headfold `arguments` on `ranks` ranks (1: without mpirun); both output streams together.
-inline Outcome run_headfold(int ranks, const std::vector<std::string>& arguments, const std::filesystem::path& log,
-                            int limit_seconds = 60) {
-  std::string command = fmt::format("timeout -k 5 {} ", limit_seconds);
-  if (ranks > 1) command += fmt::format("{} -np {} ", HEADFOLD_MPIRUN, ranks);
-  command += quoted(HEADFOLD_PROGRAM);
-  for (const std::string& argument : arguments) command += " " + quoted(argument);
-  command += " > " + quoted(log.string()) + " 2>&1";
+/// A command of the shell; both output streams together.
+inline Outcome run_command(const std::string& command, const std::filesystem::path& log, int limit_seconds = 60) {
   const auto start = std::chrono::steady_clock::now();
-  const int status = std::system(command.c_str());
+  const int status =
+      std::system(fmt::format("timeout -k 5 {} {} > {} 2>&1", limit_seconds, command, quoted(log.string())).c_str());
   Outcome outcome;
   outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
   outcome.output = read_file(log);
   outcome.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return outcome;
+}
+
+/// headfold `arguments`, as the shell takes them.
+inline std::string headfold_command(const std::vector<std::string>& arguments) {
+  std::string command = quoted(HEADFOLD_PROGRAM);
+  for (const std::string& argument : arguments) command += " " + quoted(argument);
+  return command;
+}
+
+/// headfold `arguments` on `ranks` ranks (1: without mpirun).
+inline Outcome run_headfold(int ranks, const std::vector<std::string>& arguments, const std::filesystem::path& log,
+                            int limit_seconds = 60) {
+  const std::string launcher = ranks > 1 ? fmt::format("{} -np {} ", HEADFOLD_MPIRUN, ranks) : "";
+  return run_command(launcher + headfold_command(arguments), log, limit_seconds);
+}
+
+/// The same on one rank in each of `folders`: relative paths are other files for each.
+inline Outcome run_headfold_in(const std::vector<std::filesystem::path>& folders,
+                               const std::vector<std::string>& arguments, const std::filesystem::path& log,
+                               int limit_seconds = 60) {
+  std::string command = HEADFOLD_MPIRUN;
+  for (std::size_t i = 0; i < folders.size(); ++i)
+    command += fmt::format("{} -np 1 -wdir {} {}", i > 0 ? " :" : "", quoted(folders[i].string()),
+                           headfold_command(arguments));
+  return run_command(command, log, limit_seconds);
 }
 
 /// Process ids of the running headfold programs that have `text` in their command line.

@@ -199,6 +199,39 @@ TEST(Evaluate, a_rolling_text_records_bos_files_and_harness) {
   EXPECT_THAT(results["config"]["model_args"].get<std::string>(), HasSubstr("bos=never"));
 }
 
+TEST(Evaluate, refuses_texts_and_documents_that_differ_between_ranks) {
+  const ScratchFolder run;
+  for (const char* rank : {"a", "b"}) {
+    write_items(run / rank / "data", 20);
+    fs::copy_file(demo_text("heldout.jsonl"), run / rank / "text.jsonl");
+  }
+  const auto evaluate = [&](const std::vector<std::string>& what) {
+    std::vector<std::string> arguments = {
+        "evaluate", "--model", demo_model("prose-llama"), "--out", run / "out", "--limit", "2", "--dtype", "float32"};
+    arguments.insert(arguments.end(), what.begin(), what.end());
+    return run_headfold_in({run / "a", run / "b"}, arguments, run / "log.txt");
+  };
+  const std::vector<std::string> text = {"--data", "text.jsonl", "--seq-len", "64"},
+                                 task = {"--tasks", "arc_easy", "--data-dir", "data"};
+  for (const auto& what : {text, task}) {
+    const Outcome outcome = evaluate(what);
+    EXPECT_EQ(outcome.code, 0) << outcome.output;
+  }
+  // As long as before.
+  for (const char* name : {"text.jsonl", "data/arc/ARC-Easy-Test.jsonl"}) {
+    std::string content = read_file(run / "b" / name);
+    const std::size_t place = content.find(" a");
+    ASSERT_NE(place, std::string::npos) << name;
+    content[place + 1] = 'e';
+    write_file(run / "b" / name, content);
+  }
+  for (const auto& what : {text, task}) {
+    const Outcome outcome = evaluate(what);
+    EXPECT_EQ(outcome.code, 65) << outcome.output;
+    EXPECT_THAT(outcome.output, HasSubstr(what == text ? "text.jsonl" : "ARC-Easy-Test.jsonl"));
+  }
+}
+
 TEST(Evaluate, lists_tasks_and_skips_only_when_asked) {
   const ScratchFolder run;
   write_items(run / "data", 4);

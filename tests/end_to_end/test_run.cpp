@@ -133,6 +133,18 @@ TEST_P(RanksOfRunTest, all_stages_then_none) {
   EXPECT_LT(second.seconds, first.seconds);
 }
 
+TEST_F(RunTest, its_own_operations_end_within_the_limit_of_the_file) {
+  const fs::path file = scratch_ / "run.ini";
+  std::string text = read_file(file);
+  text.replace(text.find("threads = 1"), 11, "threads = 1\ncomm-timeout = 2");
+  write_file(file, text);
+  const Variable hook("HEADFOLD_TEST_HANG", "1:all-reduce:1");
+  const Outcome outcome = run(2, "run", {"--stage", "calibrate"});
+  EXPECT_EQ(outcome.code, 70) << outcome.output;
+  EXPECT_THAT(outcome.output, HasSubstr("rank 1 on "));
+  EXPECT_LT(outcome.seconds, 2 + 10 + 5) << outcome.output;
+}
+
 TEST_F(RunTest, list_says_what_a_batch_system_needs) {
   const Json list = listed();
   EXPECT_EQ(list["folder"], (scratch_ / "run").string());
