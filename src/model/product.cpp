@@ -172,14 +172,16 @@ bool multiplies_bfloat16() {
 
 /// multiply() of bfloat16 operands by products of float32 (x86 before AVX-512), and `bias` [n] if it is defined, with
 /// one rounding at the end. In tiles: a wider copy of a whole weight would cost twice its memory, and widening a tile
-/// costs little beside the products it takes part in. Five MiB a thread are kept for them.
+/// costs little beside the products it takes part in. At most five MiB a thread are kept for them.
 void multiply_widened(const Matrix& a, const Matrix& b, const Operation& operation, const at::Tensor& bias, void* c,
                       std::int64_t c_stride, at::ScalarType result) {
   const std::int64_t m = operation.transpose_a ? a.columns : a.rows;
   const std::int64_t k = operation.transpose_a ? a.rows : a.columns;
   const std::int64_t n = operation.transpose_b ? b.rows : b.columns;
-  constexpr std::int64_t kTile = std::int64_t{1} << 19;  // elements of an operand's tile, unless k is very large
-  const std::int64_t step = std::clamp<std::int64_t>(kTile / std::max<std::int64_t>(k, 1), 64, 512);
+  constexpr std::int64_t kTile = std::int64_t{1} << 19;  // elements of an operand's tile
+  constexpr std::int64_t kDeepest = 8192;                // summed at once
+  const std::int64_t deep = std::clamp<std::int64_t>(k, 1, kDeepest);
+  const std::int64_t step = std::clamp<std::int64_t>(kTile / deep, 64, 512);
   const auto view = [](const void* data, at::IntArrayRef sizes, std::int64_t stride, at::ScalarType type) {
     return at::from_blob(const_cast<void*>(data), sizes, {stride, 1}, at::TensorOptions().dtype(type));
   };
@@ -189,6 +191,12 @@ void multiply_widened(const Matrix& a, const Matrix& b, const Operation& operati
     if (memory.size() < wanted) memory.resize(wanted);
     return at::from_blob(memory.data(), sizes, at::kFloat);
   };
+  // Rows or columns of an operand, and of those what is summed now, as the float32 product takes them.
+  const auto widened = [&](std::vector<float>& memory, const at::Tensor& operand, bool across, std::int64_t first,
+                           std::int64_t count, std::int64_t from, std::int64_t depth) {
+    const at::Tensor part = operand.narrow(across ? 1 : 0, first, count).narrow(across ? 0 : 1, from, depth);
+    return tile(memory, part.sizes()).copy_(part);
+  };
   const auto matrix = [](const at::Tensor& part) {
     return Matrix{part.data_ptr(), part.size(0), part.size(1), part.size(1)};
   };
@@ -197,16 +205,21 @@ void multiply_widened(const Matrix& a, const Matrix& b, const Operation& operati
   const at::Tensor out = view(c, {m, n}, c_stride, result);
   for (std::int64_t i = 0; i < m; i += step) {
     const std::int64_t rows = std::min(step, m - i);
-    const at::Tensor narrow_x = left.narrow(operation.transpose_a ? 1 : 0, i, rows);
-    const at::Tensor x = tile(tiles[0], narrow_x.sizes()).copy_(narrow_x);
+    at::Tensor x;
+    if (k <= deep) x = widened(tiles[0], left, operation.transpose_a, i, rows, 0, k);
     for (std::int64_t j = 0; j < n; j += step) {
       const std::int64_t columns = std::min(step, n - j);
-      const at::Tensor narrow_w = right.narrow(operation.transpose_b ? 0 : 1, j, columns);
-      const at::Tensor w = tile(tiles[1], narrow_w.sizes()).copy_(narrow_w);
       const at::Tensor part = out.narrow(0, i, rows).narrow(1, j, columns);
       const at::Tensor sum = result == at::kFloat ? part : tile(tiles[2], {rows, columns});
       if (operation.accumulate && result != at::kFloat) sum.copy_(part);
-      multiply(matrix(x), matrix(w), operation, at::kFloat, sum.data_ptr(), sum.stride(0), at::kFloat);
+      Operation piece = operation;
+      for (std::int64_t from = 0; from < std::max<std::int64_t>(k, 1); from += deep) {
+        const std::int64_t depth = std::min(deep, k - from);
+        if (k > deep) x = widened(tiles[0], left, operation.transpose_a, i, rows, from, depth);
+        const at::Tensor w = widened(tiles[1], right, !operation.transpose_b, j, columns, from, depth);
+        multiply(matrix(x), matrix(w), piece, at::kFloat, sum.data_ptr(), sum.stride(0), at::kFloat);
+        piece.accumulate = true;
+      }
       if (bias.defined()) sum.add_(bias.narrow(0, j, columns));
       if (result != at::kFloat) part.copy_(sum);
     }
