@@ -383,9 +383,10 @@ void calibrate(const Context& context, const std::vector<std::string>& arguments
                    human_bytes(budget), less_memory(settings));
   }
   const std::string next = fmt::format(
-      "headfold convert --model {} --calibration {} --kv-heads {} --out {}", settings.model.string(),
-      settings.out.string(), std::max<std::int64_t>(1, config.kv_heads / 2),
-      (settings.out.parent_path() / fmt::format("kv{}", std::max<std::int64_t>(1, config.kv_heads / 2))).string());
+      "headfold convert --model {} --calibration {} --kv-heads {} --out {}", shell_word(settings.model.string()),
+      shell_word(settings.out.string()), std::max<std::int64_t>(1, config.kv_heads / 2),
+      shell_word(
+          (settings.out.parent_path() / fmt::format("kv{}", std::max<std::int64_t>(1, config.kv_heads / 2))).string()));
   if (finished == 1) {
     std::int64_t bare = 0;  // the job that wrote it was killed before it could say how
     world.on_root([&] { bare = fs::exists(settings.out.string() + ".json") ? 0 : 1; });

@@ -426,8 +426,9 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
     if (speaks)
       std::cout << fmt::format(
           "wrote {}\nnext: edit its groups if you like, then\n  headfold convert --model {}{} --plan {} --out DIR\n",
-          plan_file.string(), reader.folder().string(),
-          has_statistics ? " --calibration " + values["calibration"].as<std::string>() : "", plan_file.string());
+          plan_file.string(), shell_word(reader.folder().string()),
+          has_statistics ? " --calibration " + shell_word(values["calibration"].as<std::string>()) : "",
+          shell_word(plan_file.string()));
     return;
   }
   folding::Refit refit{&refit_settings, {}, {}};
@@ -468,7 +469,8 @@ void convert(const Context& context, const std::vector<std::string>& arguments) 
         "  headfold evaluate --model {} --reference {} --data FILE\n",
         human_bytes(static_cast<double>(config.cache_bytes_per_token(element))),
         human_bytes(static_cast<double>(after.cache_bytes_per_token(element))), loads_in(options, config), out.string(),
-        human_seconds(seconds), out.string(), reader.folder().string(), out.string(), reader.folder().string());
+        human_seconds(seconds), shell_word(out.string()), shell_word(reader.folder().string()),
+        shell_word(out.string()), shell_word(reader.folder().string()));
   }
 }
 

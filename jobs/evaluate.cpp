@@ -567,7 +567,7 @@ void evaluate(const Context& context, const std::vector<std::string>& arguments)
           run.requests - run.known, human_seconds(run.request_seconds),
           static_cast<double>(run.requests - run.known) / run.request_seconds, run.computed_tokens, run.asked_tokens);
     std::cout << fmt::format("{} in all\nresults: {}\nnext:    headfold report --run {}\n", human_seconds(elapsed()),
-                             path.string(), options.out.string())
+                             path.string(), shell_word(options.out.string()))
               << std::flush;
   });
 }

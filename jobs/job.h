@@ -110,6 +110,9 @@ const char* dtype_name(at::ScalarType dtype);
 /// "1500000", "500MB", "2.5GiB": a positive number of bytes, fractions cut. UsageError naming the option.
 std::uint64_t parse_bytes(const std::string& option, const std::string& text);
 
+/// A word as a shell takes it: quoted where it has to be.
+std::string shell_word(const std::string& text);
+
 /// The command line as one text, for provenance.
 std::string command_line(const std::string& job, const std::vector<std::string>& arguments);
 

@@ -140,12 +140,16 @@ std::uint64_t parse_bytes(const std::string& option, const std::string& text) {
   throw UsageError(fmt::format("--{} {}: give bytes, or a number with KB, MB, GB, KiB, MiB or GiB", option, text));
 }
 
+std::string shell_word(const std::string& text) {
+  if (!text.empty() && text.find_first_of(" \t\n\"'`#!~$&|;<>*?()[]{}\\") == std::string::npos) return text;
+  std::string word = "'";
+  for (const char c : text) word += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return word + "'";
+}
+
 std::string command_line(const std::string& job, const std::vector<std::string>& arguments) {
   std::string text = "headfold " + job;
-  for (const std::string& argument : arguments) {
-    const bool plain = !argument.empty() && argument.find_first_of(" \t\n\"'$&|;<>*?()[]{}\\") == std::string::npos;
-    text += plain ? " " + argument : " '" + argument + "'";
-  }
+  for (const std::string& argument : arguments) text += " " + shell_word(argument);
   return text;
 }
 

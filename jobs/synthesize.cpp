@@ -127,7 +127,7 @@ void synthesize(const Context& context, const std::vector<std::string>& argument
     const auto bytes = static_cast<double>(plan.tensor_bytes);
     spdlog::info("wrote {} in {} ({}/s): {}", human_bytes(bytes), human_seconds(seconds),
                  human_bytes(bytes / std::max(seconds, 1e-9)), out.string());
-    spdlog::info("next: headfold inspect {}", out.string());
+    spdlog::info("next: headfold inspect {}", shell_word(out.string()));
   }
 }
 

@@ -380,7 +380,7 @@ void verify(const Context& context, const std::vector<std::string>& arguments) {
         "  keys {}\n  values {}\n"
         "wrote {}\nnext:\n  headfold evaluate --model {} --reference {} --data FILE\n",
         samples, length, table.text(), key_order, value_order, order_text(key_layers), order_text(value_layers),
-        out.string(), folded.folder().string(), original.folder().string());
+        out.string(), shell_word(folded.folder().string()), shell_word(original.folder().string()));
 }
 
 }  // namespace headfold::jobs

@@ -210,6 +210,21 @@ TEST_F(OutputsTest, a_plan_is_applied_in_its_own_folder_and_replaced_when_asked)
   EXPECT_FALSE(fs::exists(plan));
 }
 
+TEST_F(OutputsTest, printed_commands_can_be_pasted_into_a_shell) {
+  const fs::path folder = root_ / "it's #1";
+  const Outcome outcome = run(convert("prose-llama", folder.filename()));
+  ASSERT_EQ(outcome.code, 0) << outcome.output;
+  const std::string said = "headfold verify --model ";
+  const std::size_t begin = outcome.output.find(said);
+  ASSERT_NE(begin, std::string::npos) << outcome.output;
+  std::string command = outcome.output.substr(begin, outcome.output.find('\n', begin) - begin);
+  command.replace(command.find("FILE"), 4, demo_text("heldout.jsonl").string() + " --samples 1 --seq-len 32");
+  command.replace(0, std::string("headfold").size(), HEADFOLD_PROGRAM);
+  const Outcome pasted = run_command(command, root_ / "logs" / "log");
+  EXPECT_EQ(pasted.code, 0) << command << "\n" << pasted.output;
+  EXPECT_TRUE(fs::exists(folder / "verification.json"));
+}
+
 TEST_F(OutputsTest, inputs_and_foreign_files_are_never_written_to) {
   const fs::path model = root_ / "model", data = root_ / "data.jsonl", ids = root_ / "ids.safetensors";
   fs::create_directories(model);
