@@ -23,6 +23,9 @@ batch_refuse() {
 
 [[ -n ${SLURM_JOB_ID:-} ]] || batch_refuse "there is no SLURM_JOB_ID: submit this script with sbatch instead of running it"
 
+# The repository, where this file lies in one; known before anything changes the folder.
+batch_repository=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
 # Modules and the like are not written for unset variables and failing commands.
 if [[ -n ${HEADFOLD_SITE:-} ]]; then
   [[ -r $HEADFOLD_SITE ]] || batch_refuse "cannot read HEADFOLD_SITE=$HEADFOLD_SITE"
@@ -33,8 +36,11 @@ if [[ -n ${HEADFOLD_SITE:-} ]]; then
 fi
 
 # The program, inside the site's container if it has one. Sets `program` and, for pyxis, `container_options` of srun.
+# As slurm/submit finds it: what the repository has built, else the one of PATH; an image has only the latter.
 batch_program() {
-  program=("${HEADFOLD:-headfold}")
+  local built=$batch_repository/build/release/jobs/headfold
+  [[ ${HEADFOLD_CONTAINER:-none} == none && -x $built ]] || built=headfold
+  program=("${HEADFOLD:-$built}")
   container_options=()
   local flags=()
   read -r -a flags <<<"${HEADFOLD_CONTAINER_FLAGS:-}"

@@ -175,7 +175,7 @@ def program(environment):
     if container != "none" and not environment.get("HEADFOLD_IMAGE"):
         raise Failure("HEADFOLD_CONTAINER is {}, but there is no HEADFOLD_IMAGE".format(container), 65)
     headfold = environment.get("HEADFOLD")
-    if not headfold:
+    if not headfold and container != "apptainer":
         built = os.path.join(REPOSITORY, "build", "release", "jobs", "headfold")
         headfold = built if os.access(built, os.X_OK) else shutil.which("headfold", path=environment.get("PATH"))
     if environment.get("HEADFOLD_ON_LOGIN"):
@@ -284,9 +284,15 @@ def slurm_is_there(environment):
     return shutil.which("squeue", path=environment.get("PATH")) is not None
 
 
+# Slurm's NO_VAL: in the place of a number, there is none.
+NO_NUMBER = 2**32 - 2
+
+
 def array_members(text):
-    """Members of an array in squeue's notation: "3", "0-2,5%2" or "[0-2,5%2]"."""
+    """Members of an array in Slurm's notation: "3", "0-2,5%2" or "[0-2,5%2]"; none for NO_NUMBER, which stands for whatever has no line of its own."""
     members = []
+    if text == str(NO_NUMBER):
+        return members
     for part in text.strip("[]").split("%")[0].split(","):
         match = re.match(r"^(\d+)(?:-(\d+)(?::(\d+))?)?$", part)
         if match:
@@ -298,7 +304,8 @@ def array_members(text):
 def ask(command, environment):
     """What a program of Slurm prints, with exit code 0 or an `Invalid job id` (then nothing). NoAnswer when the daemons do not answer: the programs try for
     up to a minute then, each time."""
-    code, output, errors = execute(command, environment, answer_seconds(environment))
+    # Long lists of an array's members are cut off at 64 characters otherwise.
+    code, output, errors = execute(command, dict(environment, SLURM_BITSTR_LEN="0"), answer_seconds(environment))
     if code != 0 and "Invalid job id" not in errors:
         raise NoAnswer("Slurm does not answer: {} ended with {}{}".format(" ".join(command), code, ":\n" + errors.strip() if errors.strip() else ""))
     return output if code == 0 else ""
@@ -342,11 +349,22 @@ def query_states(jobs, folder, environment):
     that are this folder's: an id may be another job's, in a copied folder or on another cluster."""
     states = {}
     stages = {str(job): stage for (stage, _), (job, _) in jobs.items()}
+    submitted = {}
+    for (_, element), (job, is_array) in jobs.items():
+        submitted.setdefault(str(job), []).append(element if is_array else 0)
+
+    def record(found, job):
+        """Takes over [(members, state)] of a job, or ([], state) for all of its others: what Slurm has not split up yet, or will never, stands for several
+        members, and may stand before or behind those that have a line of their own."""
+        for members, state in sorted(found, key=lambda one: -len(one[0]) if one[0] else float("-inf")):
+            for member in members or submitted[job]:
+                states[(job, member)] = state
+
     if not stages or not slurm_is_there(environment):
         return states
     missing = []
     for job in sorted(stages, key=int):
-        known = False
+        known, found = False, []
         for line in ask(["scontrol", "show", "job", "--oneliner", job], environment).splitlines():
             fields = dict(field.split("=", 1) for field in line.split(" ") if "=" in field)
             if "JobState" not in fields:
@@ -355,13 +373,10 @@ def query_states(jobs, folder, environment):
             script = re.search(r" Command=(.*?) WorkDir=", line)
             if not script or stage_of_script(script.group(1), folder) != stages[job]:
                 continue
-            members = array_members(fields["ArrayTaskId"]) if "ArrayTaskId" in fields else [0]
-            if members and members[0] > 2**31:  # an array that ended before it was split up
-                members = [member for (number, member) in jobs.values() if str(number) == job]
-            for member in members:
-                states[(job, member)] = {
-                    "state": fields["JobState"], "reason": fields.get("Reason", ""), "restarts": int(fields.get("Restarts", 0)),
-                    "code": fields.get("ExitCode", ""), "start": fields.get("StartTime", ""), "nodes": fields.get("NodeList", "")}
+            found.append((array_members(fields["ArrayTaskId"]) if "ArrayTaskId" in fields else [0], {
+                "state": fields["JobState"], "reason": fields.get("Reason", ""), "restarts": int(fields.get("Restarts", 0)),
+                "code": fields.get("ExitCode", ""), "start": fields.get("StartTime", ""), "nodes": fields.get("NodeList", "")}))
+        record(found, job)
         if not known:
             missing.append(job)
     if missing and shutil.which("sacct", path=environment.get("PATH")):
@@ -371,11 +386,14 @@ def query_states(jobs, folder, environment):
                                        "--jobs=" + ",".join(missing)], environment, answer_seconds(environment))
         except NoAnswer:
             code, output = 1, ""
+        found = {}
         for line in output.splitlines() if code == 0 else []:
-            match = re.match(r"^(\d+)(?:_(\d+))?\|([A-Z_]+)[^|]*\|([^|]*)\|(.*)$", line)
+            match = re.match(r"^(\d+)(?:_(\d+|\[[^]|]*\]))?\|([A-Z_]+)[^|]*\|([^|]*)\|(.*)$", line)
             if match and match.group(5) == job_name(folder, stages.get(match.group(1))):
-                states[(match.group(1), int(match.group(2) or 0))] = {"state": match.group(3), "reason": "", "restarts": 0,
-                                                                      "code": match.group(4), "start": "", "nodes": ""}
+                found.setdefault(match.group(1), []).append((array_members(match.group(2) or "0"), {
+                    "state": match.group(3), "reason": "", "restarts": 0, "code": match.group(4), "start": "", "nodes": ""}))
+        for job in found:
+            record(found[job], job)
     return states
 
 

@@ -475,6 +475,7 @@ def test_scripts(arguments, scratch):
                               stderr=subprocess.PIPE, universal_newlines=True)
     check(done.returncode == 74 and len(done.stderr.splitlines()) == 1, "status on a full disk: {} {}".format(done.returncode, done.stderr))
     check_folder_of_batch(arguments, nowhere, scratch)
+    check_program_of_batch(arguments, nowhere, scratch)
     check_sites(arguments, nowhere, scratch)
     check_names(arguments, nowhere, scratch)
     check_with_fake_slurm(arguments, nowhere, scratch)
@@ -499,6 +500,47 @@ def check_folder_of_batch(arguments, environment, scratch):
         found = execute(["bash", "-c", 'source "$1"; batch_folder "$2"', "batch", os.path.join(arguments.source, "slurm", "batch.sh"), path],
                         dict(environment, SLURM_JOB_ID="1"))
         check(found == expected + "\n", "batch.sh reads the folder {!r} from {!r}, headfold {!r}".format(found, text, expected))
+
+
+def check_program_of_batch(arguments, environment, scratch):
+    """The scripts of the examples, submitted by hand, start what their repository has built, else what PATH has; a container what it has itself."""
+    repository = os.path.join(scratch, "a repository")
+    shutil.copytree(os.path.join(arguments.source, "slurm"), os.path.join(repository, "slurm"), ignore=shutil.ignore_patterns("site.env", "__pycache__"))
+    built = os.path.join(repository, "build", "release", "jobs", "headfold")
+    os.makedirs(os.path.dirname(built))
+    programs = os.path.join(scratch, "programs")
+    os.makedirs(programs)
+    with open(os.path.join(programs, "srun"), "w") as file:
+        file.write("#!/bin/bash\nif [[ $1 == --mpi=list ]]; then echo pmix; else printf '<%s>' \"$@\"; fi\n")
+    os.chmod(os.path.join(programs, "srun"), 0o755)
+    example = os.path.join(repository, "slurm", "examples", "llama2-7b")
+    job = {"PATH": programs + ":" + environment["PATH"], "CDPATH": repository, "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": example,
+           "HEADFOLD_MAX_RETRIES": "0", "HEADFOLD_IMAGE": "image.sif"}
+
+    def check_starts(expected, settings):
+        done = subprocess.run(["bash", os.path.join(example, "calibrate.sbatch")], env=dict(job, **settings), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, universal_newlines=True, cwd=scratch)
+        check("<{}><run><--config><{}/pipeline.ini><--stage><calibrate>".format(expected, example) in done.stdout,
+              "{} is not what is started with {}:\n{}".format(expected, settings, done.stdout))
+        check("<headfold-check><{}>".format(expected.split(">")[0]) in done.stdout, "{} is not what is checked with {}:\n{}".format(expected, settings, done.stdout))
+
+    check_starts("headfold", {})
+    with open(built, "w") as file:
+        file.write("#!/bin/bash\n")
+    os.chmod(built, 0o755)
+    check_starts(built, {})
+    check_starts("/elsewhere/headfold", {"HEADFOLD": "/elsewhere/headfold"})
+    check_starts("headfold", {"HEADFOLD_CONTAINER": "pyxis"})
+    check_starts("apptainer><exec><--bind><{}><image.sif><headfold".format(example), {"HEADFOLD_CONTAINER": "apptainer"})
+    check_starts("apptainer><exec><--bind><{}><image.sif></image/headfold".format(example),
+                 {"HEADFOLD_CONTAINER": "apptainer", "HEADFOLD": "/image/headfold"})
+    # slurm/submit asks the container's program as well.
+    with open(os.path.join(programs, "apptainer"), "w") as file:
+        file.write("#!/bin/bash\nprintf '<%s>' \"$@\" >&2\nexit 1\n")
+    os.chmod(os.path.join(programs, "apptainer"), 0o755)
+    output = execute([os.path.join(repository, "slurm", "submit"), "--config", os.path.join(example, "pipeline.ini"), "--dry-run"],
+                     dict(job, HEADFOLD_CONTAINER="apptainer"), code=65)
+    check("<image.sif><headfold><run>" in output, "slurm/submit asks another program:\n" + output)
 
 
 def check_sites(arguments, environment, scratch):
@@ -540,9 +582,17 @@ case "${0##*/} $1 $2" in
   "scontrol show config") echo "ClusterName             = fake" ;;
   "scontrol show job")
     if [[ ! -e job-$4 ]]; then echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi
+    if [[ -e tasks-$4 ]]; then
+      while read -r task state; do
+        if [[ $task == *,* && ${SLURM_BITSTR_LEN:-64} != 0 ]]; then task=${task%,*}...; fi  # long lists are cut off
+        echo "JobId=$4 ArrayJobId=$4 ArrayTaskId=$task JobName=x JobState=$state Reason=None Restarts=0 ExitCode=0:0 StartTime=x Command=$(cat "job-$4") WorkDir=/"
+      done <"tasks-$4"
+      exit
+    fi
     echo "JobId=$4 JobName=x JobState=RUNNING Reason=None Restarts=0 ExitCode=0:0 StartTime=x Command=$(cat "job-$4") WorkDir=/"
     ;;
   squeue*) for job in job-*; do [[ ! -e $job ]] || echo "${job#job-}|$(cat "$job")"; done ;;
+  sacct*) [[ ! -e accounting ]] || cat accounting ;;
   scancel*) for job in "$@"; do rm -f "job-${job%%_*}"; done ;;
   *) exit 1 ;;
 esac
@@ -603,6 +653,40 @@ def check_with_fake_slurm(arguments, environment, scratch):
     check(not living(), "left by cancel: {}".format(living()))
     execute(command("submit"), environment)
     check(len(living()) == 5, "submitted: {}".format(living()))
+
+    # Tasks of an array that were cancelled before Slurm made jobs of them have one line together, before or behind those of the others.
+    with open(os.path.join(folder, "slurm", "jobs.json")) as file:
+        array = {job["stage"]: job["id"] for submission in json.load(file)["submissions"] for job in submission["jobs"]}["evaluate"]
+    tasks = os.path.join(fake, "tasks-" + array)
+
+    def states():
+        output = execute(command("status") + ["--json"], environment)
+        return [entry["state"] for entry in json.loads(output)["stages"] if entry["stage"] == "evaluate"]
+
+    def check_states(lines, expected):
+        for order in (lines, lines[::-1]):
+            with open(tasks, "w") as file:
+                file.write("".join(line + "\n" for line in order))
+            check(states() == expected, "tasks {} are shown as {}, not {}".format(order, states(), expected))
+
+    check_states(["4294967294 CANCELLED", "0 RUNNING"], ["running", "cancelled", "cancelled"])
+    check_states(["4294967294 CANCELLED", "0 RUNNING", "1 FAILED"], ["running", "failed", "cancelled"])
+    check_states(["4294967294 CANCELLED"], ["cancelled"] * 3)
+    for rest in ("1-2", "1,2", "1-2%4", "[1-2%4]", "0-2"):
+        check_states([rest + " PENDING", "0 RUNNING"], ["running", "waiting", "waiting"])
+    check_states(["0,1,2 PENDING"], ["waiting"] * 3)
+    check_states(["0-2 CANCELLED", "1 RUNNING"], ["cancelled", "running", "cancelled"])
+    output = execute(command("cancel") + ["--dry-run"], environment)
+    check("{}_1".format(array) in output and "{}_0".format(array) not in output and "{}_2".format(array) not in output, output)
+    os.remove(tasks)
+    # What slurmctld has forgotten, accounting tells in the same notation.
+    os.rename(os.path.join(fake, "job-" + array), os.path.join(fake, "forgotten"))
+    name = "faked run-evaluate"
+    with open(os.path.join(fake, "accounting"), "w") as file:
+        file.write("{0}_0|FAILED|1:0|{1}\n{0}_[1-2%4]|CANCELLED by 0|0:0|{1}\n".format(array, name))
+    check(states() == ["failed", "cancelled", "cancelled"], "accounting is shown as {}".format(states()))
+    os.remove(os.path.join(fake, "accounting"))
+    os.rename(os.path.join(fake, "forgotten"), os.path.join(fake, "job-" + array))
 
     # A copy, whose pipeline names the copied folder, does not touch the original's jobs.
     copy = os.path.join(scratch, "copied run")
