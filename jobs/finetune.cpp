@@ -9,6 +9,8 @@
 #include <headfold/base/table.h>
 #include <headfold/base/version.h>
 #include <headfold/calibration/text.h>
+#include <headfold/checkpoint/layout.h>
+#include <headfold/checkpoint/writer.h>
 #include <headfold/device/device.h>
 #include <headfold/evaluation/tasks.h>
 #include <headfold/finetune/lora.h>
@@ -250,10 +252,10 @@ OrderedJson identity_of(const Settings& s, const std::string& model, const std::
   return json;
 }
 
-/// Whether OUT holds this training finished. UsageError when it holds something else.
-bool is_finished(const Settings& s, const OrderedJson& identity) {
+/// The record of this training where OUT holds it finished. UsageError when it holds something else.
+std::optional<Json> finished_record(const Settings& s, const OrderedJson& identity) {
   std::error_code code;
-  if (!fs::exists(s.out, code)) return false;
+  if (!fs::exists(s.out, code)) return {};
   if (!fs::is_directory(s.out))
     throw UsageError(fmt::format("{} exists and is not a folder", s.out.string()), "choose another --out");
   const fs::path record = s.out / "finetune.json";
@@ -274,10 +276,13 @@ bool is_finished(const Settings& s, const OrderedJson& identity) {
         throw UsageError(
             fmt::format("{} is not empty and was not written by headfold finetune", s.out.string()),
             "choose another --out, or empty that folder yourself: headfold does not overwrite foreign files");
-    return false;
+    return {};
   }
-  if (json.value("identity", Json()) == Json(identity)) return json.value("finished", false);
-  if (s.overwrite) return false;
+  if (json.value("identity", Json()) == Json(identity)) {
+    if (json.value("finished", false)) return json;
+    return {};
+  }
+  if (s.overwrite) return {};
   std::string difference;
   const Json found = json.value("identity", Json());
   for (const auto& [key, value] : identity.items()) {
@@ -288,6 +293,109 @@ bool is_finished(const Settings& s, const OrderedJson& identity) {
   }
   throw UsageError(fmt::format("{} holds another training: {}", s.out.string(), difference),
                    "choose another --out, or --overwrite to begin anew");
+}
+
+/// What a finished training lacks, and what it is made from again.
+struct Repair {
+  bool adapter = true, merged = true;  ///< to be written
+  std::int64_t steps = 0, chosen = 0;  ///< of the training: its last one, and that of its weights
+};
+
+/// What is wrong with the adapter of a finished training; empty when it is whole, with its hash.
+std::string adapter_problem(const Settings& s, const checkpoint::ModelConfig& config, const std::string& model,
+                            std::string& hash) {
+  const fs::path folder = s.out / "adapter";
+  try {
+    const finetune::Adapter adapter = finetune::read_adapter(folder, config);
+    const finetune::LoraOptions& found = adapter.options;
+    if (adapter.base_fingerprint != model || found.rank != s.lora.rank || found.alpha != s.lora.alpha ||
+        found.rslora != s.lora.rslora)
+      return fmt::format("{} does not state the model and the options of this training", folder.string());
+    hash = finetune::adapter_hash(adapter);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return {};
+}
+
+/// The same of OUT/merged; `adapter`: hash of the adapter that is in it, empty when it is not known. UsageError when
+/// another model stands there.
+std::string merged_problem(const Settings& s, const std::string& model, const std::string& data,
+                           const std::string& adapter) {
+  const fs::path folder = s.out / "merged";
+  std::string problem;
+  try {
+    const Json made = read_json(folder / "headfold.json", std::uint64_t{256} << 20);
+    const Json merged = made.is_object() ? made.value("merged", Json()) : Json();
+    const auto states = [](const Json& json, const char* key, const std::string& value) {
+      return json.is_object() && json.contains(key) && json[key] == value;
+    };
+    const Json from = merged.is_object() ? merged.value("adapter", Json()) : Json();
+    if (!states(merged, "base_fingerprint", model) ||
+        (s.lora.full ? !states(merged, "data_hash", data) : !from.is_object()))
+      throw UsageError(fmt::format("{} holds another model", folder.string()),
+                       "choose another --out, or move that folder away");
+    if (!s.lora.full && !adapter.empty() && !states(from, "sha256", adapter))
+      problem = fmt::format("{} was made from another adapter", folder.string());
+  } catch (const UsageError&) {
+    throw;
+  } catch (const Error& error) {
+    problem = error.what();
+  }
+  if (!problem.empty()) return problem;
+  try {
+    const checkpoint::Reader reader(folder);  // sizes of all shards against their headers
+    std::vector<std::string> problems = checkpoint::layout_problems(reader);
+    auto copies = checkpoint::companion_files(s.model);
+    copies.push_back(s.model / "config.json");
+    for (const std::string& one : checkpoint::companion_problems(folder, copies)) problems.push_back(one);
+    if (!problems.empty()) return problems.front();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return {};
+}
+
+[[noreturn]] void refuse_repair(const Settings& s, const fs::path& checkpoint, const char* state) {
+  throw InputError(
+      fmt::format("{}: the training is finished, but what it made is not whole, and {}, from which it "
+                  "would be made again, {}",
+                  s.out.string(), checkpoint.string(), state),
+      fmt::format("put that checkpoint back; or remove {}, or choose another --out, to train anew", s.out.string()));
+}
+
+/// Looks at what a finished training made. InputError when something is to be made again and its checkpoint is gone.
+Repair repair_of(const Settings& s, const checkpoint::ModelConfig& config, const Json& record, const std::string& model,
+                 const std::string& data) {
+  const Json results = record.value("results", Json());
+  Repair repair{false, false, -1, -1};
+  if (results.is_object()) {
+    repair.steps = optional<std::int64_t>(results, "steps", -1, (s.out / "finetune.json").string());
+    repair.chosen = optional<std::int64_t>(results, "chosen_step", -1, (s.out / "finetune.json").string());
+  }
+  const auto needs = [&](const char* name, const std::string& problem) {
+    const fs::path folder = s.out / name;
+    if (!fs::exists(folder)) {
+      spdlog::info("{} is not there: it is made from the training's checkpoint", folder.string());
+    } else if (!problem.empty()) {
+      spdlog::warn("{} was made by this very command but is damaged ({}); it is made again", folder.string(), problem);
+    } else {
+      return false;
+    }
+    return true;
+  };
+  std::string hash;
+  if (!s.lora.full) repair.adapter = needs("adapter", adapter_problem(s, config, model, hash));
+  if (s.lora.full || s.merge)
+    repair.merged =
+        needs("merged", fs::exists(s.out / "merged") ? merged_problem(s, model, data, hash) : std::string());
+  if (!repair.adapter && !repair.merged) return repair;
+  // Before a model is loaded for it.
+  const fs::path last = s.out / "checkpoints" / fmt::format("step-{}", repair.steps);
+  const fs::path best = s.out / "checkpoints" / fmt::format("best-{}", repair.chosen);
+  if (!fs::exists(last)) refuse_repair(s, last, "is gone");
+  if (!s.validation.empty() && !fs::exists(best)) refuse_repair(s, best, "is gone");
+  return repair;
 }
 
 /// Removes what an earlier training left in OUT, when it is not this one.
@@ -407,6 +515,13 @@ OrderedJson results_of(const finetune::TrainState& state, std::int64_t chosen, c
   return json;
 }
 
+/// IoError when the teacher's file is absent and no model is named that could fill it.
+void require_cache(const Settings& s) {
+  if (s.teacher.empty() && !fs::exists(s.cache))
+    throw IoError(s.cache.string(), "there is no such file",
+                  "it holds the teacher's predictions; name the model that can fill it with --teacher");
+}
+
 /// The teacher's files for training and (with `validation`) validation text, made where they are absent.
 struct CachedTeachers {
   std::unique_ptr<finetune::Teacher> training, validation;
@@ -419,8 +534,7 @@ CachedTeachers cached_teachers(const Context& context, const Settings& s, const 
   std::array<std::int64_t, 2> present = {0, 0};
   world.on_root([&] { present = {fs::exists(s.cache) ? 1 : 0, fs::exists(beside) ? 1 : 0}; });
   world.broadcast(std::as_writable_bytes(std::span(present)));
-  if (present[0] == 0 && s.teacher.empty())
-    throw IoError(s.cache.string(), "there is no such file", "name the model that can fill it with --teacher");
+  if (present[0] == 0) require_cache(s);
   if (validation != nullptr && present[1] == 0 && s.teacher.empty()) {
     if (world.root())
       spdlog::warn("{} does not exist: validation will not tell the divergence from the teacher; --teacher makes it",
@@ -515,7 +629,8 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
     if (!s.validation.empty()) validation_hash = calibration::data_hash(s.validation, s.data.field);
     if (!s.teacher.empty()) {
       teacher_hash = checkpoint::Reader(s.teacher).fingerprint();
-    } else if (s.distills() && fs::exists(s.cache)) {
+    } else if (s.distills()) {
+      require_cache(s);
       // Another cache is another training, whether or not its teacher is at hand.
       const checkpoint::SafetensorsFile cached(s.cache);
       const auto found = cached.metadata().find("teacher");
@@ -527,18 +642,20 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   const std::string next = fmt::format(
       "headfold {}", s.lora.full || s.merge ? fmt::format("evaluate --model {}", (s.out / "merged").string())
                                             : fmt::format("inspect {}", (s.out / "adapter").string()));
-  std::array<std::int64_t, 2> known = {0, 0};  // finished; told to stop
+  std::optional<Json> former;  // on the root
+  Repair repair;
+  std::array<std::int64_t, 6> known = {};
   world.on_root([&] {
-    known[0] = is_finished(s, identity) ? 1 : 0;
-    // Checkpoints give again what is missing.
-    if ((s.merge || s.lora.full) && !fs::exists(s.out / "merged" / "config.json")) known[0] = 0;
-    if (!s.lora.full)
-      for (const char* name : {"adapter_config.json", "adapter_model.safetensors"})
-        if (!fs::exists(s.out / "adapter" / name)) known[0] = 0;
-    known[1] = fs::exists(s.out / "STOP") ? 1 : 0;
+    former = finished_record(s, identity);
+    if (former) repair = repair_of(s, config, *former, model_hash, data_hash);
+    known = {former ? 1 : 0,         fs::exists(s.out / "STOP") ? 1 : 0,
+             repair.adapter ? 1 : 0, repair.merged ? 1 : 0,
+             repair.steps,           repair.chosen};
   });
   world.broadcast(std::as_writable_bytes(std::span(known)));
-  if (known[0] == 1) {
+  const bool finished = known[0] == 1;
+  repair = {known[2] == 1, known[3] == 1, known[4], known[5]};
+  if (finished && !repair.adapter && !repair.merged) {
     if (world.root()) {
       spdlog::info("{} is already complete for this model, data and options: nothing to do", s.out.string());
       std::cout << "next: " << next << '\n';
@@ -581,7 +698,7 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
                    world.size());
     }
   }
-  if (teacher_config) {
+  if (teacher_config && !finished) {
     world.on_root([&] {
       std::string sample;
       for (const fs::path& file : s.data.files) {
@@ -599,7 +716,7 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   // Before the first write: the model must load.
   std::optional<checkpoint::Reader> teacher_reader;
   std::unique_ptr<finetune::Teacher> teacher, own_validation_teacher;
-  if (s.distills() && !s.cache.empty()) {
+  if (s.distills() && !s.cache.empty() && !finished) {
     CachedTeachers cached =
         cached_teachers(context, s, data, validation ? &*validation : nullptr, config.vocab, teacher_hash);
     teacher = std::move(cached.training);
@@ -608,7 +725,7 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   auto model = std::make_unique<finetune::TrainableModel>(reader, s.lora, s.dtype);
   model->set_activation_checkpointing(!s.keep_activations);
   const finetune::Teacher* validation_teacher = own_validation_teacher.get();
-  if (s.distills() && s.cache.empty()) {
+  if (s.distills() && s.cache.empty() && !finished) {
     teacher_reader.emplace(s.teacher);
     teacher = std::make_unique<finetune::LiveTeacher>(*teacher_reader, s.dtype);
     validation_teacher = teacher.get();
@@ -646,7 +763,9 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
                        {"shard_optimizer", s.train.shard_optimizer},
                        {"keep_activations", s.keep_activations},
                        {"cached_teacher", !s.cache.empty()}};
+  // The record of a finished training stays: should this job be killed, what is damaged is found again.
   world.on_root([&] {
+    if (finished) return;
     clear_other(s, identity);
     make_folder(s.out);
     write_json(s.out / "finetune.json", record);
@@ -657,11 +776,19 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
                                                      teacher.get(), validation_teacher, s.train);
   device::release_freed_memory();
   trainer->resume();
-  const finetune::TrainState state = trainer->run([] { return stop_requested(); });
+  if (finished && trainer->state().step != repair.steps)
+    refuse_repair(s, s.out / "checkpoints" / fmt::format("step-{}", repair.steps), "cannot be read");
+  const finetune::TrainState state = finished ? trainer->state() : trainer->run([] { return stop_requested(); });
   const std::int64_t chosen = trainer->take_best();
+  if (finished && chosen != repair.chosen)
+    refuse_repair(s, s.out / "checkpoints" / fmt::format("best-{}", repair.chosen), "cannot be read");
   const auto peak = world.all_reduce(static_cast<std::int64_t>(peak_resident_bytes()), comm::Reduce::max);
 
-  record["results"] = results_of(state, chosen, data, s, validation.has_value(), validation_teacher);
+  if (former) {
+    record["results"] = OrderedJson::parse(former->at("results").dump());
+  } else {
+    record["results"] = results_of(state, chosen, data, s, validation.has_value(), validation_teacher);
+  }
 
   // Files. What training alone needs goes first: merging has tensors of its own.
   trainer.reset();
@@ -681,9 +808,10 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
       adapter.tensors[parameter.name] = headfold::model::to_host(parameter.value);
     model.reset();
     device::release_freed_memory();
-    world.on_root(
-        [&] { finetune::write_adapter(s.out / "adapter", adapter, finetune::target_modules(s.lora, config)); });
-    if (s.merge)
+    world.on_root([&] {
+      if (repair.adapter) finetune::write_adapter(s.out / "adapter", adapter, finetune::target_modules(s.lora, config));
+    });
+    if (s.merge && repair.merged)
       finetune::write_merged(world, reader, adapter, s.out / "merged", static_cast<std::int64_t>(s.max_shard_bytes));
   }
   OrderedJson own = run_record(context, "finetune", arguments,

@@ -67,11 +67,15 @@ Row row_of(const Json& json, const std::string& place) {
 /// Calls `take` for every row of a .json array or a file of JSON lines, until it says false.
 void each_row(const std::filesystem::path& path,
               const std::function<bool(const Json&, const std::string& place)>& take) {
-  const std::string text = read_file(path);
+  std::string text = read_file(path);
   tokenizer::check_utf8(text, path.string());
+  if (text.starts_with("\xEF\xBB\xBF")) text.erase(0, 3);  // some editors begin UTF-8 with a byte-order mark
   const std::size_t first = text.find_first_not_of(" \t\r\n");
   if (path.extension() == ".json" && first != std::string::npos && text[first] == '[') {
     const Json list = parse_json(text, path.string());
+    if (list.empty())
+      throw InputError(fmt::format("{}: the array is empty, there are no instructions in it", path.string()),
+                       "name files with rows in them with --data");
     for (std::size_t i = 0; i < list.size(); ++i)
       if (!take(list[i], fmt::format("{}: entry {}", path.string(), i))) return;
     return;

@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 #include <headfold/base/error.h>
 
+#include <algorithm>
+
 #include "elementwise.h"
 #include "tensors.h"
 
@@ -115,7 +117,7 @@ RowResult loss_of_row(T* z, std::int64_t vocab, std::int64_t target, const T* te
   const T largest = largest_of(z, vocab);
   const double sum = exponential_sum(z, s.exponentials.data(), vocab, largest, 1);
   result.cross_entropy = std::log(sum) + static_cast<double>(largest) - static_cast<double>(z[target]);
-  result.agrees = z[target] == largest;
+  result.agrees = z[target] == largest && std::find(z, z + target, largest) == z + target;  // argmax takes the first
   const T plain = static_cast<T>(1 - options.distill_weight);
   if (gradient) {
     T* g = s.gradient.data();

@@ -93,8 +93,8 @@ void write_teacher_cache(const comm::Communicator& world, const std::filesystem:
         const auto [top, which] =
             at::topk(at::log_softmax(view.logits(begin, end).to(at::kFloat), -1), width, -1, true, true);
         if (failure.empty() && at::isnan(top).any().item<bool>())
-          failure = fmt::format("the teacher gives NaN for sequence {} or one of the {} after it", sequences.front(),
-                                sequences.size() - 1);
+          failure = fmt::format("the teacher gives NaN for sequence {}{}", sequences.front(),
+                                rows > 1 ? fmt::format(" or one of the {} after it", rows - 1) : std::string());
         log_probs.index_copy_(0, scored.slice(0, begin, end), model::to_host(top));
         tokens.index_copy_(0, scored.slice(0, begin, end), model::to_host(which).to(at::kInt));
       }

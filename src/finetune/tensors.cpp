@@ -358,7 +358,7 @@ LossSums loss_of_rows(const at::Tensor& logits, const at::Tensor& targets, const
   LossSums sums;
   sums.tokens = rows;
   sums.cross_entropy = -log_s.gather(1, target).sum(at::kDouble).item<double>();
-  sums.agreements = own.eq(logits.amax(-1, true)).sum().item<std::int64_t>();
+  sums.agreements = logits.argmax(-1, true).eq(target).sum().item<std::int64_t>();
   const double weight = options.distill_weight;
   at::Tensor slope;
   if (gradient) {

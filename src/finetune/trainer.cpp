@@ -128,6 +128,12 @@ struct Trainer::State {
       for (const std::int64_t sequence : again.draw((step - 1) * options.batch, options.batch))
         if (sequences.size() < 400) sequences += fmt::format("{}{}", sequences.empty() ? "" : ", ", sequence);
     }
+    // Weights that no step has changed are the checkpoint's own, and the learning rate had no part in them.
+    if (now.step == 0)
+      throw NumericalError(
+          fmt::format("{} the {} is {}: the model gives it before anything is trained",
+                      step > 0 ? fmt::format("step {}:", step) : std::string("before step 1:"), what, value),
+          "try --dtype float32; if it persists, the checkpoint that --model names is broken");
     throw NumericalError(
         fmt::format("step {}: the {} is {}, from sequences {} of the training data (counted from 0)", step, what, value,
                     sequences),

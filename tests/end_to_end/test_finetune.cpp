@@ -143,6 +143,107 @@ TEST_F(FinetuneTest, trains_merges_evaluates_and_knows_when_it_is_done) {
   EXPECT_THAT(other.output, HasSubstr("holds another training"));
 }
 
+TEST_F(FinetuneTest, a_damaged_result_of_a_finished_training_is_made_again) {
+  const auto contents = [](const fs::path& folder) {
+    std::map<std::string, std::string> found;
+    for (const auto& entry : fs::recursive_directory_iterator(folder))
+      if (entry.is_regular_file()) found[fs::relative(entry.path(), folder).string()] = read_file(entry.path());
+    return found;
+  };
+  const auto cut = [](const fs::path& file) { fs::resize_file(file, fs::file_size(file) - 100); };
+  const auto gone = [](const fs::path& file) { ASSERT_TRUE(fs::remove(file)) << file; };
+  using Damage = std::function<void(const fs::path&)>;
+  struct Case {
+    std::string file;
+    Damage damage;
+    int ranks;
+  };
+  const auto check = [&](const std::string& out, const Arguments& command, const std::vector<Case>& cases) {
+    const Outcome trained = run(command, 2);
+    ASSERT_EQ(trained.code, 0) << trained.output;
+    std::map<std::string, std::map<std::string, std::string>> whole;
+    for (const char* name : {"adapter", "merged"})
+      if (fs::exists(root_ / out / name)) whole[name] = contents(root_ / out / name);
+    const std::string lines = read_file(root_ / out / "train.jsonl");
+    const Json results = read_json(root_ / out / "finetune.json").at("results");
+    for (const Case& one : cases) {
+      one.damage(root_ / out / one.file);
+      const Outcome remade = run(command, one.ranks);
+      EXPECT_EQ(remade.code, 0) << one.file << remade.output;
+      EXPECT_THAT(remade.output, HasSubstr("it is made again")) << one.file;
+      for (const auto& [name, files] : whole) EXPECT_TRUE(contents(root_ / out / name) == files) << one.file;
+      EXPECT_EQ(read_file(root_ / out / "train.jsonl"), lines) << "it was trained anew";
+      EXPECT_EQ(read_json(root_ / out / "finetune.json").at("results"), results);
+      const Outcome again = run(command);
+      EXPECT_EQ(again.code, 0) << again.output;
+      EXPECT_THAT(again.output, HasSubstr("nothing to do")) << one.file;
+    }
+  };
+  const Arguments merging = training(
+      "whole", {"--steps", "4", "--validation", root_ / "validation.jsonl", "--validate-every", "2", "--merge"});
+  check("whole", merging,
+        {{"adapter/adapter_model.safetensors", cut, 2},
+         {"adapter/adapter_config.json",
+          [](const fs::path& file) {
+            Json json = read_json(file);
+            json["lora_alpha"] = 7;
+            write_json(file, json);
+          },
+          1},
+         {"merged/model.safetensors", cut, 1},
+         {"merged/model.safetensors", gone, 2},
+         {"merged/tokenizer.model", gone, 1},
+         {"merged/tokenizer.model", [](const fs::path& file) { write_file(file, "other"); }, 1},
+         {"merged/config.json", gone, 1},
+         {"merged/headfold.json", gone, 1}});
+  const Arguments full = training("full", {"--steps", "2", "--full", "--max-shard-size", "5MB"});
+  const Outcome first = run(full, 2);
+  ASSERT_EQ(first.code, 0) << first.output;
+  std::string shard;
+  for (const auto& entry : fs::directory_iterator(root_ / "full" / "merged"))
+    if (entry.path().filename().string().starts_with("model-00002-of")) shard = entry.path().filename().string();
+  ASSERT_FALSE(shard.empty());
+  check("full", full,
+        {{"merged/" + shard, gone, 2}, {"merged/" + shard, cut, 1}, {"merged/model.safetensors.index.json", gone, 1}});
+  // What another command put there stays.
+  fs::remove_all(root_ / "full" / "merged");
+  fs::copy(root_ / "whole" / "merged", root_ / "full" / "merged");
+  const Outcome foreign = run(full, 2);
+  EXPECT_EQ(foreign.code, 64) << foreign.output;
+  EXPECT_THAT(foreign.output, HasSubstr("holds another model"));
+  // Without a checkpoint there is nothing to make it from, and nothing is trained unasked.
+  cut(root_ / "whole" / "merged" / "model.safetensors");
+  const auto checkpoints = root_ / "whole" / "checkpoints";
+  fs::resize_file(checkpoints / "step-4" / "parameters.safetensors", 1000);
+  const Outcome unreadable = run(merging, 2);
+  EXPECT_EQ(unreadable.code, 65) << unreadable.output;
+  EXPECT_THAT(unreadable.output, testing::AllOf(HasSubstr("step-4"), HasSubstr("to train anew")));
+  fs::remove_all(checkpoints);
+  const Outcome lost = run(merging, 2);
+  EXPECT_EQ(lost.code, 65) << lost.output;
+  EXPECT_THAT(lost.output, testing::AllOf(HasSubstr("step-4"), HasSubstr("is gone"), HasSubstr("to train anew")));
+}
+
+TEST_F(FinetuneTest, a_checkpoint_of_nan_is_suspected_itself) {
+  const checkpoint::Reader folded(root_ / "folded");
+  std::map<std::string, at::Tensor> tensors;
+  for (const std::string& name : folded.names()) tensors[name] = folded.view(name).clone();
+  tensors.at("model.norm.weight")[3] = NAN;
+  fs::copy(root_ / "folded", root_ / "broken");
+  checkpoint::write_safetensors(root_ / "broken" / "model.safetensors", tensors);
+  Arguments command = training("unsound", {"--steps", "2"});
+  command[2] = root_ / "broken";
+  const Outcome outcome = run(command, 2);
+  EXPECT_EQ(outcome.code, 70) << outcome.output;
+  EXPECT_THAT(outcome.output, testing::AllOf(HasSubstr("before anything is trained"), HasSubstr("is broken"),
+                                             testing::Not(HasSubstr("--learning-rate"))));
+  const Outcome taught = run(training(
+      "taught", {"--steps", "2", "--teacher", root_ / "broken", "--cache-teacher", root_ / "teacher.safetensors"}));
+  EXPECT_EQ(taught.code, 70) << taught.output;
+  EXPECT_THAT(taught.output, testing::AllOf(HasSubstr("the teacher gives NaN for sequence 0"),
+                                            testing::Not(HasSubstr("the 0 after it"))));
+}
+
 TEST_F(FinetuneTest, a_signal_to_one_rank_stops_all_and_the_same_command_resumes) {
   const Outcome whole = run(training("whole", {"--steps", "30"}), 2);
   ASSERT_EQ(whole.code, 0) << whole.output;
@@ -268,6 +369,13 @@ TEST_F(FinetuneTest, validation_tells_the_divergence_from_a_cached_teacher) {
   ASSERT_EQ(alone.code, 0) << alone.output;
   EXPECT_NEAR(read_json(root_ / "alone" / "finetune.json").at("results").at("validation_kl_before").get<double>(), part,
               1e-6);
+  // An absent file is no other training.
+  fs::rename(cache, root_ / "kept");
+  const Outcome absent = run(with("alone", {"--cache-teacher", cache}), 2);
+  EXPECT_EQ(absent.code, 74) << absent.output;
+  EXPECT_THAT(absent.output, testing::AllOf(HasSubstr("teacher.safetensors: there is no such file"),
+                                            testing::Not(HasSubstr("another training"))));
+  fs::rename(root_ / "kept", cache);
   // A file that another teacher speaks from is another training, though no teacher is named.
   const std::string other = root_ / "other.safetensors";
   const Outcome filled = run(with("filled", {"--teacher", root_ / "folded", "--cache-teacher", other}));
@@ -397,6 +505,7 @@ TEST_F(FinetuneTest, wrong_input_is_named_and_leaves_nothing_behind) {
   write_file(root_ / "empty.jsonl", "\n");
   write_file(root_ / "short.jsonl", "{\"text\": \"Too short.\"}\n");
   write_file(root_ / "rows.jsonl", "{\"prompt\": \"" + std::string(900, 'x') + "\", \"response\": \"y\"}\n");
+  write_file(root_ / "array.json", "[]");
   write_file(root_ / "broken.jsonl", "{\"prompt\": \"a\", \"response\": \"b\"}\n{\"prompt\": \"cut o");
   // A teacher whose tokenizer is the student's, with other tables.
   Json shape = read_json(demo_model("prose-llama") / "config.json");
@@ -419,6 +528,7 @@ TEST_F(FinetuneTest, wrong_input_is_named_and_leaves_nothing_behind) {
       {{"--data", text("empty.jsonl")}, 65, "no text", 2},
       {{"--data", text("short.jsonl")}, 65, "short.jsonl"},
       {{"--data", text("rows.jsonl")}, 65, "rows.jsonl:1"},
+      {{"--data", text("array.json")}, 65, "array.json: the array is empty, there are no instructions in it", 2},
       {{"--data", text("broken.jsonl")}, 65, "broken.jsonl:2"},
       {{"--teacher", demo_model("prose-bloom")}, 65, "tokenizer", 2},
       {{"--teacher", text("taller")}, 65, "vocabulary has 4100 entries", 2},

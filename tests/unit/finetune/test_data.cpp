@@ -108,7 +108,7 @@ TEST(TextDataTest, documents_can_be_kept_apart) {
 TEST(InstructionDataTest, answers_alone_are_scored_and_rows_stay_apart) {
   const ScratchFolder scratch;
   write(scratch / "a.json",
-        "[{\"instruction\": \"Name a colour.\", \"input\": \"\", \"output\": \"Blue.\"},\n"
+        "\xEF\xBB\xBF[{\"instruction\": \"Name a colour.\", \"input\": \"\", \"output\": \"Blue.\"},\n"
         "{\"instruction\": \"Say it again.\", \"input\": \"A house\", \"output\": \"A house, a house\"}]");
   write(scratch / "b.jsonl", "{\"prompt\": \"What is the sun?\\n\", \"response\": \"A star.\"}\n\n");
   DataOptions options;

@@ -401,6 +401,19 @@ TEST_F(BatchTest, bad_batches_and_options_are_named) {
 // -----------------------------------------------------------------------------------------------------------------------------
 // Loss
 
+TEST(LossTest, of_equal_logits_the_first_is_the_choice) {
+  const at::Tensor targets = at::arange(4, at::kLong);
+  for (const model::Engine engine : {model::Engine::native, model::Engine::tensors}) {
+    model::set_compute({engine, at::kCPU});
+    EXPECT_EQ(loss_of_rows(at::zeros({4, 53}), targets, {}, {}, 1, false).agreements, 1);
+    // Row i has its largest logits at 1, 2 and 3.
+    at::Tensor three = at::zeros({4, 53});
+    three.slice(1, 1, 4).fill_(2);
+    EXPECT_EQ(loss_of_rows(three, targets, {}, {}, 1, false).agreements, 1);
+  }
+  model::set_compute({});
+}
+
 TEST(LossTest, is_cross_entropy_and_divergence_at_a_temperature) {
   at::manual_seed(4);
   const at::Tensor z = at::randn({7, 53}, at::kDouble) * 3;
