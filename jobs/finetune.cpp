@@ -639,9 +639,10 @@ void finetune_model(const Context& context, const std::vector<std::string>& argu
   });
   for (std::string* hash : {&model_hash, &data_hash, &validation_hash, &teacher_hash}) world.broadcast(*hash);
   const OrderedJson identity = identity_of(s, model_hash, data_hash, validation_hash, teacher_hash);
-  const std::string next = fmt::format(
-      "headfold {}", s.lora.full || s.merge ? fmt::format("evaluate --model {}", (s.out / "merged").string())
-                                            : fmt::format("inspect {}", (s.out / "adapter").string()));
+  const std::string next =
+      fmt::format("headfold {}", s.lora.full || s.merge
+                                     ? fmt::format("evaluate --model {}", shell_word((s.out / "merged").string()))
+                                     : fmt::format("inspect {}", shell_word((s.out / "adapter").string())));
   std::optional<Json> former;  // on the root
   Repair repair;
   std::array<std::int64_t, 6> known = {};
