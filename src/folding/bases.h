@@ -107,6 +107,8 @@ double value_total(const LayerProblem& problem, const std::vector<std::int64_t>&
 /// Pairs that FoldOptions::slow_band stands for in this layer; auto: those that turn by less than half a radian over
 /// the context.
 std::int64_t slow_band_of(const LayerProblem& problem, const FoldOptions& options);
+/// The same for `frequencies` [head_dim / 2] over `context` tokens.
+std::int64_t slow_band_of(const at::Tensor& frequencies, std::int64_t context, const FoldOptions& options);
 /// Condition and dropped share of the Sigma in which the group's keys are folded.
 linalg::Conditioning key_conditioning(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads,
                                       const FoldOptions& options);

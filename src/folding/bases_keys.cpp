@@ -69,10 +69,14 @@ Problem key_problem(const LayerProblem& problem, const KeySide& side, const Fold
 
 }  // namespace
 
-std::int64_t slow_band_of(const LayerProblem& problem, const FoldOptions& options) {
+std::int64_t slow_band_of(const at::Tensor& frequencies, std::int64_t context, const FoldOptions& options) {
   if (options.slow_band != kSlowBandAuto) return options.slow_band;
-  if (!problem.frequencies.defined()) throw InternalError("a slow band was asked for without frequencies");
-  return (problem.frequencies * static_cast<double>(problem.context) < 0.5).sum().item<std::int64_t>();
+  if (!frequencies.defined()) throw InternalError("a slow band was asked for without frequencies");
+  return (frequencies * static_cast<double>(context) < 0.5).sum().item<std::int64_t>();
+}
+
+std::int64_t slow_band_of(const LayerProblem& problem, const FoldOptions& options) {
+  return slow_band_of(problem.frequencies, problem.context, options);
 }
 
 Basis key_basis(const LayerProblem& problem, const std::vector<std::int64_t>& kv_heads, const FoldOptions& options,

@@ -1,4 +1,5 @@
 #include <headfold/base/error.h>
+#include <headfold/folding/bases.h>
 #include <headfold/folding/comparison.h>
 #include <headfold/linalg/linalg.h>
 
@@ -214,10 +215,7 @@ at::Tensor LayerComparison::left_out_keys(const at::Tensor& mean_key, const at::
   const at::Tensor frequencies = frequencies_.to(at::kDouble);
   // The channels of a slow band as the plan chose them.
   at::Tensor share = left_out_.clone();
-  const double context = static_cast<double>(options_.context > 0 ? options_.context : tokens);
-  const std::int64_t band = options_.slow_band == kSlowBandAuto
-                                ? (frequencies * context < 0.5).sum().item<std::int64_t>()
-                                : options_.slow_band;
+  const std::int64_t band = slow_band_of(frequencies, options_.context > 0 ? options_.context : tokens, options_);
   share.slice(0, half - band).fill_(1.0);
   // E[e^(-i theta tau)] times the mean key, pair by pair.
   const at::Tensor angles = at::outer(frequencies, at::arange(tokens, at::kDouble));
