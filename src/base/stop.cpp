@@ -1,11 +1,14 @@
 #include <headfold/base/stop.h>
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <csignal>
 #include <mutex>
 #include <system_error>
+#include <thread>
 #include <vector>
 
 namespace headfold {
@@ -26,11 +29,38 @@ void request_stop(int) {
   requested.store(true);
 }
 
+sigset_t stop_signals() {
+  sigset_t set;
+  sigemptyset(&set);
+  sigaddset(&set, SIGTERM);
+  sigaddset(&set, SIGUSR1);
+  return set;
+}
+
+void let_stop_signals_through() {
+  const sigset_t set = stop_signals();
+  pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+}
+
 }  // namespace
 
+// Signals must not interrupt threads that compute: oneDNN before 3.12 keeps data of its own where a handler's frame
+// goes (its kernels point the stack register into the heap, github.com/uxlfoundation/oneDNN/issues/4845), so that a
+// handler leaves wrong numbers and a damaged heap behind. They are blocked in the calling thread and in those that it
+// starts; a thread that does nothing else takes them. The handlers are for threads that were there before.
 void listen_for_stop() {
-  std::signal(SIGTERM, request_stop);
-  std::signal(SIGUSR1, request_stop);
+  static std::once_flag once;
+  std::call_once(once, [] {
+    std::signal(SIGTERM, request_stop);
+    std::signal(SIGUSR1, request_stop);
+    const sigset_t set = stop_signals();
+    pthread_sigmask(SIG_BLOCK, &set, nullptr);
+    pthread_atfork(nullptr, nullptr, let_stop_signals_through);  // helpers that MPI starts listen as ever
+    std::thread([set] {
+      for (int signal = 0;;)
+        if (sigwait(&set, &signal) == 0) request_stop(signal);
+    }).detach();
+  });
 }
 
 void watch_stop_file(const std::filesystem::path& file) {

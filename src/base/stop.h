@@ -5,7 +5,8 @@
 
 namespace headfold {
 
-/// From here on SIGTERM and SIGUSR1 are remembered instead of ending the process.
+/// From here on SIGTERM and SIGUSR1 are remembered instead of ending the process, a moment after they were sent. They
+/// interrupt neither the calling thread nor those that it starts later: call it early.
 void listen_for_stop();
 /// Whether one has come to this process, or a file that it watches exists. Files are looked for once a second at
 /// most (file systems of clusters are slow at that); once it has said yes it goes on saying so.

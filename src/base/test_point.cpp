@@ -1,6 +1,8 @@
 #include <headfold/base/error.h>
+#include <headfold/base/stop.h>
 #include <headfold/base/test_point.h>
 #include <spdlog/spdlog.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -76,7 +78,10 @@ void test_point(std::string_view name) {
                  name);
     if (hook.mishap == Mishap::kill) std::raise(SIGKILL);
     if (hook.mishap == Mishap::freeze) std::raise(SIGSTOP);
-    if (hook.mishap == Mishap::stop) std::raise(SIGUSR1);
+    if (hook.mishap == Mishap::stop) {
+      ::kill(::getpid(), SIGUSR1);
+      while (!stop_requested()) std::this_thread::sleep_for(std::chrono::milliseconds(1));  // another thread takes it
+    }
     while (hook.mishap == Mishap::hang) std::this_thread::sleep_for(std::chrono::hours(1));
   }
 }
