@@ -185,17 +185,22 @@ void AttentionAccumulator::add(const at::Tensor& queries, const at::Tensor& keys
   });
 }
 
+void AttentionAccumulator::open_device() {
+  if (device_.queries.defined()) return;
+  const auto zeros = [&](at::IntArrayRef sizes) {
+    return at::zeros(sizes, at::TensorOptions().dtype(at::kDouble).device(model::compute().device));
+  };
+  const std::int64_t heads = shape_.heads, block = shape_.block();
+  device_ = {zeros({heads, shape_.head_dim, shape_.head_dim}), zeros({heads, block, block}),
+             zeros({heads, shape_.sequence_length}), zeros({heads, block})};
+}
+
 void AttentionAccumulator::add_tensors(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values) {
   const std::int64_t tokens = queries.size(0), heads = shape_.heads, kv_heads = shape_.kv_heads, block = shape_.block();
   const std::int64_t blocks = kv_heads / shape_.attended_heads;
   const at::ScalarType dtype = queries.scalar_type();
   const at::Device device = queries.device();
-  const auto zeros = [&](at::IntArrayRef sizes) {
-    return at::zeros(sizes, at::TensorOptions().dtype(at::kDouble).device(device));
-  };
-  if (!device_.queries.defined())
-    device_ = {zeros({heads, shape_.head_dim, shape_.head_dim}), zeros({heads, block, block}),
-               zeros({heads, shape_.sequence_length}), zeros({heads, block})};
+  open_device();
   const auto gram = [](const at::Tensor& x) { return model::wide_matmul(x.transpose(1, 2), x); };
   const at::Tensor q = queries.transpose(0, 1).contiguous();
   const at::Tensor k = keys.transpose(0, 1).contiguous();
@@ -240,6 +245,27 @@ void AttentionAccumulator::collect_device() {
   }
   distance_mass_.add_(found.distance_mass.cpu());
   attended_sum_.add_(found.attended_sum.cpu());
+}
+
+std::vector<at::Tensor> AttentionAccumulator::on_device() {
+  open_device();
+  // What an interrupted run left is on the host: it goes there, so that everything is summed once.
+  if (distance_mass_.any().item<bool>()) {
+    const auto there = [&](const at::Tensor& sums) { return sums.to(device_.queries.device()); };
+    for (std::int64_t head = 0; head < shape_.heads; ++head) {
+      const auto move = [&](linalg::GramAccumulator& from, const at::Tensor& to) {
+        to.select(0, head).add_(there(from.full()));
+        from.packed().zero_();
+      };
+      move(queries_[static_cast<std::size_t>(head)], device_.queries);
+      move(attended_[static_cast<std::size_t>(head)], device_.attended);
+    }
+    device_.distance_mass.add_(there(distance_mass_));
+    device_.attended_sum.add_(there(attended_sum_));
+    distance_mass_.zero_();
+    attended_sum_.zero_();
+  }
+  return {device_.queries, device_.attended, device_.distance_mass, device_.attended_sum};
 }
 
 SumTensors AttentionAccumulator::sums() {

@@ -40,11 +40,16 @@ class AttentionAccumulator {
   /// Adds what sums() of an accumulator of the same shape gave; to nothing: the same bits. InputError when `sums` is
   /// something else.
   void add(const SumTensors& sums);
+  /// All sums on the device of model::compute(), to be summed over ranks in place: contiguous float64, zeros
+  /// where nothing was added. For the engine `tensors`; nothing may be added afterwards.
+  std::vector<at::Tensor> on_device();
   /// Moves the sums of this rank into `into`; nothing may be added afterwards.
   void take(PackedStatistics& into);
 
  private:
   void add_tensors(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values);
+  /// Zeros on the device, unless there are sums already.
+  void open_device();
   /// Moves the sums on the device to those on the host.
   void collect_device();
 

@@ -203,12 +203,32 @@ void LayerAccumulator::leave_device() {
   if (attention_ != nullptr) attention_->sums();
 }
 
+void LayerAccumulator::start_sums(const comm::DeviceLink& link) {
+  if (started_ || finished_) throw InternalError("statistics are summed twice");
+  started_ = true;
+  std::vector<at::Tensor> tensors;
+  for (Sums& sums : parts_) {
+    sums.flush();
+    tensors.insert(tensors.end(), {sums.sum, sums.sum_0, sums.moment.blocks(), sums.moment_0.blocks()});
+    if (sums.keys != nullptr) tensors.push_back(sums.keys->blocks());
+    if (sums.values != nullptr) tensors.push_back(sums.values->blocks());
+  }
+  if (attention_ != nullptr)
+    for (const at::Tensor& tensor : attention_->on_device()) tensors.push_back(tensor);
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.defined()) throw InternalError("statistics on the host are summed by a device's link");
+    requests_.push_back(link.all_reduce(tensor));
+  }
+}
+
 void LayerAccumulator::finish(const comm::Communicator& peers, std::int64_t layer) {
   if (finished_) throw InternalError("statistics are finished twice");
   finished_ = true;
+  for (comm::Request& request : requests_) request.wait();
+  requests_.clear();
   const auto sum_up = [&](at::Tensor& part) {
     if (!part.defined()) return;
-    peers.all_reduce(span_of(part));
+    if (!started_) peers.all_reduce(span_of(part));
     if (!std::isfinite(part.sum().item<double>()))
       throw InputError(fmt::format("the activations of layer {} contain NaN or Inf", layer),
                        "calibrate with --dtype float32; if it persists, the checkpoint itself is broken");
@@ -368,6 +388,20 @@ class SaveClock {
   double seconds_ = 0;
 };
 
+/// What sums of `peers` on GPUs meet by: NCCL, layer by layer in the same order on all ranks, while later layers run.
+/// None where they meet on the host, in LayerAccumulator::finish(). On the CPU the engine `tensors` goes the way of
+/// GPUs, by MPI. `stay`: the sums stay on the device. Collective.
+std::unique_ptr<comm::DeviceLink> link_for_sums(const comm::Communicator& peers, bool stay) {
+  std::unique_ptr<comm::DeviceLink> link;
+  const bool here = stay && model::compute().engine == model::Engine::tensors;
+  // Ranks without a GPU compute on the host with --device auto.
+  if (peers.all_reduce(std::int64_t{here ? 0 : 1}, comm::Reduce::max) != 0 || peers.size() == 1) return link;
+  const bool host = model::compute().on_host();
+  link = std::make_unique<comm::DeviceLink>(peers, host ? -1 : model::compute().device.index());
+  if (!host && link->transport() == comm::Transport::mpi) link.reset();
+  return link;
+}
+
 }  // namespace
 
 std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader& reader, const comm::Grid& grid,
@@ -392,6 +426,9 @@ std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader&
   const StatisticsShape shape = collected_shape(config, options, sequences.size(1));
   const at::Tensor slopes =
       shape.attention && config.family == checkpoint::Family::bloom ? model::alibi_slopes(config.heads) : at::Tensor();
+  // Of the layers that are streamed through a device, one has its sums there.
+  const bool leave = options.residency == model::Residency::streamed && !model::compute().on_host();
+  const std::unique_ptr<comm::DeviceLink> link = link_for_sums(grid.peers, !leave);
   std::vector<std::unique_ptr<LayerAccumulator>> layers;
   for (std::int64_t layer = pipeline.layers().begin; layer < pipeline.layers().end; ++layer)
     layers.push_back(std::make_unique<LayerAccumulator>(shape, slopes));
@@ -403,12 +440,14 @@ std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader&
   hooks.observer = [&](std::int64_t layer) -> model::LayerObserver* { return &of_layer(layer); };
   // Halves go by a sequence's place in the whole list, whoever runs it and together with which others.
   std::vector<std::int64_t> starts;  // first sequence of this replica's micro-batches of the current group
-  const bool leave = options.residency == model::Residency::streamed && !model::compute().on_host();
-  std::int64_t running = -1;
+  std::int64_t running = -1, running_index = -1, last_index = 0;
   hooks.before_layer = [&](std::int64_t layer, std::int64_t index) {
-    // Of the layers that are streamed through a device, one has its sums there.
-    if (leave && running >= 0 && running != layer) of_layer(running).leave_device();
+    if (running >= 0 && running != layer) {
+      if (leave) of_layer(running).leave_device();
+      if (link && running_index == last_index) of_layer(running).start_sums(*link);
+    }
     running = layer;
+    running_index = index;
     of_layer(layer).expect(starts[static_cast<std::size_t>(index)]);
   };
   hooks.progress = options.progress;
@@ -451,6 +490,8 @@ std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader&
       starts.push_back(begin);
       own.push_back(sequences.narrow(0, begin, std::min(batch, samples - begin)).contiguous());
     }
+    running_index = -1;  // the layer that ran last before is not done
+    last_index = end == count ? std::ssize(own) - 1 : std::ssize(own);
     const auto begun = RoundClock::now();
     pipeline.run(own, hooks);
     next = end;
@@ -478,6 +519,8 @@ std::vector<std::unique_ptr<LayerAccumulator>> collect(const checkpoint::Reader&
       throw Stopped(fmt::format("stopped on request after {} of {} sequences{}", sums_of, samples,
                                 partial ? ", whose sums are in " + options.partial.string() : ""));
   }
+  for (const auto& layer : layers)
+    if (link && !layer->sums_started()) layer->start_sums(*link);
   for (std::size_t i = 0; i < layers.size(); ++i)
     layers[i]->finish(grid.peers, pipeline.layers().begin + static_cast<std::int64_t>(i));
   return layers;

@@ -3,6 +3,7 @@
 
 #include <headfold/calibration/attention.h>
 #include <headfold/calibration/statistics.h>
+#include <headfold/comm/device_link.h>
 #include <headfold/comm/grid.h>
 #include <headfold/linalg/linalg.h>
 #include <headfold/model/model.h>
@@ -45,7 +46,11 @@ class LayerAccumulator : public model::LayerObserver {
   void clear();
   /// Moves the sums to the host; what is added next takes them back.
   void leave_device();
-  /// Adds what is still buffered, sums over `peers` (collective, in float64, in place) and checks that everything is
+  /// Begins to sum over the link's ranks what stands on the device of model::compute(), after this layer's last forward:
+  /// by NCCL it goes on beside the forwards of other layers. The link lives until finish(), which waits. Collective.
+  void start_sums(const comm::DeviceLink& link);
+  bool sums_started() const { return started_; }
+  /// Adds what is still buffered, sums over `peers` what has not been (collective, in float64, in place) and checks that everything is
   /// finite. InputError naming `layer` otherwise. Once, after the last forward.
   void finish(const comm::Communicator& peers, std::int64_t layer);
   /// Valid after finish(); shares memory with the accumulator.
@@ -72,6 +77,8 @@ class LayerAccumulator : public model::LayerObserver {
   PackedStatistics statistics_;
   std::int64_t next_ = 0;   // sequence that the next batch begins with
   std::int64_t first_ = 0;  // sequence that the current batch began with
+  std::vector<comm::Request> requests_;  // of start_sums()
+  bool started_ = false;
   bool finished_ = false;
 };
 

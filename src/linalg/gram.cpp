@@ -273,14 +273,20 @@ bool GramAccumulator::in_blocks() const {
   return device_.is_cuda() || engine_ == GramEngine::tensors;
 }
 
-void GramAccumulator::add_blocks(const at::Tensor& x) {
+at::Tensor GramAccumulator::blocks() {
+  if (!in_blocks()) return {};
   if (!blocks_.defined()) {
-    const auto options = x.options().dtype(at::kDouble);
+    const auto options = at::TensorOptions().dtype(at::kDouble).device(device_);
     blocks_ = packed_.defined() ? unpack_gram_blocks(packed_, n_, block_).to(options)
                                 : at::zeros({gram_blocks_size(n_, block_)}, options);
   }
   packed_.reset();
-  add_gram_blocks(blocks_, x, block_, engine_ == GramEngine::automatic);
+  return blocks_;
+}
+
+void GramAccumulator::add_blocks(const at::Tensor& x) {
+  at::Tensor sums = blocks();
+  add_gram_blocks(sums, x, block_, engine_ == GramEngine::automatic);
 }
 
 void GramAccumulator::download() const {

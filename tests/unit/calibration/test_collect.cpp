@@ -266,6 +266,58 @@ TEST_P(CollectTest, tensor_engine_hands_its_sums_over_and_takes_them_back) {
   EXPECT_LT(difference(resumed.statistics(), straight.statistics()), 1e-13);
 }
 
+// On GPUs sums over ranks begin on the device while later layers run; here the link is MPI's.
+TEST_P(CollectTest, sums_that_meet_on_the_device_are_those_that_meet_on_the_host) {
+  const checkpoint::Reader reader(golden_folder() / GetParam());
+  const CollectOptions options = options_of(2);
+  const StatisticsShape shape = collected_shape(reader.config(), options, 33);
+  const at::Tensor slopes =
+      reader.config().family == checkpoint::Family::bloom ? model::alibi_slopes(reader.config().heads) : at::Tensor();
+  model::set_compute({model::Engine::tensors, at::kCPU});
+  const model::Embedding embedding(reader, at::kFloat);
+  const auto layer = model::load_layer(reader, 0, at::kFloat);
+  const comm::DeviceLink link(world(), -1);
+  LayerAccumulator on_host(shape, slopes), on_device(shape, slopes), before(shape, slopes), resumed(shape, slopes);
+  const std::int64_t mine = world().rank() == 2 ? 0 : 2 + world().rank();  // one rank of four has none
+  const at::Tensor ids = sequences(8 * world().size()).slice(0, 8 * world().rank(), 8 * world().rank() + 8);
+  for (std::int64_t i = 0; i < mine; ++i) {
+    const at::Tensor hidden = embedding.forward(ids.slice(0, i, i + 1));
+    for (LayerAccumulator* into : {&on_host, &on_device, i == 0 ? &before : &resumed}) {
+      into->expect(i);
+      layer->forward(hidden, nullptr, into);
+    }
+    if (i == 0) resumed.add(before.sums());  // some sums are on the host
+  }
+  EXPECT_FALSE(on_device.sums_started());
+  on_device.start_sums(link);
+  EXPECT_TRUE(on_device.sums_started());
+  EXPECT_THROW(on_device.start_sums(link), InternalError);
+  resumed.start_sums(link);
+  model::set_compute({});
+  for (LayerAccumulator* each : {&on_host, &on_device, &resumed}) each->finish(world(), 0);
+  EXPECT_GT(on_host.statistics().count, 0);
+  EXPECT_LT(difference(on_device.statistics(), on_host.statistics()), 1e-13);
+  EXPECT_LT(difference(resumed.statistics(), on_host.statistics()), 1e-13);
+  // A link of devices does not take sums of the host.
+  LayerAccumulator native(shape, slopes);
+  EXPECT_THROW(native.start_sums(link), InternalError);
+}
+
+TEST_P(CollectTest, replicas_with_less_to_do_meet_the_others_on_the_device) {
+  const checkpoint::Reader reader(golden_folder() / GetParam());
+  for (const std::int64_t samples : {1, 3, 9}) {
+    const at::Tensor ids = sequences(samples);
+    const Layers alone = collect(reader, comm::Grid{}, ids, options_of(1));
+    expect_every_grid(reader, alone, 2e-5, [&](const comm::Grid& grid, model::Residency residency) {
+      model::set_compute({model::Engine::tensors, at::kCPU});
+      Layers found = collect(reader, grid, ids, options_of(1, residency));
+      model::set_compute({});
+      for (const auto& each : found) EXPECT_EQ(each->sums_started(), grid.peers.size() > 1);
+      return found;
+    });
+  }
+}
+
 TEST_P(CollectTest, first_layer_sums_are_those_of_the_layer_run_by_hand) {
   // An independent path: the layer alone, all observations kept, products in float64.
   struct Keep : model::LayerObserver {
