@@ -46,12 +46,13 @@ class LayerAccumulator : public model::LayerObserver {
   void clear();
   /// Moves the sums to the host; what is added next takes them back.
   void leave_device();
-  /// Begins to sum over the link's ranks what stands on the device of model::compute(), after this layer's last forward:
-  /// by NCCL it goes on beside the forwards of other layers. The link lives until finish(), which waits. Collective.
+  /// Begins to sum over the link's ranks what stands on the device of model::compute(), after this layer's last
+  /// forward: by NCCL it goes on beside the forwards of other layers. The link lives until finish(), which waits.
+  /// Collective.
   void start_sums(const comm::DeviceLink& link);
   bool sums_started() const { return started_; }
-  /// Adds what is still buffered, sums over `peers` what has not been (collective, in float64, in place) and checks that everything is
-  /// finite. InputError naming `layer` otherwise. Once, after the last forward.
+  /// Adds what is still buffered, sums over `peers` what has not been (collective, in float64, in place) and checks
+  /// that everything is finite. InputError naming `layer` otherwise. Once, after the last forward.
   void finish(const comm::Communicator& peers, std::int64_t layer);
   /// Valid after finish(); shares memory with the accumulator.
   const PackedStatistics& statistics() const;
@@ -75,8 +76,8 @@ class LayerAccumulator : public model::LayerObserver {
   std::vector<Sums> parts_;  // one, or even and odd
   std::unique_ptr<AttentionAccumulator> attention_;
   PackedStatistics statistics_;
-  std::int64_t next_ = 0;   // sequence that the next batch begins with
-  std::int64_t first_ = 0;  // sequence that the current batch began with
+  std::int64_t next_ = 0;                // sequence that the next batch begins with
+  std::int64_t first_ = 0;               // sequence that the current batch began with
   std::vector<comm::Request> requests_;  // of start_sums()
   bool started_ = false;
   bool finished_ = false;

@@ -140,8 +140,8 @@ class GramAccumulator {
   at::Tensor& packed();
   /// The same to be read only, valid until the next add(): sums on a GPU are copied and stay there too.
   const at::Tensor& packed() const;
-  /// The sums where they grow in column blocks (on a GPU, or with `tensors`): contiguous float64 of one dimension, to be
-  /// summed over ranks in place; zeros where nothing was added. Undefined where they grow on the host.
+  /// The sums where they grow in column blocks (on a GPU, or with `tensors`): contiguous float64 of one dimension, to
+  /// be summed over ranks in place; zeros where nothing was added. Undefined where they grow on the host.
   at::Tensor blocks();
   std::int64_t size() const { return n_; }
   at::Device device() const { return device_; }
