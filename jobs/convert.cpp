@@ -115,20 +115,8 @@ void warn_about(const folding::Plan& plan) {
         "on "
         "the fitted ones",
         layers, worst);
-  for (const folding::LayerPlan& layer : plan.layers) {
-    double condition = 0, dropped = 0;
-    const char* what = "keys";
-    for (const folding::GroupPlan& group : layer.groups) {
-      if (group.key_condition > condition) condition = group.key_condition, dropped = group.key_dropped, what = "keys";
-      if (group.value_condition > condition)
-        condition = group.value_condition, dropped = group.value_dropped, what = "values";
-    }
-    if (condition > 1e9 || dropped > 0)
-      spdlog::warn(
-          "layer {}: the Gram of the {} is near-singular (condition number {:.1e}, {:.2g} % of its directions "
-          "dropped): directions that the calibration text hardly uses are not preserved",
-          layer.layer, what, condition, 100 * dropped);
-  }
+  for (const std::string& layer : near_singular_layers(plan))
+    spdlog::warn("{}: directions that the calibration text hardly uses are not preserved", layer);
 }
 
 void print_refit(const folding::LayerRefit& layer) {

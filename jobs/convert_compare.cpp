@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iostream>
+#include <set>
 
 #include "convert_folds.h"
 #include "convert_plan.h"
@@ -35,8 +36,9 @@ struct Row {
   double key_loss = 0, value_loss = 0;           ///< predicted relative losses, means over layers
   std::vector<double> key_losses, value_losses;  ///< by layer
   evaluation::Totals totals;
-  double seconds = 0;        ///< deciding, folding, refit
-  double seconds_score = 0;  ///< windows through the folded layers
+  double seconds = 0;                      ///< deciding, folding, refit
+  double seconds_score = 0;                ///< windows through the folded layers
+  std::vector<std::string> near_singular;  ///< what a plan says of its Grams
 };
 
 /// A failure that every rank knows of: the fold is left out, the others go on. Any other error on one of several ranks
@@ -130,6 +132,7 @@ void run_fold(const comm::Communicator& world, const Setting& setting, Row& row)
     row.key_loss += layer.key_relative_loss() / static_cast<double>(plan.layers.size());
     row.value_loss += layer.value_relative_loss() / static_cast<double>(plan.layers.size());
   }
+  row.near_singular = near_singular_layers(plan);
   const checkpoint::KvLayout layout = folding::layout_of(options);
   const checkpoint::ModelConfig folded = checkpoint::parse_config(folding::folded_model_config(config, targets, layout),
                                                                   "config.json of the folded model");
@@ -384,6 +387,7 @@ void compare(const Context& context, const checkpoint::Reader& reader, const po:
     std::cout << fmt::format("original: perplexity {:.3f} over {} predictions\n", perplexity(original), original.tokens)
               << std::flush;
   std::size_t done = 0;
+  std::set<std::string> warned;  // folds with one metric have the same Grams
   for (Row& row : rows) {
     if (row.failure.empty()) guarded(world, row, [&] { run_fold(world, common, row); });
     ++done;
@@ -394,6 +398,8 @@ void compare(const Context& context, const checkpoint::Reader& reader, const po:
                                       human_seconds(row.seconds + row.seconds_score))
                         : fmt::format("[{}/{}] {}: not scored\n", done, rows.size(), row.request.text))
                 << std::flush;
+    for (const std::string& layer : row.near_singular)
+      if (world.root() && warned.insert(layer).second) spdlog::warn("{}", layer);
   }
   rank(rows);
 

@@ -119,4 +119,22 @@ Decision decide_targets(const comm::Communicator& world, const checkpoint::Reade
   return decision;
 }
 
+std::vector<std::string> near_singular_layers(const folding::Plan& plan) {
+  std::vector<std::string> all;
+  for (const folding::LayerPlan& layer : plan.layers) {
+    double condition = 0, dropped = 0;
+    const char* what = "keys";
+    for (const folding::GroupPlan& group : layer.groups) {
+      if (group.key_condition > condition) condition = group.key_condition, dropped = group.key_dropped, what = "keys";
+      if (group.value_condition > condition)
+        condition = group.value_condition, dropped = group.value_dropped, what = "values";
+    }
+    if (condition > 1e9 || dropped > 0)
+      all.push_back(fmt::format(
+          "layer {}: the Gram of the {} is near-singular (condition number {:.1e}, {:.2g} % of its directions dropped)",
+          layer.layer, what, condition, 100 * dropped));
+  }
+  return all;
+}
+
 }  // namespace headfold::jobs

@@ -21,6 +21,9 @@ Decision decide_targets(const comm::Communicator& world, const checkpoint::Reade
                         const calibration::StatisticsFile* statistics, const folding::FoldOptions& options,
                         const folding::GroupingOptions& grouping, const calibration::TextSample& probe);
 
+/// A sentence for every layer with a near-singular Gram.
+std::vector<std::string> near_singular_layers(const folding::Plan& plan);
+
 /// Windows of held-out text for probes and trials. Collective.
 std::vector<evaluation::Window> probe_windows(const comm::Communicator& world, const checkpoint::Reader& reader,
                                               const calibration::TextSample& text);

@@ -31,6 +31,8 @@ KeySide key_side(const LayerProblem& problem, const std::vector<std::int64_t>& k
     return side;
   }
   const LayerMoments& moments = problem.moments;
+  side.context.polish =
+      moments.polish_sweeps(options.polish, static_cast<std::int64_t>(kv_heads.size()) * problem.weights.head_dim);
   if (options.key_metric == Metric::act_query_dist)
     side.context.distance_law = moments.distance_law.defined() ? moments.distance_law : triangular_law(problem.context);
   if (moments.rotated_keys.defined()) {

@@ -38,7 +38,7 @@ void add_attended(const LayerProblem& problem, const std::vector<std::int64_t>& 
   const LayerMoments& moments = problem.moments;
   if (!moments.attended.defined())
     throw InputError("the statistics hold no attention-weighted values, which --value-metric attn+out needs",
-                     "calibrate with --attention and --attended-heads, or use --value-metric act+out");
+                     "calibrate with --attention-statistics on, or use --value-metric act+out");
   const std::int64_t block = moments.attended_heads, d = values.head_dim;
   std::vector<std::int64_t> inside;
   for (const std::int64_t k : kv_heads) {
@@ -147,7 +147,7 @@ Basis value_basis(const LayerProblem& problem, const std::vector<std::int64_t>& 
     case ValueFold::procrustes:
       return fold_values_procrustes(values);
     case ValueFold::svd:
-      return fold_values_svd(values, channels, options.polish);
+      return fold_values_svd(values, channels, problem.moments.polish_sweeps(options.polish, values.size * d));
   }
   throw InternalError("unknown value fold");
 }

@@ -221,6 +221,7 @@ LayerMoments moments_of(const calibration::LayerStatistics& statistics, const La
   const at::Tensor mean = statistics.mean(sink_weight);
   LayerMoments moments;
   const double tokens = statistics.count + sink_weight * statistics.count_0;
+  moments.tokens = statistics.count;
   // In place: every pass over a matrix of this size costs as much as reading it.
   const auto augment = [&](const at::Tensor& square, const at::Tensor& other, double weight, double divisor,
                            const at::Tensor& vector, double corner) {

@@ -74,6 +74,15 @@ struct LayerMoments {
                                ///< attended_heads * head_dim: attention of head h applied to the values of its block
   at::Tensor attended_mean;    ///< E[y_h], [heads, block]
   std::int64_t attended_heads = 0;  ///< source KV heads of one block: block b holds heads b * n .. b * n + n - 1
+  double tokens = 0;                ///< that they are means of
+  /// Sweeps that a polish of so many channels gets: 0 where the moments are of too few tokens. Alternating least
+  /// squares then finds maps that are right for those tokens alone, and huge.
+  std::int64_t polish_sweeps(std::int64_t sweeps, std::int64_t channels) const {
+    return enough_to_polish(tokens, channels) ? sweeps : 0;
+  }
+  static bool enough_to_polish(double tokens, std::int64_t channels) {
+    return tokens >= 1.5 * static_cast<double>(channels);
+  }
 };
 /// Which moments of the input to form: each is a matrix of (hidden + 1)^2 numbers.
 struct MomentsWanted {

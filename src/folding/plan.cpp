@@ -198,6 +198,11 @@ void check_options(const FoldOptions& options, const checkpoint::ModelConfig& co
     throw InputError(fmt::format("{} has the cache layout {}: it was folded before", config.file,
                                  checkpoint::name_of(config.layout)),
                      "fold the original model instead");
+  for (std::int64_t layer = 1; layer < config.layers; ++layer)
+    if (config.shape_of(layer) != config.shape_of(0))
+      throw InputError(fmt::format("{}: layers 0 and {} have different numbers of KV heads: it was folded before",
+                                   config.file, layer),
+                       "fold the model that it was made from");
   const bool llama = config.family == Family::llama;
   const bool rotating = options.keys == KeyFold::post_rotation || options.keys == KeyFold::rope_commuting;
   const bool fits = options.keys == KeyFold::norope ? !llama : llama || !rotating;

@@ -6,6 +6,7 @@
 #include <headfold/folding/bases.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace headfold::folding {
 
@@ -133,6 +134,13 @@ Plan make_plan(const comm::Communicator& world, const checkpoint::Reader& reader
           fmt::format("{}: no Gram of rotated keys, which --keys post-rotation needs", statistics->path().string()),
           "calibrate the model again");
     plan.statistics_hash = statistics->content_hash();
+    const auto tokens = static_cast<double>(statistics->header().samples * (statistics->header().sequence_length - 1));
+    const std::int64_t channels = config.kv_heads / std::max<std::int64_t>(1, options.kv_heads) * config.head_dim;
+    if (world.root() && options.polish > 0 && !LayerMoments::enough_to_polish(tokens, channels))
+      spdlog::warn(
+          "--polish {}: {:.0f} calibration tokens are too few for groups of {} channels, which are not polished (at "
+          "least {:.0f})",
+          options.polish, tokens, channels, std::ceil(1.5 * static_cast<double>(channels)));
   }
   std::vector<LayerTarget> lists = targets;
   if (lists.empty()) lists = uniform_targets(options, config);

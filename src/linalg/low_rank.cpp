@@ -146,7 +146,10 @@ LowRank weighted_low_rank(const at::Tensor& sigma, const std::vector<at::Tensor>
   result.energies = eigen.values.clamp_min(0);
   result.total = result.energies.sum().item<double>();
   const double negative = result.total - eigen.values.sum().item<double>();
-  result.loss = result.energies.narrow(0, width, p - width).sum().item<double>();
+  const auto beyond = [&](const at::Tensor& values) { return values.narrow(0, width, p - width).sum().item<double>(); };
+  result.loss = beyond(result.energies);
+  // Of directions that are kept nothing remains to be measured, of a negative energy neither.
+  const double negative_lost = result.loss - beyond(eigen.values);
   const at::Tensor u = eigen.vectors.narrow(1, 0, width).contiguous();
   result.encoder = conjugate_transpose(roots.apply_adjoint(u)).contiguous();  // U^H Lw = (Lw^H U)^H
   result.decoder = roots.apply_inverse(u).contiguous();
@@ -168,11 +171,11 @@ LowRank weighted_low_rank(const at::Tensor& sigma, const std::vector<at::Tensor>
   if (!(negative <= kNegativeShare * scale))
     throw NumericalError(fmt::format("the covariance of a fold has negative energy, {:.3e} of {:.3e}", negative, scale),
                          "no sum of squares does: the statistics are damaged, or not what they claim to be");
-  if (!(std::abs(measured + negative - result.loss) <= kLossMismatch * scale))
+  if (!(std::abs(measured + negative_lost - result.loss) <= kLossMismatch * scale))
     throw NumericalError(
         fmt::format("a fold of {} channels to {} has loss {:.6e} by its eigenvalues, {:.6e} when "
-                    "measured (total {:.6e})",
-                    p, width, result.loss, measured, result.total),
+                    "measured (total {:.6e}, negative energy {:.1e})",
+                    p, width, result.loss, measured, result.total, negative),
         "its covariance or weights span more decades than float64 resolves: --weight-ridge 1e-6 helps");
   return result;
 }

@@ -370,6 +370,48 @@ TEST(FoldStatisticsTest, measured_grams_of_values_give_the_plan_of_the_input_mom
   }
 }
 
+TEST(FoldedModelTest, a_polish_needs_more_tokens_than_channels) {
+  const ScratchFolder scratch;
+  const Json config = llama_config(4, 4, false, "float32");
+  write_model(scratch / "model", config, small_tensors(config, 18));
+  const checkpoint::Reader reader(scratch / "model");
+  FoldOptions options = fold_of(KeyFold::rope_commuting, Metric::act_query_dist, 2);
+  options.value_metric = Metric::attn_out;
+  FoldOptions polished = options;
+  polished.polish = 3;
+  const std::int64_t channels = 2 * reader.config().head_dim;
+  for (const bool enough : {false, true}) {
+    const std::int64_t samples = 2, tokens = (enough ? 3 : 1) * channels / 2;  // at position 0 there is nothing to fit
+    const fs::path file = scratch / (enough ? "many.h5" : "few.h5");
+    world().on_root([&] {
+      const at::Tensor ids =
+          at::randint(48, {samples, tokens}, at::detail::createCPUGenerator(6), at::TensorOptions().dtype(at::kLong));
+      calibration::CollectOptions collected;
+      collected.attention_statistics = true;
+      const comm::Grid grid = comm::make_grid(comm::Communicator::self(), 1);
+      const auto layers = calibration::collect(reader, grid, ids, collected);
+      calibration::StatisticsHeader header = calibration::header_of(reader.config(), collected, samples, tokens);
+      header.model_hash = reader.fingerprint();
+      header.data_hash = "random";
+      calibration::write_statistics(file, header, comm::Communicator::self(),
+                                    calibration::layers_to_write(layers, 0, grid));
+    });
+    world().barrier("statistics written");
+    const calibration::StatisticsFile statistics(file);
+    const Plan plain = make_plan(world(), reader, &statistics, options);
+    const Plan fitted = make_plan(world(), reader, &statistics, polished);
+    for (std::size_t l = 0; l < plain.layers.size(); ++l) {
+      const auto losses = [&](const Plan& plan) {
+        return std::pair(plan.layers[l].key_relative_loss(), plan.layers[l].value_relative_loss());
+      };
+      if (enough)
+        EXPECT_LT(losses(fitted).first, losses(plain).first);
+      else
+        EXPECT_EQ(losses(fitted), losses(plain));
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------- what is written
 
 TEST(FoldedModelTest, bytes_and_plans_do_not_depend_on_ranks) {

@@ -85,6 +85,11 @@ TEST(CheckOptionsTest, refuses_what_makes_no_sense_and_names_the_choices) {
         << heads;
   }
   options.kv_heads = 4;
+  auto uneven = llama;
+  uneven.layer_shapes.assign(static_cast<std::size_t>(uneven.layers), uneven.shape_of(0));
+  EXPECT_NO_THROW(check_options(options, uneven));
+  uneven.layer_shapes.back().kv_heads = 4;
+  EXPECT_NE(message_of<InputError>([&] { check_options(options, uneven); }).find("layers 0 and"), std::string::npos);
   options.sink_weight = 1.5;
   EXPECT_THROW(check_options(options, llama), UsageError);
   options.sink_weight = 1;

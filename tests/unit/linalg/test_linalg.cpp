@@ -293,6 +293,15 @@ TEST_P(LowRankTest, singular_and_nearly_singular_covariances) {
   EXPECT_EQ(wide.loss, 0);
   const LowRank near = weighted_low_rank(sigma + at::eye(24, sigma.options()) * 1e-12, {}, 5);
   EXPECT_LT(near.relative_loss(), 1e-11);
+  // A Gram of few rows has negative eigenvalues by the rounding of its sums. Widths that keep their directions, too,
+  // are as legal as those that lose them.
+  const at::Tensor rounded =
+      linalg::symmetric_part(random_psd(24, 5, at::kDouble, 62) * (1 + 1e-6 * at::randn({24, 24}, at::kDouble)));
+  EXPECT_LT(eigh(rounded).values[23].item<double>(), -1e-7 * rounded.abs().max().item<double>());
+  for (const std::int64_t width : {4, 12, 20, 23, 24}) {
+    const LowRank kept = weighted_low_rank(rounded.to(sigma.scalar_type()), {}, width);
+    EXPECT_LT(kept.relative_loss(), width == 4 ? 1.0 : 1e-4) << width;
+  }
   // One channel 1e4 times as loud as the others takes the first width and leaves the others right.
   at::Tensor loud = at::ones({24}, sigma.options());
   loud[7].fill_(1e4);
