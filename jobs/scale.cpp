@@ -278,7 +278,8 @@ scale::Cluster cluster_of(const po::variables_map& values, const scale::Rates& r
   if (values.count(ranks) > 0)
     cluster.ranks_per_node = number(ranks, 1024);
   else
-    cluster.ranks_per_node = cpu ? std::max(1, rates.cores / rates.threads) : 8;
+    // Rates of one rank know no links.
+    cluster.ranks_per_node = !cpu ? 8 : rates.has("inside") ? std::max(1, rates.cores / rates.threads) : 1;
   cluster.process_bytes = static_cast<double>(finetune::process_bytes());
   return cluster;
 }
@@ -360,7 +361,8 @@ po::options_description scale_options() {
   po::options_description own("prediction (with --dry-run)");
   own.add_options()("nodes", po::value<std::int64_t>(), "predict the run on so many nodes")(
       "gpus-per-node", po::value<std::int64_t>(), "GPUs of a node, one rank each (default 8)")(
-      "ranks-per-node", po::value<std::int64_t>(), "--gpu cpu: ranks of a node (default: as many as its cores allow)")(
+      "ranks-per-node", po::value<std::int64_t>(),
+      "--gpu cpu: ranks of a node (default: as many as its cores allow, 1 where one measured the rates)")(
       "gpu", po::value<std::string>(), "a100, h100 or h200 (data sheets), or cpu (needs --rates)")(
       "rates", po::value<std::string>(), "measured rates: a file of headfold bench")(
       "model", po::value<std::string>(), "model folder that stands for the configuration's")(

@@ -246,12 +246,16 @@ double pipeline_seconds(const std::vector<double>& stage_seconds, std::int64_t m
   grid.stages = static_cast<int>(stage_seconds.size());
   model::RoundSize round(grid, streamed, tokens);
   double total = 0;
+  constexpr int kRounds = 100000;  // those after them are like them
+  int rounds = 0;
   for (std::int64_t done = 0; done < micro_batches;) {
     const std::int64_t size = std::max<std::int64_t>(1, std::min({round.size(), micro_batches - done, most_per_round}));
     const double took = sum + static_cast<double>(size - 1) * slowest;
     round.took(took, size);
     total += took;
     done += size;
+    if (++rounds == kRounds)
+      total *= static_cast<double>(micro_batches) / static_cast<double>(done), done = micro_batches;
   }
   return total;
 }
@@ -408,7 +412,7 @@ Prediction predict(const Rates& rates, const Cluster& cluster, const ConvertStag
   result.bubble = worst > 0 ? std::max(0.0, 1 - mean / worst) : 0;
   result.replicas = world;
   const double memory = conversion_memory(config);
-  builder.memory(memory + cluster.process_bytes, memory, memory + cluster.process_bytes);
+  builder.memory(memory + cluster.process_bytes, 0, memory + cluster.process_bytes);
   return builder.finish();
 }
 
@@ -467,7 +471,15 @@ Prediction predict(const Rates& rates, const Cluster& cluster, const FinetuneSta
   result.moved.network = steps * reduction.moved.network;
   // Gradient read twice, value and both moments read and written.
   const double touched = trained * 32 / (stage.shard_optimizer ? world : 1);
-  builder.part("optimiser", "memory", "memory bandwidth", steps * builder.on_cores(touched / rates.value("memory")));
+  // With --full parameters and moments stay on the host; gradients come there, and weights go back.
+  const bool on_host = stage.lora.full && rates.device_memory > 0;
+  const char* memory_figure = on_host ? "host_memory" : "memory";
+  builder.part("optimiser", memory_figure, "memory bandwidth",
+               steps * builder.on_cores(touched / rates.value(memory_figure)));
+  if (on_host)
+    builder.part("gradients to the host, weights back", Rates::of("load", stage.dtype), "link",
+                 steps * trained * (4 + static_cast<double>(c10::elementSize(stage.dtype))) /
+                     rates.value(Rates::of("load", stage.dtype)));
   if (stage.validations > 0 && stage.validation_sequences > 0) {
     const double own = std::ceil(static_cast<double>(stage.validation_sequences) / world);
     const Work work = forward_of(config, own);
@@ -490,9 +502,14 @@ Prediction predict(const Rates& rates, const Cluster& cluster, const FinetuneSta
   finetune::MemoryEstimate memory =
       finetune::memory_of(config, stage.lora, stage.dtype, stage.micro_batch, stage.length, !stage.keep_activations,
                           world, stage.shard_optimizer, stage.teacher ? &*stage.teacher : nullptr);
-  const auto device = static_cast<double>(memory.total());
-  builder.memory(device + cluster.process_bytes, device,
-                 cluster.process_bytes + 2 * largest_layer_bytes(config, stage.dtype));
+  auto device = static_cast<double>(memory.total());
+  double host = 2 * largest_layer_bytes(config, stage.dtype);
+  if (on_host) {
+    const auto kept = static_cast<double>(memory.weights + memory.gradients + memory.optimizer + memory.messages);
+    device += trained * static_cast<double>(c10::elementSize(stage.dtype)) - kept;
+    host += kept;
+  }
+  builder.memory(static_cast<double>(memory.total()) + cluster.process_bytes, device, cluster.process_bytes + host);
   return builder.finish();
 }
 
@@ -512,7 +529,12 @@ Prediction predict(const Rates& rates, const Cluster& cluster, const EvaluateSta
     }
     return most;
   };
-  const int stages = choose_stages(stage.stages, world, stage.config.layers, builder.budget(), weights);
+  // As the job chooses: a fifth of the memory is for all else, and what does not fit is streamed.
+  const double budget = 0.8 * builder.budget();
+  const int stages = choose_stages(stage.stages, world, stage.config.layers, budget, weights);
+  const bool streamed = stage.streamed || (stage.stages == 0 && weights(stages) > budget);
+  if (streamed && !stage.streamed)
+    builder.note("more than 80 % of the memory would be weights: streamed, one layer at a time");
   const int replicas = world / stages;
   result.stages = stages;
   result.replicas = replicas;
@@ -537,7 +559,7 @@ Prediction predict(const Rates& rates, const Cluster& cluster, const EvaluateSta
     passage.micro_batches = (batches + replicas - 1) / replicas;
     passage.total = static_cast<double>(batches);
     passage.tokens = micro_batch * stage.length;
-    passage.streamed = stage.streamed;
+    passage.streamed = streamed;
     passage.most_per_round = 64;
     passage.message =
         static_cast<double>(passage.tokens * config->hidden) * static_cast<double>(c10::elementSize(stage.dtype));
@@ -557,8 +579,14 @@ Prediction predict(const Rates& rates, const Cluster& cluster, const EvaluateSta
   const ModelConfig& c = stage.config;
   const double widths = 6 * static_cast<double>(c.hidden) + 2 * static_cast<double>(c.heads * c.head_dim) +
                         2 * static_cast<double>(c.kv_width()) + 3 * static_cast<double>(c.ffn);
-  const double device =
-      weights(stages) + rows * widths * element + 2 * static_cast<double>(model::attention_block_bytes());
+  double resident = weights(stages);
+  if (streamed) {
+    resident = 0;
+    for (const ModelConfig* config : models)
+      resident += 2 * largest_layer_bytes(*config, stage.dtype) +
+                  2 * static_cast<double>(config->vocab * config->hidden) * element;
+  }
+  const double device = resident + rows * widths * element + 2 * static_cast<double>(model::attention_block_bytes());
   builder.memory(device + cluster.process_bytes, device,
                  cluster.process_bytes + 2 * largest_layer_bytes(c, stage.dtype));
   return builder.finish();

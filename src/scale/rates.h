@@ -26,6 +26,7 @@ namespace headfold::scale {
 /// | fold | FLOP/s | float64 products of a conversion and all else but reading, factorising and writing |
 /// | eigen | FLOP/s | float64 factorisations |
 /// | memory | B/s | memory bandwidth |
+/// | host_memory | B/s | GPUs: of a rank's share of the host's |
 /// | read, copy, write, statistics | B/s | of a conversion: reading, copying tensors, writing; writing a statistics
 /// file | | inside, network | B/s | a message between two ranks of a node, of two nodes (per rank) | | inside_latency,
 /// network_latency | s | of such a message | | all_reduce_inside, all_reduce_network | B/s | payload sent per rank

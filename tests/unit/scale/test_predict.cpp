@@ -188,6 +188,45 @@ TEST(Predictions, a_model_that_does_not_fit_is_shared_or_named) {
   EXPECT_GT(trained.device_memory, h100.device_memory);
   EXPECT_THAT(trained.notes, testing::Contains(testing::HasSubstr("does not fit")));
   EXPECT_THROW(predict(h100, {1, 8, 0}, calibration("llama2-7b", 64, 3)), UsageError);
+  // Evaluation leaves a fifth of the memory to all else, as the job does: 2 x 69 GB of 141 GB are too much.
+  EvaluateStage evaluation;
+  evaluation.config = shape("llama2-70b");
+  evaluation.dtype = at::kBFloat16;
+  evaluation.windows = 64;
+  EXPECT_EQ(predict(sheet_rates("h200"), {1, 2, 0}, evaluation).stages, 2);
+  EXPECT_EQ(predict(sheet_rates("h200"), {1, 8, 0}, evaluation).stages, 2);
+  EXPECT_EQ(predict(h100, {1, 8, 0}, evaluation).stages, 4);
+  // What fits nowhere is streamed.
+  const Prediction alone = predict(h100, {1, 1, 0}, evaluation);
+  EXPECT_THAT(alone.notes, testing::Contains(testing::HasSubstr("streamed")));
+  EXPECT_LT(alone.device_memory, h100.device_memory);
+}
+
+TEST(Predictions, conversions_and_full_training_are_the_host_s) {
+  const Rates h100 = sheet_rates("h100");
+  ConvertStage half;
+  half.config = shape("llama2-7b");
+  half.kv_heads = 16;
+  const Prediction converted = predict(h100, {1, 8, 0}, half);
+  EXPECT_EQ(converted.device_memory, 0);
+  EXPECT_GT(converted.host_memory, 0);
+  FinetuneStage full = training("llama2-7b");
+  full.lora.full = true;
+  const Prediction trained = predict(h100, {1, 8, 0}, full);
+  const double parameters = static_cast<double>(checkpoint::parameter_count(full.config));
+  EXPECT_GT(trained.host_memory, 16 * parameters);
+  EXPECT_LT(trained.device_memory, h100.device_memory);
+  EXPECT_GT(trained.device_memory, 2 * parameters);
+  EXPECT_GT(seconds_of(trained, "optimiser"), 10 * 32 * parameters / h100.value("memory"));
+}
+
+TEST(Predictions, absurd_numbers_of_sequences_do_not_take_for_ever) {
+  const double some = predict(processor(), {1, 1, 0}, calibration("llama2-7b", 1'000'000'000, 1)).seconds;
+  const double many = predict(processor(), {1, 1, 0}, calibration("llama2-7b", 1'000'000'000'000'000, 1)).seconds;
+  EXPECT_NEAR(many / some, 1e6, 1e3);
+}
+
+TEST(Predictions, what_was_not_measured_is_refused) {
   EXPECT_THROW(predict(processor(), {1, 8, 0},
                        [] {
                          CalibrateStage stage = calibration("llama2-7b", 64, 1);
