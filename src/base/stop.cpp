@@ -56,10 +56,14 @@ void listen_for_stop() {
     const sigset_t set = stop_signals();
     pthread_sigmask(SIG_BLOCK, &set, nullptr);
     pthread_atfork(nullptr, nullptr, let_stop_signals_through);  // helpers that MPI starts listen as ever
-    std::thread([set] {
-      for (int signal = 0;;)
-        if (sigwait(&set, &signal) == 0) request_stop(signal);
-    }).detach();
+    try {
+      std::thread([set] {
+        for (int signal = 0;;)
+          if (sigwait(&set, &signal) == 0) request_stop(signal);
+      }).detach();
+    } catch (const std::system_error&) {
+      let_stop_signals_through();  // no thread to be had: the handlers take them after all
+    }
   });
 }
 
