@@ -6,6 +6,7 @@
 #include <headfold/checkpoint/reader.h>
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace headfold::folding {
@@ -74,7 +75,8 @@ struct LayerMoments {
                                ///< attended_heads * head_dim: attention of head h applied to the values of its block
   at::Tensor attended_mean;    ///< E[y_h], [heads, block]
   std::int64_t attended_heads = 0;  ///< source KV heads of one block: block b holds heads b * n .. b * n + n - 1
-  double tokens = 0;                ///< that they are means of
+  /// That they are means of; moments made otherwise are exact.
+  double tokens = std::numeric_limits<double>::infinity();
   /// Sweeps that a polish of so many channels gets: 0 where the moments are of too few tokens. Alternating least
   /// squares then finds maps that are right for those tokens alone, and huge.
   std::int64_t polish_sweeps(std::int64_t sweeps, std::int64_t channels) const {
