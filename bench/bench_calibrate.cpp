@@ -11,6 +11,7 @@
 // other processes then cost only what they take of the caches.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <headfold/base/json.h>
 #include <headfold/base/log.h>
 #include <headfold/calibration/collect.h>

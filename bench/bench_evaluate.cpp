@@ -12,6 +12,7 @@
 // positions alone, like headfold; "all logits" is what it takes with those of every position, as is common.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <headfold/base/error.h>
 #include <headfold/calibration/text.h>
 #include <headfold/device/measure.h>

@@ -1,11 +1,14 @@
-// Rates of what runs on a GPU, and the sizes from which it pays. Prints lines; without a GPU only the host's side.
-//   bench_gpu eigen           seconds of eigen-decompositions on the host and on the GPU (there and back), by size: the
-//                             smallest size from which the GPU is always faster is what set_gpu_threshold() wants
+// Rates of what runs on a GPU, and the sizes from which it pays. Prints lines. What cannot be measured here ends with
+// exit code 69.
+//   bench_gpu eigen           seconds of eigen-decompositions on the host and on the GPU (there and back), by size
+//   (without a
+//                             GPU: the host's): the smallest size from which the GPU is always faster is what
+//                             set_gpu_threshold() wants
 //   bench_gpu gram [tokens]   Grams of bfloat16 rows on the GPU by width and block, beside the plain product
-//   bench_gpu product HIDDEN FFN [ROWS] [cpu]   bfloat16 products of a layer's shapes, x W^T: FLOP/s (GPU where there
-//   is
-//                             one, else CPU), what tests/gpu/scale measures the jobs by
-//   bench_gpu link            bytes per second of an all-reduce between the ranks (mpirun), by size and transport
+//   bench_gpu product HIDDEN FFN [ROWS] [cpu|cuda]   bfloat16 products of a layer's shapes, x W^T: FLOP/s (default: of
+//                             a GPU where there is one, else of the CPU), what tests/gpu/scale measures the jobs by
+//   bench_gpu link            bytes per second of an all-reduce between two ranks or more (mpirun), by size and
+//   transport
 // Wall clock, median of several runs after one that warms up.
 
 #include <fmt/format.h>
@@ -57,6 +60,16 @@ void say(const std::string& line) {
   std::cout << line << std::endl;
 }
 
+/// Exit code of what needs something that is not here (EX_UNAVAILABLE).
+int missing(const std::string& what) {
+  std::cerr << what << std::endl;
+  return 69;
+}
+
+bool tensors_on_gpu() {
+  return gpu_there() && at::hasCUDA();
+}
+
 at::Tensor random_gram(std::int64_t batch, std::int64_t n, at::ScalarType dtype) {
   const at::Tensor x = at::randn({batch, n, n}, at::TensorOptions().dtype(dtype));
   return at::matmul(x, linalg::conjugate_transpose(x));
@@ -87,8 +100,8 @@ void bench_eigen(std::int64_t largest) {
   }
 }
 
-void bench_gram(std::int64_t tokens) {
-  if (!gpu_there() || !at::hasCUDA()) return say("gram: needs a GPU and a libtorch with CUDA");
+int bench_gram(std::int64_t tokens) {
+  if (!tensors_on_gpu()) return missing("bench_gpu gram: needs a GPU and a libtorch with CUDA");
   for (const std::int64_t n : {4096, 5120, 8192}) {
     const at::Tensor x = at::randn({tokens, n}).to(at::kBFloat16).to(at::kCUDA);
     const double flops = static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(tokens);
@@ -103,12 +116,13 @@ void bench_gram(std::int64_t tokens) {
                       1e3 * own, 2 * flops / own / 1e12, plain / own));
     }
   }
+  return 0;
 }
 
-void bench_link(const comm::Communicator& world) {
+int bench_link(const comm::Communicator& world) {
+  if (world.size() < 2) return missing("bench_gpu link: needs two ranks or more: mpirun -np 2 bench_gpu link");
   const auto gpus = static_cast<int>(device::visible_gpus().size());
-  const bool tensors = gpus > 0 && at::hasCUDA();
-  const int own = tensors ? world.rank() % gpus : -1;
+  const int own = tensors_on_gpu() ? world.rank() % gpus : -1;
   device::use_gpu(own);
   std::vector<comm::Transport> transports = {comm::Transport::mpi};
   {
@@ -126,17 +140,19 @@ void bench_link(const comm::Communicator& world) {
                         4e-9 * static_cast<double>(count) / seconds));
     }
   }
+  return 0;
 }
 
 int usage() {
-  say("usage: bench_gpu eigen [largest] | gram [tokens] | product HIDDEN FFN [ROWS] [cpu] | link");
+  say("usage: bench_gpu eigen [largest] | gram [tokens] | product HIDDEN FFN [ROWS] [cpu|cuda] | link");
   return 64;
 }
 
 /// One line of JSON: the rate over the products of a layer, q, k, v and o [hidden, hidden], gate, up [ffn, hidden] and
 /// down [hidden, ffn], for `rows` rows.
-void bench_product(std::int64_t hidden, std::int64_t ffn, std::int64_t rows, bool on_host) {
-  const at::Device device(on_host || !gpu_there() || !at::hasCUDA() ? at::kCPU : at::kCUDA);
+int bench_product(std::int64_t hidden, std::int64_t ffn, std::int64_t rows, const std::string& where) {
+  if (where == "cuda" && !tensors_on_gpu()) return missing("bench_gpu product: needs a GPU and a libtorch with CUDA");
+  const at::Device device(where == "cpu" || !tensors_on_gpu() ? at::kCPU : at::kCUDA);
   const auto options = at::TensorOptions().dtype(at::kBFloat16).device(device);
   double seconds = 0, operations = 0;
   for (const auto& [out, in, count] :
@@ -157,6 +173,7 @@ void bench_product(std::int64_t hidden, std::int64_t ffn, std::int64_t rows, boo
   }
   say(fmt::format(R"({{"device": "{}", "rows": {}, "hidden": {}, "ffn": {}, "flop_per_second": {:.6g}}})", device.str(),
                   rows, hidden, ffn, operations / seconds));
+  return 0;
 }
 
 }  // namespace
@@ -167,16 +184,15 @@ int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
   const std::int64_t size = argc > 2 ? std::atoll(argv[2]) : 0;
   at::manual_seed(1);
-  if (what == "eigen")
-    bench_eigen(size > 0 ? size : 4096);
-  else if (what == "gram")
-    bench_gram(size > 0 ? size : 2048);
-  else if (what == "product" && argc > 3 && size > 0 && std::atoll(argv[3]) > 0)
-    bench_product(size, std::atoll(argv[3]), argc > 4 && std::atoll(argv[4]) > 0 ? std::atoll(argv[4]) : 2048,
-                  argc > 5 && std::string(argv[5]) == "cpu");
-  else if (what == "link")
-    bench_link(environment.world());
-  else
-    return usage();
+  if (what == "gram") return bench_gram(size > 0 ? size : 2048);
+  if (what == "link") return bench_link(environment.world());
+  if (what == "product" && argc > 3 && size > 0 && std::atoll(argv[3]) > 0) {
+    const std::string last = argv[argc - 1];
+    const std::string where = last == "cpu" || last == "cuda" ? last : "";
+    const std::int64_t rows = argc > 4 ? std::atoll(argv[4]) : 0;
+    return bench_product(size, std::atoll(argv[3]), rows > 0 ? rows : 2048, where);
+  }
+  if (what != "eigen") return usage();
+  bench_eigen(size > 0 ? size : 4096);
   return 0;
 }

@@ -1,3 +1,4 @@
+#include <ATen/core/grad_mode.h>
 #include <headfold/base/error.h>
 #include <headfold/evaluation/trial.h>
 

@@ -41,6 +41,8 @@ constexpr double kBeyondCaches = 400e6;     // bytes of weights that are gone th
 constexpr std::int64_t kMostCopies = 8;
 constexpr std::size_t kMessage = 16 << 20;  // bytes of a message, and of a reduction
 constexpr std::int64_t kFoldSequences = 8, kFoldTokens = 64;
+constexpr double kFoldSeconds = 4;  // conversions are repeated so long
+constexpr int kMostFolds = 8;
 
 struct Settings {
   ModelConfig config;  // one layer
@@ -149,9 +151,14 @@ class Bench {
     double bytes = 0;
     for (const checkpoint::TensorShape& tensor : checkpoint::layer_tensors(config, 0))
       bytes += static_cast<double>(tensor.elements() * folding::bytes_per_element(config.dtype));
-    values_[name("load")] = bytes / timed([&] { model::load_layer(reader, 0, settings_.dtype); });
+    // Layers are kept, as jobs keep them: memory that was used before is faster than new memory.
     std::vector<std::unique_ptr<model::Layer>> layers;
-    for (std::int64_t copy = 0; copy < copies_; ++copy) layers.push_back(model::load_layer(reader, 0, settings_.dtype));
+    std::vector<double> loads;
+    for (std::int64_t copy = 0; copy <= std::max<std::int64_t>(1, copies_ - 1); ++copy)
+      loads.push_back(wall([&] { layers.push_back(model::load_layer(reader, 0, settings_.dtype)); }));
+    loads.erase(loads.begin());  // compiles kernels
+    values_[name("load")] = bytes / median(loads);
+    layers.resize(static_cast<std::size_t>(copies_));
     const auto through = [&](const at::Tensor& hidden, model::LayerObserver* observer) {
       return bench::seconds([&] {
                for (const auto& each : layers) each->forward(hidden, nullptr, observer);
@@ -197,6 +204,7 @@ class Bench {
       return median(times);
     };
     const calibration::StatisticsShape shape = calibration::collected_shape(config, options, tokens);
+    sums(shape);
     const double ops = scale::statistics_work(config, shape, 1).gram;
     const double grams = std::max(extra(shape), 0.5 * ops / values_.at(name("product")));
     values_[name("gram")] = ops / grams;
@@ -207,6 +215,20 @@ class Bench {
     values_[name("attention_statistics")] =
         statistics.attention_statistics /
         std::max(extra(all) - grams, 0.5 * statistics.attention_statistics / values_.at(name("product")));
+  }
+
+  /// What statistics of a layer cost whatever the number of sequences.
+  void sums(const calibration::StatisticsShape& shape) {
+    const at::Tensor first = random({2, 1, shape.hidden});  // first tokens of a sequence of either half
+    std::vector<std::unique_ptr<calibration::LayerAccumulator>> kept;
+    double spent = 0;
+    for (int i = 0; i < 2; ++i)  // in new memory both times; the first time compiles kernels
+      spent = wall([&] {
+        kept.push_back(std::make_unique<calibration::LayerAccumulator>(shape));
+        kept.back()->attention_input(first);
+        kept.back()->finish(comm::Communicator::self(), 0);
+      });
+    values_["sums"] = static_cast<double>(calibration::layer_statistics_bytes(shape)) / spent;
   }
 
   void head(const checkpoint::Reader& reader) {
@@ -264,29 +286,35 @@ class Bench {
     fold.kv_heads = half;
     const calibration::StatisticsFile statistics(file);
     fold = folding::with_effective_metrics(fold, true);
-    std::vector<std::map<std::string, double>> runs;
-    for (int i = 0; i < 2; ++i) {  // the first run compiles kernels and grows the heap
+    std::map<std::string, double> run;  // of all that count
+    int counted = 0;
+    double total = 0;  // seconds
+    for (int i = 0; counted == 0 || (total < kFoldSeconds && counted < kMostFolds); ++i) {
+      const auto begun = std::chrono::steady_clock::now();
       const std::vector<Spent> before = profile();
       folding::KeptBases kept;
       const folding::Plan plan = folding::make_plan(self, reader, &statistics, fold, {}, true, &kept);
-      folding::apply_plan(self, reader, &statistics, plan, folder_.path() / fmt::format("folded{}", i),
-                          std::uint64_t{5} << 30, nullptr, &kept);
-      std::map<std::string, double>& run = runs.emplace_back();
+      const fs::path folded = folder_.path() / fmt::format("folded{}", i);
+      folding::apply_plan(self, reader, &statistics, plan, folded, std::uint64_t{5} << 30, nullptr, &kept);
+      fs::remove_all(folded);
+      if (i == 0) continue;  // compiles kernels and grows the heap
+      ++counted;
+      total = world_.all_reduce(total + std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count(),
+                                comm::Reduce::max);  // ranks go on alike
       const std::vector<Spent> after = profile();
       for (std::size_t w = 0; w < after.size(); ++w) {
         const bool files = after[w].work == name_of(Work::writing) || after[w].work == name_of(Work::sync) ||
                            after[w].work == name_of(Work::copying);
         const bool processor = at::get_num_threads() == 1 && !files;
-        run[after[w].work] = (processor ? after[w].processor_seconds - before[w].processor_seconds
-                                        : after[w].seconds - before[w].seconds) /
-                             at::get_num_threads();
+        run[after[w].work] += (processor ? after[w].processor_seconds - before[w].processor_seconds
+                                         : after[w].seconds - before[w].seconds) /
+                              at::get_num_threads();
       }
     }
-    const std::map<std::string, double>& run = runs.back();
     const auto spent = [&](std::initializer_list<Work> works) {
       double sum = 0;
       for (const Work one : works) sum += run.at(name_of(one));
-      return std::max(sum, 1e-9);
+      return std::max(sum / counted, 1e-9);
     };
     const scale::FoldWork work =
         scale::fold_work(config, half, calibration::collected_shape(config, options, tokens), true);
@@ -333,11 +361,13 @@ class Bench {
     };
     if (const std::size_t other = partner(true); other > 0) between(0, other, "inside");
     if (const std::size_t other = partner(false); other > 0) between(0, other, "network");
-    std::vector<double> sums(kMessage / sizeof(double), 1.0), times;
-    for (int i = -1; i < 5; ++i) {
+    // One after the other, as a layer's statistics are: what was summed just before is not in a cache.
+    constexpr std::size_t kSums = kMessage / sizeof(double), kCount = 6;
+    std::vector<double> sums(kCount * kSums, 1.0), times;
+    for (std::size_t i = 0; i < kCount; ++i) {
       world_.barrier("benchmark of sums");
-      const double spent = wall([&] { world_.all_reduce(std::span(sums)); });
-      if (i >= 0) times.push_back(spent);
+      const double spent = wall([&] { world_.all_reduce(std::span(sums).subspan(i * kSums, kSums)); });
+      if (i > 0) times.push_back(spent);
     }
     const auto n = static_cast<double>(world_.size());
     const bool one_host = std::set<std::string>(hosts.begin(), hosts.end()).size() == 1;

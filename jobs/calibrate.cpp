@@ -91,18 +91,6 @@ po::options_description calibrate_options() {
 
 namespace {
 
-bool is_on(const po::variables_map& values, const char* name) {
-  const auto value = values[name].as<std::string>();
-  if (value != "on" && value != "off") throw UsageError(fmt::format("--{} {}: choose on or off", name, value));
-  return value == "on";
-}
-
-bool is_yes(const po::variables_map& values, const char* name) {
-  const auto value = values[name].as<std::string>();
-  if (value != "yes" && value != "no") throw UsageError(fmt::format("--{} {}: choose yes or no", name, value));
-  return value == "yes";
-}
-
 Settings read_settings(const po::variables_map& values, const checkpoint::ModelConfig& config) {
   Settings settings;
   settings.model = values["model"].as<std::string>();

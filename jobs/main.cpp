@@ -1,6 +1,7 @@
 // headfold: dispatches to one job per sub-command and turns an error into one log line, a hint and a documented exit
 // code.
 
+#include <ATen/core/grad_mode.h>
 #include <headfold/base/log.h>
 #include <headfold/base/stop.h>
 #include <headfold/base/version.h>

@@ -49,9 +49,20 @@ double text_bytes(const po::variables_map& values) {
   return bytes;
 }
 
-bool is_off(const po::variables_map& values, const char* name) {
-  const auto value = values[name].as<std::string>();
-  return value == "off" || value == "no";
+/// A number from `least` on that a prediction can reckon with.
+std::int64_t amount(const po::variables_map& values, const char* name, std::int64_t least) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 40;
+  const std::int64_t value = at_least(values, name, least);
+  if (value > kMost) throw UsageError(fmt::format("--{} {}: at most {}", name, value, kMost));
+  return value;
+}
+
+/// Pipeline ranks; 0: as the job chooses.
+int stages_of(const po::variables_map& values) {
+  const int stages = values["pipeline-ranks"].as<int>();
+  if (stages < 0)
+    throw UsageError(fmt::format("--pipeline-ranks {}: at least 1 is needed, or 0 to choose by memory", stages));
+  return stages;
 }
 
 /// Turns elements into predictions; knows the models that earlier elements make.
@@ -108,21 +119,21 @@ class Planner {
     const po::variables_map values = parsed(calibrate_options(), element.arguments, "calibrate");
     scale::CalibrateStage stage;
     stage.config = config_of(values["model"].as<std::string>());
-    stage.samples = at_least(values, "samples", 1);
-    stage.settings.length = clipped(at_least(values, "seq-len", 2), stage.config);
+    stage.samples = amount(values, "samples", 1);
+    stage.settings.length = clipped(amount(values, "seq-len", 2), stage.config);
     calibration::CollectOptions& collect = stage.settings.collect;
-    collect.micro_batch = std::min(at_least(values, "micro-batch", 1), stage.samples);
+    collect.micro_batch = std::min(amount(values, "micro-batch", 1), stage.samples);
     collect.dtype = dtype_of(values, stage.config);
     if (values["streamed"].as<bool>()) collect.residency = model::Residency::streamed;
-    collect.rotated_keys = !is_off(values, "rotated-keys");
-    collect.values = !is_off(values, "value-gram");
-    collect.half_samples = !is_off(values, "half-samples");
-    collect.attended_heads = at_least(values, "attended-heads", 0);
+    collect.rotated_keys = is_yes(values, "rotated-keys");
+    collect.values = is_yes(values, "value-gram");
+    collect.half_samples = is_on(values, "half-samples");
+    collect.attended_heads = amount(values, "attended-heads", 0);
     const auto attention = values["attention-statistics"].as<std::string>();
     collect.attention_statistics = attention == "auto"
                                        ? scale::collects_attention(stage.config, collect, stage.settings.length)
-                                       : attention == "on";
-    stage.stages = values["pipeline-ranks"].as<int>();
+                                       : is_on(values, "attention-statistics");
+    stage.stages = stages_of(values);
     stage.data_bytes = text_bytes(values);
     statistics_ = calibration::collected_shape(stage.config, collect, stage.settings.length);
     return scale::predict(rates_, cluster_, stage);
@@ -145,7 +156,7 @@ class Planner {
         stage.shape =
             calibration::collected_shape(stage.config, {}, std::min<std::int64_t>(2048, stage.config.max_positions));
     }
-    stage.held_out = !is_off(values, "held-out");
+    stage.held_out = is_on(values, "held-out");
     if (values.count("refit") > 0 || fold.grouping == folding::Grouping::search ||
         fold.allocation != folding::Allocation::uniform || fold.polish > 0)
       notes_.emplace_back("--refit, --grouping search, --budget and --polish are not predicted: the fold alone");
@@ -162,29 +173,29 @@ class Planner {
       stage.teacher = config_of(values["teacher"].as<std::string>());
     if (values.count("cache-teacher") > 0) notes_.emplace_back("filling the teacher's cache is not predicted");
     stage.lora.dropout = values["dropout"].as<double>();
-    stage.lora.rank = at_least(values, "rank", 1);
+    stage.lora.rank = amount(values, "rank", 1);
     stage.lora.full = values["full"].as<bool>();
     stage.lora.targets.clear();
     std::istringstream names(values["targets"].as<std::string>());
     for (std::string name; std::getline(names, name, ',');)
       if (!name.empty()) stage.lora.targets.push_back(name);
     stage.dtype = dtype_of(values, stage.config);
-    stage.batch = at_least(values, "batch", 1);
-    stage.micro_batch = std::min(at_least(values, "micro-batch", 1), stage.batch);
-    stage.length = clipped(at_least(values, "seq-len", 2), stage.config);
-    stage.steps = at_least(values, "steps", 0);
+    stage.batch = amount(values, "batch", 1);
+    stage.micro_batch = std::min(amount(values, "micro-batch", 1), stage.batch);
+    stage.length = clipped(amount(values, "seq-len", 2), stage.config);
+    stage.steps = amount(values, "steps", 0);
     stage.data_bytes = text_bytes(values);
     if (stage.steps == 0) {
       const double sequences = values["epochs"].as<double>() * tokens_of(values) / static_cast<double>(stage.length);
       stage.steps = std::max<std::int64_t>(1, std::llround(sequences / static_cast<double>(stage.batch)));
     }
-    stage.checkpoint_every = at_least(values, "checkpoint-every", 0);
+    stage.checkpoint_every = amount(values, "checkpoint-every", 0);
     stage.keep_activations = values["keep-activations"].as<bool>();
     stage.shard_optimizer = values["shard-optimizer"].as<bool>();
     stage.merge = values["merge"].as<bool>();
     if (values.count("validation") > 0) {
-      stage.validation_sequences = at_least(values, "validation-sequences", 0);
-      const std::int64_t every = at_least(values, "validate-every", -1);
+      stage.validation_sequences = amount(values, "validation-sequences", 0);
+      const std::int64_t every = amount(values, "validate-every", -1);
       const std::int64_t period = every >= 0 ? every : std::max<std::int64_t>(1, stage.steps / 10);
       stage.validations = 1 + (period > 0 ? stage.steps / period : 1);
     }
@@ -198,9 +209,9 @@ class Planner {
     stage.config = config_of(values["model"].as<std::string>());
     if (values.count("reference") > 0) stage.reference = config_of(values["reference"].as<std::string>());
     stage.dtype = dtype_of(values, stage.config);
-    stage.length = clipped(at_least(values, "seq-len", 2), stage.config);
-    stage.micro_batch = at_least(values, "micro-batch", 0);
-    stage.stages = values["pipeline-ranks"].as<int>();
+    stage.length = clipped(amount(values, "seq-len", 2), stage.config);
+    stage.micro_batch = amount(values, "micro-batch", 0);
+    stage.stages = stages_of(values);
     stage.streamed = values["streamed"].as<bool>();
     stage.data_bytes = text_bytes(values);
     if (values.count("tasks") > 0) {

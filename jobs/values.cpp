@@ -15,6 +15,22 @@ std::int64_t at_least(const po::variables_map& values, const char* name, std::in
   return value;
 }
 
+namespace {
+bool is(const po::variables_map& values, const char* name, const char* yes, const char* no) {
+  const auto value = values[name].as<std::string>();
+  if (value != yes && value != no) throw UsageError(fmt::format("--{} {}: choose {} or {}", name, value, yes, no));
+  return value == yes;
+}
+}  // namespace
+
+bool is_on(const po::variables_map& values, const char* name) {
+  return is(values, name, "on", "off");
+}
+
+bool is_yes(const po::variables_map& values, const char* name) {
+  return is(values, name, "yes", "no");
+}
+
 std::vector<std::filesystem::path> paths(const po::variables_map& values, const char* name) {
   std::vector<std::filesystem::path> files;
   if (values.count(name) > 0)

@@ -2,6 +2,9 @@
 // The typed errors of headfold and the exit codes they become.
 
 #include <fmt/format.h>
+#if FMT_VERSION >= 110000
+#include <fmt/ranges.h>  // where join() stands since then
+#endif
 
 #include <stdexcept>
 #include <string>

@@ -1,4 +1,5 @@
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <headfold/base/error.h>
 #include <headfold/folding/bases.h>
 #include <headfold/model/model.h>

@@ -343,6 +343,13 @@ Prediction predict(const Rates& rates, const Cluster& cluster, const CalibrateSt
     sums = std::max(sums, reduction.seconds);
     add(result.moved, reduction.moved);
   }
+  // Whatever the number of sequences, and by every replica.
+  if (rates.has("sums")) {
+    double most = 0;
+    for (const comm::LayerRange& range : ranges) most = std::max(most, static_cast<double>(range.size()));
+    builder.part("memory for statistics, bringing halves together", "sums", "memory bandwidth",
+                 builder.on_cores(most * layer_bytes / rates.value("sums")));
+  }
   builder.part("summing statistics over replicas", cluster.nodes > 1 ? "network" : "inside", "link",
                builder.on_cores(sums));
   const std::int64_t most_layers =

@@ -7,6 +7,7 @@ namespace headfold::scale {
 namespace {
 
 constexpr const char* kFormat = "headfold-rates";
+constexpr double kLeast = 1e-12, kMost = 1e24;  // of a figure: what is beyond makes seconds infinite or nothing
 
 /// Stated by the makers' data sheets: dense matrix products, no sparsity; links per direction. `share`: what is taken
 /// to be attainable of a stated figure; these shares are assumptions. `fold`, `eigen` and `host_memory` are of the
@@ -65,6 +66,7 @@ std::string unit_of(const std::string& name) {
                                                            {"element_wise", "B/s"},
                                                            {"gram", "FLOP/s"},
                                                            {"attention_statistics", "FLOP/s"},
+                                                           {"sums", "B/s"},
                                                            {"head", "FLOP/s"},
                                                            {"training", "x"},
                                                            {"load", "B/s"},
@@ -172,8 +174,8 @@ Rates read_rates(const std::filesystem::path& path) {
     const std::string where = fmt::format("{}: figures.\"{}\"", file, name);
     if (!figure.is_object()) throw InputError(where + " is no object with value and unit");
     const auto value = required<double>(figure, "value", where);
-    if (!(value > 0) || !std::isfinite(value))
-      throw InputError(fmt::format("{}: value {} is not above 0 and finite", where, value));
+    if (!(value >= kLeast && value <= kMost))
+      throw InputError(fmt::format("{}: value {:g} is not from {:g} to {:g}", where, value, kLeast, kMost));
     if (const auto stored = required<std::string>(figure, "unit", where); stored != unit)
       throw InputError(fmt::format("{}: unit \"{}\", {} is expected", where, stored.substr(0, 20), unit));
     rates.figures[name] = {value, unit, "measured"};

@@ -20,6 +20,7 @@ namespace headfold::scale {
 /// | element_wise.DTYPE | B/s | norms, rotations, activations (work.h counts their bytes) |
 /// | gram.DTYPE | FLOP/s | calibration's Grams, of the operations carried out |
 /// | attention_statistics.DTYPE | FLOP/s | rotated queries, attended values (optional: that of gram) |
+/// | sums | B/s | statistics: memory for them, first tokens, halves brought together, checks (optional: not counted) |
 /// | head.DTYPE | FLOP/s | output projection with the loss (evaluation) |
 /// | training.DTYPE | x | time of forward and backward passes as a multiple of their parts at the rates above |
 /// | load.DTYPE | B/s | weights from files into a layer |

@@ -35,7 +35,7 @@ TEST_F(ScaleTest, two_ranks_measure_and_a_configuration_is_predicted_with_what_t
   const Json file = read_json(rates());
   for (const char* figure : {"product.float32", "attention.float32", "element_wise.float32", "gram.float32",
                              "head.float32", "training.float32", "load.float32", "fold", "eigen", "memory", "read",
-                             "copy", "write", "statistics", "inside", "inside_latency", "all_reduce_inside"}) {
+                             "copy", "write", "statistics", "sums", "inside", "inside_latency", "all_reduce_inside"}) {
     ASSERT_TRUE(file.at("figures").contains(figure)) << figure;
     EXPECT_GT(file.at("figures").at(figure).at("value").get<double>(), 0) << figure;
   }
