@@ -141,6 +141,26 @@ TEST_F(ScaleTest, nonsense_is_refused_with_its_name) {
   refused({"run", "--dry-run", "--rates", rates(), "--gpu", "h100", "--shape", "llama2-7b"}, 65, {rates(), "device"});
   refused({"run", "--dry-run", "--rates", rates(), "--gpus-per-node", "2", "--shape", "llama2-7b"}, 64,
           {"--gpus-per-node"});
+  // What the jobs refuse, their predictions refuse.
+  for (const auto& [section, option, value] :
+       {std::tuple("calibrate", "pipeline-ranks", "-1"), std::tuple("calibrate", "attention-statistics", "maybe"),
+        std::tuple("calibrate", "half-samples", "perhaps"), std::tuple("calibrate", "rotated-keys", "on"),
+        std::tuple("convert half", "held-out", "sometimes"),
+        std::tuple("finetune healed", "steps", "9223372036854775807"),
+        std::tuple("evaluate text", "pipeline-ranks", "-2")}) {
+    std::string text = "[run]\nfolder = results\nmodel = " + demo_model("prose-llama").string() + "\n";
+    for (const std::string one : {"calibrate", "convert half", "finetune healed", "evaluate text"}) {
+      text += fmt::format("[{}]\n{}", one,
+                          one == "calibrate"         ? "data = a.txt\n"
+                          : one == "convert half"    ? "ratio = 0.5\n"
+                          : one == "finetune healed" ? "of = half\ndata = a.txt\n"
+                                                     : "models = half\ndata = a.txt\n");
+      if (one == section) text += fmt::format("{} = {}\n", option, value);
+    }
+    write_file(scratch_ / "odd.ini", text);
+    refused({"run", "--dry-run", "--config", scratch_ / "odd.ini", "--gpu", "h100"}, 64,
+            {std::string("--") + option, value});
+  }
   refused({"bench", "--repeat", "0"}, 64, {"--repeat"});
   refused({"bench", "--seq-len", "-1"}, 64, {"--seq-len"});
   refused({"bench", "--shape", "llama9"}, 64, {"llama9"});

@@ -179,6 +179,23 @@ TEST(Predictions, sums_over_ranks_are_those_of_a_ring_over_what_is_trained) {
   EXPECT_DOUBLE_EQ(predict(processor(), {1, 4, 0}, few).bubble, 0.5);
 }
 
+TEST(Predictions, what_statistics_cost_at_any_number_of_sequences_is_every_replica_s_where_it_was_measured) {
+  const char* what = "memory for statistics, bringing halves together";
+  const auto seconds = [&](Rates rates, int ranks, std::int64_t samples, int stages) {
+    rates.figures["sums"] = {1e10, "B/s", "measured"};
+    return seconds_of(predict(rates, {1, ranks, 0}, calibration("llama2-7b", samples, stages)), what);
+  };
+  const CalibrateStage stage = calibration("llama2-7b", 64, 1);
+  const double bytes = 32 * static_cast<double>(calibration::layer_statistics_bytes(
+                                calibration::collected_shape(stage.config, stage.settings.collect, 1024)));
+  EXPECT_NEAR(seconds(processor(), 1, 64, 1), bytes / 1e10, 1e-9 * bytes / 1e10);
+  EXPECT_DOUBLE_EQ(seconds(processor(), 4, 64, 1), seconds(processor(), 1, 64, 1));       // replicas, a core each
+  EXPECT_DOUBLE_EQ(seconds(processor(2), 4, 64, 1), 2 * seconds(processor(), 1, 64, 1));  // four on two cores
+  EXPECT_DOUBLE_EQ(seconds(processor(), 4, 64, 4), seconds(processor(), 1, 64, 1) / 4);   // a quarter of the layers
+  EXPECT_DOUBLE_EQ(seconds(processor(), 1, 640, 1), seconds(processor(), 1, 64, 1));
+  EXPECT_EQ(seconds_of(predict(processor(), {1, 1, 0}, stage), what), 0);
+}
+
 TEST(Predictions, a_model_that_does_not_fit_is_shared_or_named) {
   const Rates h100 = sheet_rates("h100");
   const Prediction calibrated = predict(h100, {1, 8, 0}, calibration("llama2-70b", 64, 0));

@@ -123,7 +123,8 @@ TEST_F(RatesFile, nonsense_is_refused_with_file_and_field) {
   }
   for (const Json& value : {Json(0), Json(-5e9), Json("much")})
     EXPECT_THAT(changed("/node_memory_bytes", value), names("node_memory_bytes"));
-  for (const Json& value : {Json(0), Json(-1.0), Json("fast"), Json(nullptr), Json(Json::array())})
+  for (const Json& value :
+       {Json(0), Json(-1.0), Json(1e-320), Json(1e200), Json("fast"), Json(nullptr), Json(Json::array())})
     EXPECT_THAT(changed("/figures/memory/value", value), names("memory"));
   EXPECT_THAT(changed("/figures/memory/unit", "FLOP/s"), AllOf(names("memory"), HasSubstr("B/s")));
   EXPECT_THAT(changed("/figures/memory", 1e10), names("memory"));
