@@ -1,8 +1,16 @@
 # Finds every library headfold builds on and gives each one imported target.
 
 # libtorch: Debian's package keeps TorchConfig.cmake in a multiarch folder; a pip-installed torch is found through CMAKE_PREFIX_PATH.
-# Only the CPU part is needed to compile; TorchConfig's own search for CUDA is not wanted (device code needs the toolkit alone).
+# Only the CPU part is needed to compile. A libtorch with CUDA nevertheless looks for the toolkit, in places of its own, and for
+# nvcc: it is told what CMake's search finds.
 if(NOT TARGET torch)
+  find_package(CUDAToolkit QUIET)
+  if(CUDAToolkit_FOUND AND NOT DEFINED CUDA_TOOLKIT_ROOT_DIR)
+    get_filename_component(CUDA_TOOLKIT_ROOT_DIR "${CUDAToolkit_BIN_DIR}" DIRECTORY)
+  endif()
+  if(CUDAToolkit_NVCC_EXECUTABLE AND NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+    set(CMAKE_CUDA_COMPILER "${CUDAToolkit_NVCC_EXECUTABLE}")
+  endif()
   find_package(Torch REQUIRED)
 endif()
 add_library(headfold_torch INTERFACE IMPORTED GLOBAL)

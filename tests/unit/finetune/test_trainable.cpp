@@ -5,7 +5,9 @@
 #include <headfold/model/compute.h>
 #include <headfold/model/product.h>
 
+#include <cstring>
 #include <set>
+#include <utility>
 
 #include "elementwise.h"
 #include "loss.h"
@@ -506,16 +508,18 @@ TEST(DropoutTest, keeps_the_stated_share_and_the_mean) {
 // Memory
 
 /// Counts what ATen allocates on this process, on top of its own allocator.
+/// libtorch 2.x has an allocate() that is not const, and copy_data().
 class CountingAllocator final : public at::Allocator {
  public:
   explicit CountingAllocator(at::Allocator* base) : base_(base) {}
-  at::DataPtr allocate(std::size_t bytes) const override {
+  at::DataPtr allocate(std::size_t bytes) { return std::as_const(*this).allocate(bytes); }               // NOLINT
+  void copy_data(void* to, const void* from, std::size_t bytes) const { std::memcpy(to, from, bytes); }  // NOLINT
+  at::DataPtr allocate(std::size_t bytes) const {  // NOLINT(modernize-use-override)
     auto* held = new Held{base_->allocate(bytes), bytes};
     now_ += static_cast<std::int64_t>(bytes);
     peak_ = std::max(peak_, now_);
     return {held->data.get(), held, &release, held->data.device()};
   }
-  at::DeleterFnPtr raw_deleter() const override { return nullptr; }
   static void reset() { peak_ = now_; }
   static std::int64_t now() { return now_; }
   static std::int64_t peak() { return peak_; }
