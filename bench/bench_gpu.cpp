@@ -1,15 +1,15 @@
-// Rates of what runs on a GPU, and the sizes from which it pays. Prints lines. What cannot be measured here ends with
-// exit code 69.
-//   bench_gpu eigen           seconds of eigen-decompositions on the host and on the GPU (there and back), by size
-//   (without a
-//                             GPU: the host's): the smallest size from which the GPU is always faster is what
-//                             set_gpu_threshold() wants
-//   bench_gpu gram [tokens]   Grams of bfloat16 rows on the GPU by width and block, beside the plain product
-//   bench_gpu product HIDDEN FFN [ROWS] [cpu|cuda]   bfloat16 products of a layer's shapes, x W^T: FLOP/s (default: of
-//                             a GPU where there is one, else of the CPU), what tests/gpu/scale measures the jobs by
-//   bench_gpu link            bytes per second of an all-reduce between two ranks or more (mpirun), by size and
-//   transport
-// Wall clock, median of several runs after one that warms up.
+// Rates of what runs on a GPU, and the sizes from which it pays. Wall clock, median of several runs after one that
+// warms up. What cannot be measured here ends with exit code 69.
+//
+// bench_gpu eigen [largest]: seconds of eigen-decompositions on the host and on the GPU (there and back), by size;
+// without a GPU the host's. The smallest size from which the GPU is always faster is what set_gpu_threshold() wants.
+//
+// bench_gpu gram [tokens]: Grams of bfloat16 rows on the GPU by width and block, beside the plain product.
+//
+// bench_gpu product HIDDEN FFN [ROWS] [cpu|cuda]: bfloat16 products of a layer's shapes, x W^T, in FLOP/s (default: of
+// a GPU where there is one, else of the CPU): what tests/gpu/scale measures the jobs by.
+//
+// bench_gpu link: bytes per second of an all-reduce between two ranks or more (mpirun), by size and transport.
 
 #include <fmt/format.h>
 #include <headfold/base/cuda.h>
@@ -27,6 +27,7 @@
 #include <functional>
 #include <iostream>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -186,11 +187,22 @@ int main(int argc, char** argv) {
   at::manual_seed(1);
   if (what == "gram") return bench_gram(size > 0 ? size : 2048);
   if (what == "link") return bench_link(environment.world());
-  if (what == "product" && argc > 3 && size > 0 && std::atoll(argv[3]) > 0) {
-    const std::string last = argv[argc - 1];
-    const std::string where = last == "cpu" || last == "cuda" ? last : "";
-    const std::int64_t rows = argc > 4 ? std::atoll(argv[4]) : 0;
-    return bench_product(size, std::atoll(argv[3]), rows > 0 ? rows : 2048, where);
+  if (what == "product") {
+    std::vector<std::int64_t> sizes;  // hidden, ffn, rows
+    std::string where;
+    for (int i = 2; i < argc; ++i) {
+      const std::string word = argv[i];
+      if (i + 1 == argc && (word == "cpu" || word == "cuda")) {
+        where = word;
+        continue;
+      }
+      constexpr std::int64_t kMost = 1 << 20;
+      char* end = nullptr;
+      sizes.push_back(std::strtoll(word.c_str(), &end, 10));
+      if (*end != 0 || sizes.back() < 1 || sizes.back() > kMost) return usage();
+    }
+    if (sizes.size() == 2) sizes.push_back(2048);
+    return sizes.size() == 3 ? bench_product(sizes[0], sizes[1], sizes[2], where) : usage();
   }
   if (what != "eigen") return usage();
   bench_eigen(size > 0 ? size : 4096);

@@ -75,6 +75,7 @@ class Planner {
     std::vector<scale::Prediction> all;
     for (const PredictedElement& element : elements) {
       notes_.clear();
+      check(element);
       std::optional<scale::Prediction> one;
       if (element.stage == "calibrate") one = calibrate(element);
       if (element.stage == "convert") one = convert(element);
@@ -89,6 +90,19 @@ class Planner {
   }
 
  private:
+  /// What the job itself refuses because of its arguments alone.
+  void check(const PredictedElement& element) {
+    const Job& job = find_job(element.stage);
+    if (job.check == nullptr) return;
+    const auto model = std::find(element.arguments.begin(), element.arguments.end(), "--model");
+    if (model == element.arguments.end() || model + 1 == element.arguments.end()) return;
+    Planned planned;
+    planned.model = *(model + 1);
+    planned.original = config_of(planned.model);
+    planned.is_made = [](const fs::path&) { return true; };
+    job.check(planned, element.arguments);
+  }
+
   ModelConfig config_of(const fs::path& folder) {
     const std::string key = folder.lexically_normal().string();
     if (const auto found = models_.find(key); found != models_.end()) return found->second;

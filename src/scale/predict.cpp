@@ -538,15 +538,22 @@ Prediction predict(const Rates& rates, const Cluster& cluster, const EvaluateSta
   };
   // As the job chooses: a fifth of the memory is for all else, and what does not fit is streamed.
   const double budget = 0.8 * builder.budget();
-  const int stages = choose_stages(stage.stages, world, stage.config.layers, budget, weights);
-  const bool streamed = stage.streamed || (stage.stages == 0 && weights(stages) > budget);
+  int stages = 1;
+  if (stage.stages > 0 || !stage.streamed)
+    stages = choose_stages(stage.stages, world, stage.config.layers, budget, weights);
+  const bool fits = weights(stages) <= budget;
+  if (stage.stages == 0 && !stage.streamed && !fits) {
+    const auto most = static_cast<int>(std::min<std::int64_t>(world, stage.config.layers));
+    stages = world % most == 0 ? most : 1;
+  }
+  const bool streamed = stage.streamed || (stage.stages == 0 && !fits);
   if (streamed && !stage.streamed)
     builder.note("more than 80 % of the memory would be weights: streamed, one layer at a time");
   const int replicas = world / stages;
   result.stages = stages;
   result.replicas = replicas;
-  const std::int64_t micro_batch =
-      stage.micro_batch > 0 ? stage.micro_batch : std::max<std::int64_t>(1, 4096 / stage.length);
+  const std::int64_t micro_batch = std::max<std::int64_t>(
+      1, std::min(stage.micro_batch > 0 ? stage.micro_batch : 4096 / stage.length, stage.windows));
   const std::int64_t batches = (stage.windows + micro_batch - 1) / micro_batch;
   const double sequences = batches > 0 ? static_cast<double>(stage.windows) / static_cast<double>(batches) : 0;
 

@@ -41,7 +41,8 @@ const Figure& Rates::at(const std::string& name) const {
   throw UsageError(fmt::format("{}: there is no figure \"{}\"", file.empty() ? device : file, name),
                    name.ends_with("bfloat16") || name.ends_with("float32")
                        ? fmt::format("headfold bench --dtype {} measures it", name.substr(name.rfind('.') + 1))
-                       : "headfold bench measures it; those of links under mpirun -np 2");
+                       : "headfold bench measures it, of conversions on shapes with KV heads to fold; those of links "
+                         "under mpirun -np 2");
 }
 
 std::string Rates::of(const std::string& name, at::ScalarType dtype) {

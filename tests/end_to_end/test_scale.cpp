@@ -146,8 +146,9 @@ TEST_F(ScaleTest, nonsense_is_refused_with_its_name) {
        {std::tuple("calibrate", "pipeline-ranks", "-1"), std::tuple("calibrate", "attention-statistics", "maybe"),
         std::tuple("calibrate", "half-samples", "perhaps"), std::tuple("calibrate", "rotated-keys", "on"),
         std::tuple("convert half", "held-out", "sometimes"),
-        std::tuple("finetune healed", "steps", "9223372036854775807"),
-        std::tuple("evaluate text", "pipeline-ranks", "-2")}) {
+        std::tuple("finetune healed", "steps", "9223372036854775807"), std::tuple("finetune healed", "dropout", "2"),
+        std::tuple("finetune healed", "epochs", "1e+300"), std::tuple("finetune healed", "temperature", "0"),
+        std::tuple("evaluate text", "limit", "nan"), std::tuple("evaluate text", "pipeline-ranks", "-2")}) {
     std::string text = "[run]\nfolder = results\nmodel = " + demo_model("prose-llama").string() + "\n";
     for (const std::string one : {"calibrate", "convert half", "finetune healed", "evaluate text"}) {
       text += fmt::format("[{}]\n{}", one,

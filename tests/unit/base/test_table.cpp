@@ -29,6 +29,7 @@ TEST(FormatTest, bytes_and_seconds) {
   EXPECT_EQ(human_seconds(0.31), "310 ms");
   EXPECT_EQ(human_seconds(190), "3 min 10 s");
   EXPECT_EQ(human_seconds(3720), "1 h 02 min");
+  EXPECT_EQ(human_seconds(1e24), "1e+24 s");
 }
 
 }  // namespace

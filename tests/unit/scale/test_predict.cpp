@@ -219,6 +219,24 @@ TEST(Predictions, a_model_that_does_not_fit_is_shared_or_named) {
   EXPECT_LT(alone.device_memory, h100.device_memory);
 }
 
+TEST(Predictions, evaluation_takes_the_stages_and_micro_batches_that_its_job_takes) {
+  EvaluateStage stage;
+  stage.config = shape("llama2-7b");  // 32 layers
+  stage.dtype = at::kBFloat16;
+  stage.windows = 2;
+  Rates tiny = processor();
+  tiny.node_memory = 1e6;
+  EXPECT_EQ(predict(tiny, {1, 32, 0}, stage).stages, 32);  // nothing fits: as many as can be
+  EXPECT_EQ(predict(tiny, {1, 48, 0}, stage).stages, 1);   // 32 do not divide 48
+  stage.streamed = true;
+  EXPECT_EQ(predict(tiny, {1, 32, 0}, stage).stages, 1);
+  EvaluateStage wide = stage;
+  wide.micro_batch = 4096;
+  EvaluateStage narrow = stage;
+  narrow.micro_batch = 2;
+  EXPECT_EQ(predict(processor(), {1, 1, 0}, wide).host_memory, predict(processor(), {1, 1, 0}, narrow).host_memory);
+}
+
 TEST(Predictions, conversions_and_full_training_are_the_host_s) {
   const Rates h100 = sheet_rates("h100");
   ConvertStage half;
