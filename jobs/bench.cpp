@@ -154,7 +154,7 @@ class Bench {
     // Layers are kept, as jobs keep them: memory that was used before is faster than new memory.
     std::vector<std::unique_ptr<model::Layer>> layers;
     std::vector<double> loads;
-    for (std::int64_t copy = 0; copy <= std::max<std::int64_t>(1, copies_ - 1); ++copy)
+    for (std::int64_t copy = 0; copy < std::max<std::int64_t>(2, copies_); ++copy)
       loads.push_back(wall([&] { layers.push_back(model::load_layer(reader, 0, settings_.dtype)); }));
     loads.erase(loads.begin());  // compiles kernels
     values_[name("load")] = bytes / median(loads);
@@ -290,17 +290,17 @@ class Bench {
     int counted = 0;
     double total = 0;  // seconds
     for (int i = 0; counted == 0 || (total < kFoldSeconds && counted < kMostFolds); ++i) {
-      const auto begun = std::chrono::steady_clock::now();
       const std::vector<Spent> before = profile();
-      folding::KeptBases kept;
-      const folding::Plan plan = folding::make_plan(self, reader, &statistics, fold, {}, true, &kept);
-      const fs::path folded = folder_.path() / fmt::format("folded{}", i);
-      folding::apply_plan(self, reader, &statistics, plan, folded, std::uint64_t{5} << 30, nullptr, &kept);
-      fs::remove_all(folded);
+      const double seconds = wall([&] {
+        folding::KeptBases kept;
+        const folding::Plan plan = folding::make_plan(self, reader, &statistics, fold, {}, true, &kept);
+        const fs::path folded = folder_.path() / fmt::format("folded{}", i);
+        folding::apply_plan(self, reader, &statistics, plan, folded, std::uint64_t{5} << 30, nullptr, &kept);
+        fs::remove_all(folded);
+      });
       if (i == 0) continue;  // compiles kernels and grows the heap
       ++counted;
-      total = world_.all_reduce(total + std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count(),
-                                comm::Reduce::max);  // ranks go on alike
+      total = world_.all_reduce(total + seconds, comm::Reduce::max);  // ranks go on alike
       const std::vector<Spent> after = profile();
       for (std::size_t w = 0; w < after.size(); ++w) {
         const bool files = after[w].work == name_of(Work::writing) || after[w].work == name_of(Work::sync) ||

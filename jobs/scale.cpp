@@ -25,22 +25,6 @@ using checkpoint::ModelConfig;
 /// What a text is taken to hold where nobody has tokenised it, and WikiText-2's test set for a text that is not there.
 constexpr double kBytesPerToken = 4, kAbsentTokens = 341469;
 
-/// Options of a job from the arguments that `run` would give it.
-po::variables_map parsed(const po::options_description& own, const std::vector<std::string>& arguments,
-                         const std::string& job) {
-  po::options_description all;
-  all.add(own).add(common_options());
-  po::variables_map values;
-  try {
-    const int style = po::command_line_style::default_style & ~po::command_line_style::allow_guessing;
-    po::store(po::command_line_parser(arguments).options(all).style(style).run(), values);
-    po::notify(values);
-  } catch (const po::error& error) {
-    throw UsageError(fmt::format("{}: {}", job, error.what()), fmt::format("headfold {} --help", job));
-  }
-  return values;
-}
-
 double text_bytes(const po::variables_map& values) {
   double bytes = 0;
   std::error_code code;
@@ -55,14 +39,6 @@ std::int64_t amount(const po::variables_map& values, const char* name, std::int6
   const std::int64_t value = at_least(values, name, least);
   if (value > kMost) throw UsageError(fmt::format("--{} {}: at most {}", name, value, kMost));
   return value;
-}
-
-/// Pipeline ranks; 0: as the job chooses.
-int stages_of(const po::variables_map& values) {
-  const int stages = values["pipeline-ranks"].as<int>();
-  if (stages < 0)
-    throw UsageError(fmt::format("--pipeline-ranks {}: at least 1 is needed, or 0 to choose by memory", stages));
-  return stages;
 }
 
 /// Turns elements into predictions; knows the models that earlier elements make.
@@ -130,7 +106,7 @@ class Planner {
   }
 
   scale::Prediction calibrate(const PredictedElement& element) {
-    const po::variables_map values = parsed(calibrate_options(), element.arguments, "calibrate");
+    const po::variables_map values = read_values("calibrate", calibrate_options(), element.arguments);
     scale::CalibrateStage stage;
     stage.config = config_of(values["model"].as<std::string>());
     stage.samples = amount(values, "samples", 1);
@@ -147,14 +123,14 @@ class Planner {
     collect.attention_statistics = attention == "auto"
                                        ? scale::collects_attention(stage.config, collect, stage.settings.length)
                                        : is_on(values, "attention-statistics");
-    stage.stages = stages_of(values);
+    stage.stages = values["pipeline-ranks"].as<int>();
     stage.data_bytes = text_bytes(values);
     statistics_ = calibration::collected_shape(stage.config, collect, stage.settings.length);
     return scale::predict(rates_, cluster_, stage);
   }
 
   scale::Prediction convert(const PredictedElement& element) {
-    const po::variables_map values = parsed(convert_options(), element.arguments, "convert");
+    const po::variables_map values = read_values("convert", convert_options(), element.arguments);
     scale::ConvertStage stage;
     stage.config = config_of(values["model"].as<std::string>());
     const folding::FoldOptions fold = fold_options(values, stage.config);
@@ -180,7 +156,7 @@ class Planner {
   }
 
   scale::Prediction finetune(const PredictedElement& element) {
-    const po::variables_map values = parsed(finetune_options(), element.arguments, "finetune");
+    const po::variables_map values = read_values("finetune", finetune_options(), element.arguments);
     scale::FinetuneStage stage;
     stage.config = config_of(values["model"].as<std::string>());
     if (values.count("teacher") > 0 && values.count("cache-teacher") == 0)
@@ -218,14 +194,14 @@ class Planner {
   }
 
   std::optional<scale::Prediction> evaluate(const PredictedElement& element) {
-    const po::variables_map values = parsed(evaluate_job_options(), element.arguments, "evaluate");
+    const po::variables_map values = read_values("evaluate", evaluate_job_options(), element.arguments);
     scale::EvaluateStage stage;
     stage.config = config_of(values["model"].as<std::string>());
     if (values.count("reference") > 0) stage.reference = config_of(values["reference"].as<std::string>());
     stage.dtype = dtype_of(values, stage.config);
     stage.length = clipped(amount(values, "seq-len", 2), stage.config);
     stage.micro_batch = amount(values, "micro-batch", 0);
-    stage.stages = stages_of(values);
+    stage.stages = values["pipeline-ranks"].as<int>();
     stage.streamed = values["streamed"].as<bool>();
     stage.data_bytes = text_bytes(values);
     if (values.count("tasks") > 0) {
